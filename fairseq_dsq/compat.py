@@ -1,0 +1,41 @@
+"""What a current PyTorch needs to run fairseq.
+
+torch >= 2.6 loads files with ``weights_only=True`` and refuses what fairseq's checkpoints hold beside tensors. The
+classes below are allow-listed; the safety of ``weights_only`` stays on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import typing
+
+import numpy as np
+import omegaconf
+import torch
+from omegaconf import base, nodes
+
+
+def allow_checkpoint_classes() -> None:
+    """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays."""
+    reconstruct, (_, scalar_type, _) = np.zeros(1).__reduce__()[:2][0], (None, None, None)
+    scalar = np.float64(0).__reduce__()[0]
+    classes: list[typing.Any] = [
+        argparse.Namespace,
+        collections.defaultdict,
+        reconstruct,
+        scalar,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "u4", "u1", "i1", "?")},
+        omegaconf.DictConfig,
+        omegaconf.ListConfig,
+        base.ContainerMetadata,
+        base.Metadata,
+        nodes.AnyNode,
+        typing.Any,
+        dict,
+        list,
+        int,
+    ]
+    torch.serialization.add_safe_globals(classes)

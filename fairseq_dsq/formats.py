@@ -1,0 +1,256 @@
+"""Number formats: what a value is rounded to and how many bytes it takes.
+
+A format is a frozen dataclass. All of them are *scaled integers*: ``value = code * scale``, where the
+power-of-two scale is shared by a box of values. What distinguishes one from another stands in its properties;
+:mod:`fairseq_dsq.quant` reads nothing else, so a new format of this kind is one dataclass and one
+:func:`register`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+MIN_BITS, MAX_BITS = 2, 32
+# float32 has 24 significant bits: no larger code can come out of one.
+SIGNIFICAND_BITS = 24
+# The exponent of float32's largest and smallest normal numbers.
+MIN_EXPONENT, MAX_EXPONENT = -126, 127
+EXPONENT_BIAS = 127
+# The stored exponent of a box that held Inf or NaN.
+NAN_EXPONENT = 255
+
+
+def _check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits: got {bits!r}, expected an integer from {MIN_BITS} to {MAX_BITS}")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits: got {bits}, expected {MIN_BITS} to {MAX_BITS} (the sign counts)")
+
+
+def _largest_code(bits: int) -> int:
+    """The largest magnitude ``bits`` bits with the sign hold *and* a float32 can have."""
+    magnitude_bits = bits - 1
+    return 2**magnitude_bits - 2 ** max(0, magnitude_bits - SIGNIFICAND_BITS)
+
+
+@dataclass(frozen=True)
+class Float32:
+    """IEEE float32: the identity. Nothing is rounded and the stash is the tensor itself."""
+
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits != 32:
+            raise ValueError(f"bits: got {self.bits!r}, expected 32 for float32")
+
+    def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
+        """Bytes of a float32 tensor of ``shape``; ``dim`` does not matter."""
+        return 4 * math.prod(shape)
+
+    def __str__(self) -> str:
+        return "float32"
+
+
+@dataclass(frozen=True)
+class BlockFloat:
+    """Block floating point: boxes of ``box_size`` values share one exponent (Microsoft floating point).
+
+    With E = floor(log2 of the box's largest magnitude), clamped to float32's normal range: scale =
+    2^(E - (bits - 2)) and codes are sign-magnitude integers of up to 2^(bits-1) - 1. Two bits are ternary.
+    Source: Rouhani et al., "Pushing the Limits of Narrow Precision Inferencing at Cloud Scale with Microsoft
+    Floating Point", NeurIPS 2020.
+
+    Attributes:
+        bits: bits of an element, sign included; 2 to 32.
+        box_size: values that share an exponent.
+        shared_exponent_bits: bits of the stored exponent; only 8 (float32's own) is defined.
+
+    Raises:
+        TypeError, ValueError: a width, box size or exponent width that is not defined.
+    """
+
+    bits: int
+    box_size: int = 16
+    shared_exponent_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        if isinstance(self.box_size, bool) or not isinstance(self.box_size, int) or self.box_size < 1:
+            raise ValueError(f"box_size: got {self.box_size!r}, expected an integer >= 1")
+        if self.shared_exponent_bits != 8:
+            raise ValueError(f"shared_exponent_bits: got {self.shared_exponent_bits!r}, expected 8")
+
+    @property
+    def max_code(self) -> int:
+        return _largest_code(self.bits)
+
+    @property
+    def min_code(self) -> int:
+        return -self.max_code
+
+    @property
+    def signed_zero(self) -> bool:
+        """Sign-magnitude codes keep the sign of zero."""
+        return True
+
+    @property
+    def fixed_exponent(self) -> int | None:
+        return None
+
+    def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
+        """Bytes of a packed tensor: per box one exponent and its codes, rounded up to whole bytes.
+
+        A full box of 16 takes 2 * bits + 1 bytes.
+
+        Args:
+            shape: the tensor's shape.
+            dim: the dimension along which the boxes lie.
+        """
+        if not shape:
+            shape = (1,)
+        length = shape[dim]
+        fibres = math.prod(shape) // length if length else 0
+        full, rest = divmod(length, self.box_size)
+        per_fibre = full * (1 + math.ceil(self.box_size * self.bits / 8))
+        if rest:
+            per_fibre += 1 + math.ceil(rest * self.bits / 8)
+        return fibres * per_fibre
+
+    def __str__(self) -> str:
+        return f"bfp{self.bits}"
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Fixed point: two's complement codes with one power-of-two scale for the whole tensor.
+
+    Attributes:
+        bits: bits of an element, sign included; 2 to 32.
+        fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the
+            tensor's largest magnitude, as :class:`BlockFloat` does for a box.
+
+    Raises:
+        TypeError, ValueError: a width that is not defined.
+    """
+
+    bits: int
+    fraction_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        if self.fraction_bits is not None and not 0 <= self.fraction_bits <= self.bits:
+            raise ValueError(f"fraction_bits: got {self.fraction_bits!r}, expected 0 to {self.bits}")
+
+    @property
+    def box_size(self) -> None:
+        """None: the whole tensor is one box."""
+        return None
+
+    @property
+    def max_code(self) -> int:
+        return _largest_code(self.bits)
+
+    @property
+    def min_code(self) -> int:
+        """Where the scale follows from the tensor, two's complement's odd code out, -2^(bits-1), stays unused.
+
+        It would double the largest magnitude, and with it the scale of whoever quantizes the result again.
+        """
+        return -self.max_code if self.fraction_bits is None else -(2 ** (self.bits - 1))
+
+    @property
+    def signed_zero(self) -> bool:
+        """Two's complement has one zero."""
+        return False
+
+    @property
+    def fixed_exponent(self) -> int | None:
+        """The E that gives the fixed scale, None where it follows from the tensor."""
+        return None if self.fraction_bits is None else self.bits - 2 - self.fraction_bits
+
+    def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
+        """Bytes of a packed tensor of ``shape``: one exponent and the codes; ``dim`` does not matter."""
+        count = math.prod(shape)
+        return 1 + math.ceil(count * self.bits / 8) if count else 0
+
+    def __str__(self) -> str:
+        if self.fraction_bits is None:
+            return f"fixed{self.bits}"
+        return f"fixed{self.bits}.{self.fraction_bits}"
+
+
+Format = Float32 | BlockFloat | FixedPoint
+ScaledInteger = BlockFloat | FixedPoint
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What the flags say of a format beside its name and q.
+
+    Attributes:
+        sign_bit_extra: q counts magnitude bits only; the sign comes on top (``--dsq-sign-bit extra``).
+        static_scale: fixed point with half the bits as fraction (``--dsq-fixed-scale static``).
+    """
+
+    sign_bit_extra: bool = False
+    static_scale: bool = False
+
+    def bits(self, q: int) -> int:
+        """Bits of an element, sign included, for a flag's ``q``."""
+        return q + 1 if self.sign_bit_extra else q
+
+
+_FAMILIES: dict[str, Callable[[int, FormatOptions], Format]] = {}
+
+
+def register(name: str, make: Callable[[int, FormatOptions], Format]) -> None:
+    """Make ``name`` a value of ``--dsq-format``; ``make(q, options)`` gives the format of one q."""
+    if name in _FAMILIES:
+        raise ValueError(f"format {name!r} is registered already")
+    _FAMILIES[name] = make
+
+
+def _fixed(q: int, options: FormatOptions) -> FixedPoint:
+    bits = options.bits(q)
+    return FixedPoint(bits, bits // 2 if options.static_scale else None)
+
+
+register("bfp", lambda q, options: BlockFloat(options.bits(q)))
+register("fixed", _fixed)
+register("float32", lambda q, options: Float32(q))
+
+
+def names() -> list[str]:
+    """The registered format names, sorted: the choices of ``--dsq-format``."""
+    return sorted(_FAMILIES)
+
+
+def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> Format:
+    """The format that a flag's name and q stand for.
+
+    Raises:
+        ValueError: an unknown name, or a q outside the format's widths.
+        TypeError: a q that is not an integer.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"format: got {name!r}, expected one of {', '.join(names())}")
+    return _FAMILIES[name](q, options)
+
+
+def parse(text: str) -> Format:
+    """The inverse of ``str``: ``bfp4``, ``fixed8`` (scale from the tensor), ``fixed8.4`` (four fraction bits), ``float32``.
+
+    Raises:
+        ValueError: text that names no format.
+    """
+    if text == str(Float32()):
+        return Float32()
+    match = re.fullmatch(r"([a-z]\w*?)(\d+)(?:\.(\d+))?", text)
+    if match is None or match[1] not in _FAMILIES or (match[3] is not None and match[1] != "fixed"):
+        raise ValueError(f"format: got {text!r}, expected such as bfp4, fixed8, fixed8.4 or float32")
+    if match[3] is not None:
+        return FixedPoint(int(match[2]), int(match[3]))
+    return make_format(match[1], int(match[2]))

@@ -1,0 +1,285 @@
+"""What every DSQ architecture shares: flags, conversion, and the schedule hung on fairseq's validation."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_dsq import formats
+from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, GemmConfig, convert
+from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
+from fairseq_dsq.quant import ROUNDINGS
+from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+
+logger = logging.getLogger(__name__)
+
+# The paper's two levels and patience (arXiv 2303.05295, section 4).
+DEFAULTS: dict[str, Any] = {
+    "dsq_format": "bfp",
+    "dsq_levels": "[2,2,2,16] [16,4,4,16]",
+    "dsq_patience": 5,
+    "dsq_min_delta": 0.0,
+    "dsq_rounding": "nearest",
+    "dsq_sign_bit": "counted",
+    "dsq_box_dim": "reduction",
+    "dsq_attention_matmul": "on",
+    "dsq_fixed_scale": "dynamic",
+    "dsq_skip": "",
+}
+# The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
+SAFE_GRAD_BITS = 16
+
+
+def flag_error(flag: str, message: str) -> NoReturn:
+    """Stop with one line that names the flag.
+
+    Raises:
+        SystemExit: always; its text goes to standard error and the exit code is 1.
+    """
+    sys.exit(f"{os.path.basename(sys.argv[0])}: error: argument {flag}: {message}")
+
+
+def _checked(flag: str, check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type that stops with one line; argparse's own error prints pages of usage first."""
+
+    def parse(text: str) -> Any:
+        try:
+            return check(text)
+        except ValueError as error:
+            flag_error(flag, str(error))
+
+    return parse
+
+
+def _levels(text: str) -> str:
+    parse_levels(text)
+    return text
+
+
+def _patience(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"got {text!r}, expected an integer >= 1")
+    return int(text)
+
+
+def _min_delta(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"got {text!r}, expected a finite number >= 0")
+    return value
+
+
+def _choice(*values: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in values:
+            raise ValueError(f"got {text!r}, expected one of {', '.join(values)}")
+        return text
+
+    return check
+
+
+_FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "dsq_format": (_choice(*formats.names()), "NAME", "number format: " + ", ".join(formats.names())),
+    "dsq_levels": (
+        _levels,
+        "LEVELS",
+        "precision levels [q0,q1,q2,q3] in rising order: q0 both operands of the output GEMM, q1 the stash, "
+        "q2 the weight of grad_input, q3 the gradient; one level means static stashing",
+    ),
+    "dsq_patience": (_patience, "N", "validations in a row without a new best before the level rises"),
+    "dsq_min_delta": (_min_delta, "D", "a new best is lower than the best by more than this"),
+    "dsq_rounding": (_choice(*ROUNDINGS), "MODE", "rounding in training (evaluation rounds to nearest): " + ", ".join(ROUNDINGS)),
+    "dsq_sign_bit": (_choice("counted", "extra"), "MODE", "q counts the sign bit, or the sign comes on top: counted, extra"),
+    "dsq_box_dim": (_choice(*BOX_DIMS), "DIM", "boxes lie along the reduction dimension of the GEMM that reads them, or along the last: " + ", ".join(BOX_DIMS)),
+    "dsq_attention_matmul": (_choice("on", "off"), "SWITCH", "quantize attention's two batched products: on, off"),
+    "dsq_fixed_scale": (_choice("dynamic", "static"), "MODE", "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction"),
+    "dsq_skip": (str, "PATTERNS", "space-separated shell-style patterns of module names whose GEMMs stay float32"),
+}  # fmt: skip
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--dsq-*`` flags; an architecture's function fills in the defaults."""
+    for name, (check, metavar, text) in _FLAGS.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(
+            flag, type=_checked(flag, check), metavar=metavar, help=f"{text} (default: {DEFAULTS[name]!r})"
+        )
+
+
+def set_defaults(args: Any) -> None:
+    """Give ``args`` the flags that neither the command line nor an architecture set."""
+    if getattr(args, "dsq_format", None) == "float32" and getattr(args, "dsq_levels", None) is None:
+        args.dsq_levels = str(FLOAT32)
+    for name, value in DEFAULTS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+class DSQState(nn.Module):
+    """The schedule and its state, as buffers of the model: fairseq's checkpoints carry nothing else of a plugin.
+
+    Args:
+        levels: the precision levels.
+        schedule: decides when the level rises.
+        context: where the level in force is put.
+    """
+
+    level: Tensor
+    best_loss: Tensor
+    bad_validations: Tensor
+
+    def __init__(
+        self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext
+    ) -> None:
+        super().__init__()
+        self.levels = tuple(levels)
+        self.schedule = schedule
+        self.context = context
+        for name, value in self._buffers_of(ScheduleState()).items():
+            self.register_buffer(name, value)
+        self._apply_level()
+        self.register_load_state_dict_post_hook(DSQState._after_load)
+
+    @staticmethod
+    def _buffers_of(state: ScheduleState) -> dict[str, Tensor]:
+        return {
+            "level": torch.tensor(state.level),
+            "best_loss": torch.tensor(state.best_loss, dtype=torch.float64),
+            "bad_validations": torch.tensor(state.bad_validations),
+        }
+
+    @property
+    def state(self) -> ScheduleState:
+        """The schedule's state, read from the buffers."""
+        return ScheduleState(int(self.level), float(self.best_loss), int(self.bad_validations))
+
+    @property
+    def precision(self) -> PrecisionConfig:
+        """The level in force."""
+        return self.levels[int(self.level)]
+
+    def validated(self, loss: float) -> None:
+        """Tell the schedule a validation loss of the first valid subset."""
+        before = self.state
+        after = self.schedule.step(before, loss)
+        for name, value in self._buffers_of(after).items():
+            getattr(self, name).copy_(value)
+        if after.level != before.level:
+            logger.info(
+                f"precision rises from {self.levels[before.level]} to {self.levels[after.level]} after "
+                f"{self.schedule.patience} validations without a new best (best loss {after.best_loss})"
+            )
+            self._apply_level()
+
+    def _apply_level(self) -> None:
+        self.context.set_precision(self.precision)
+
+    @staticmethod
+    def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+        assert isinstance(module, DSQState)
+        if not 0 <= int(module.level) < len(module.levels):
+            flag_error(
+                "--dsq-levels",
+                f"got {levels_to_str(module.levels)!r}, expected the more than {int(module.level)} levels that the "
+                "checkpoint was trained with",
+            )
+        module._apply_level()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQState:
+        # model.half() must not round the best loss.
+        best_loss = self.best_loss
+        super()._apply(fn, recurse)
+        self.best_loss = best_loss.to(self.level.device)
+        return self
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        """Let checkpoints of the float model load strictly: they start at the first level."""
+        for buffer, value in self._buffers_of(ScheduleState()).items():
+            state_dict.setdefault(f"{name}.{buffer}", value)
+
+
+def attach(model: nn.Module, args: Any, task: Any) -> nn.Module:
+    """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
+
+    Raises:
+        SystemExit: flags that contradict each other or the model; one line names the flag.
+    """
+    options = FormatOptions(sign_bit_extra=args.dsq_sign_bit == "extra", static_scale=args.dsq_fixed_scale == "static")
+    try:
+        levels = parse_levels(args.dsq_levels, args.dsq_format, options)
+    except ValueError as error:
+        flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
+    for number, level in enumerate(levels):
+        if args.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
+            logger.warning(
+                f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
+                "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
+            )
+            break
+    context = DSQContext(
+        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim), attention_matmul=args.dsq_attention_matmul == "on"
+    )
+    schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
+    try:
+        convert(model, context, shlex.split(args.dsq_skip))
+    except ValueError as error:
+        flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
+    model.dsq = DSQState(levels, schedule, context)
+    _hang_on_validation(task)
+    _warn_of_lone_workers()
+    return model
+
+
+def _hang_on_validation(task: Any) -> None:
+    """Have ``task`` tell the model's schedule the loss of the first valid subset of every validation.
+
+    ``post_validate`` runs after each subset and before the checkpoint is written; a task's own is kept.
+    """
+    if getattr(task, "_dsq_hooked", False):
+        return
+    begin, own = task.begin_valid_epoch, getattr(task, "post_validate", None)
+    pending = False
+
+    def begin_valid_epoch(epoch: int, model: nn.Module) -> None:
+        nonlocal pending
+        pending = True
+        begin(epoch, model)
+
+    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
+        nonlocal pending
+        if own is not None:
+            own(model, stats, agg)
+        if pending:
+            pending = False
+            # As fairseq logs it, so that the log alone explains the level.
+            model.dsq.validated(float(stats["loss"]))
+
+    task.begin_valid_epoch = begin_valid_epoch
+    task.post_validate = post_validate
+    task._dsq_hooked = True
+
+
+def _warn_of_lone_workers() -> None:
+    """fairseq ignores torchrun's environment where there is no GPU."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if world_size > 1 and not distributed and not torch.cuda.is_available():
+        logger.warning(
+            f"WORLD_SIZE is {world_size} but fairseq has not started distributed training: each process trains an "
+            "independent copy. On CPU, start one command per rank with --distributed-init-method tcp://HOST:PORT "
+            "--distributed-world-size N --distributed-rank R --distributed-no-spawn --distributed-backend gloo "
+            "--ddp-backend legacy_ddp"
+        )

@@ -1,0 +1,242 @@
+"""Multi-head attention whose four projections and two batched products are quantized."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_dsq.nn.context import DSQContext
+from fairseq_dsq.nn.functional import matmul
+from fairseq_dsq.nn.linear import DSQLinear, forward_group
+
+IncrementalState = dict[str, dict[str, Tensor | None]]
+
+
+class DSQMultiheadAttention(nn.Module):
+    """Attention with fairseq's ``MultiheadAttention`` interface, parameter names and incremental state.
+
+    fairseq's own training path hands raw weights to ``F.multi_head_attention_forward``, so swapped projections would
+    never be called; this module runs its own path. q, k and v projections of one input share one stash. Softmax and
+    dropout stay float32.
+
+    Args:
+        embed_dim: C of queries and of the output.
+        num_heads: heads; divides ``embed_dim``.
+        context: the model's precision and ledger.
+        kdim, vdim: C of keys and values; None takes ``embed_dim``.
+        dropout: probability on attention weights, or a module that applies it.
+        bias: give the projections a bias.
+        self_attention: keys and values are the queries.
+        encoder_decoder_attention: values are the keys.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        context: DSQContext,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        dropout: float | nn.Module = 0.0,
+        bias: bool = True,
+        self_attention: bool = False,
+        encoder_decoder_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, expected a divisor of embed_dim {embed_dim}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.self_attention = self_attention
+        self.encoder_decoder_attention = encoder_decoder_attention
+        self.context = context
+        self.beam_size = 1
+        self.dropout_module = dropout if isinstance(dropout, nn.Module) else nn.Dropout(dropout)
+        self.k_proj = DSQLinear(kdim or embed_dim, embed_dim, context, bias)
+        self.v_proj = DSQLinear(vdim or embed_dim, embed_dim, context, bias)
+        self.q_proj = DSQLinear(embed_dim, embed_dim, context, bias)
+        self.out_proj = DSQLinear(embed_dim, embed_dim, context, bias)
+        self._state_key = f"{uuid.uuid4()}.attn_state"
+
+    @classmethod
+    def from_float(cls, module: Any, context: DSQContext) -> DSQMultiheadAttention:
+        """The twin of a fairseq ``MultiheadAttention``, holding its very parameters.
+
+        Raises:
+            ValueError: an option that has no quantized path (bias_kv, zero_attn, xformers).
+        """
+        for option, unsupported in (
+            ("add_bias_kv", module.bias_k is not None),
+            ("add_zero_attn", module.add_zero_attn),
+            ("xformers", module.use_xformers),
+        ):
+            if unsupported:
+                raise ValueError(f"attention with {option} cannot be converted, expected it off")
+        twin = cls(
+            module.embed_dim,
+            module.num_heads,
+            context,
+            module.kdim,
+            module.vdim,
+            module.dropout_module,
+            self_attention=module.self_attention,
+            encoder_decoder_attention=module.encoder_decoder_attention,
+        )
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            setattr(twin, name, DSQLinear.from_float(getattr(module, name), context))
+        return twin.train(module.training)
+
+    def _project(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scaled q, k and v; layers of one context on one input go together."""
+        wanted = [(self.q_proj, query)]
+        if key is not None and value is not None:
+            wanted += [(self.k_proj, key), (self.v_proj, value)]
+        outputs: dict[DSQLinear, Tensor] = {}
+        for layer, x in wanted:
+            if layer in outputs:
+                continue
+            group = [other for other, y in wanted if y is x and other.context is layer.context]
+            outputs.update(zip(group, forward_group(x, group), strict=True))
+        q = outputs[self.q_proj] * self.scaling
+        return q, outputs.get(self.k_proj), outputs.get(self.v_proj)
+
+    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        context = self.context if self.context.attention_matmul else self.context.float32()
+        return matmul(a, b, context.for_mode(self.training), context.ledger)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        incremental_state: IncrementalState | None = None,
+        need_weights: bool = True,
+        static_kv: bool = False,
+        attn_mask: Tensor | None = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: T x B x C.
+            key, value: S x B x C; None where the incremental state holds them.
+            key_padding_mask: B x S, nonzero where a key is padding.
+            incremental_state: fairseq's decoding state; holds the keys and values of earlier steps.
+            need_weights: return the attention weights, averaged over heads.
+            static_kv: keys and values do not change between steps (encoder-decoder attention).
+            attn_mask: T x S, added to the scores.
+            before_softmax: return the scores and v instead.
+            need_head_weights: return the weights of each head.
+
+        Returns:
+            T x B x C, and the weights: B x T x S, heads x B x T x S with ``need_head_weights``, or None.
+        """
+        tgt_len, batch, _ = query.shape
+        saved = self._get_input_buffer(incremental_state)
+        if static_kv and "prev_key" in saved:
+            key = value = None
+        elif self.self_attention:
+            key = value = query
+        elif self.encoder_decoder_attention and key is not None:
+            if self.beam_size > 1 and batch == key.shape[1]:
+                # The hypotheses of a beam share their source: T x (B * beam) x C to T x B x C.
+                key = key.unflatten(1, (-1, self.beam_size))[:, :, 0]
+                if key_padding_mask is not None:
+                    key_padding_mask = key_padding_mask.unflatten(0, (-1, self.beam_size))[:, 0]
+            value = key
+        q, k, v = self._project(query, key, value)
+        # B x heads x S x head_dim
+        k = None if k is None else k.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+        v = None if v is None else v.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+        if incremental_state is not None:
+            k, v, key_padding_mask = self._extend(incremental_state, saved, k, v, key_padding_mask, static_kv)
+        assert k is not None and v is not None
+        kv_batch, _, src_len, _ = k.shape
+
+        # With shared sources the beam's queries are rows of one product: (B * heads) x (beam * T) x head_dim.
+        q = q.view(tgt_len, kv_batch, -1, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
+        beam = q.shape[2]
+        scores = self._matmul(q.reshape(kv_batch * self.num_heads, -1, self.head_dim), k.flatten(0, 1).transpose(1, 2))
+        scores = scores.view(kv_batch, self.num_heads, beam, tgt_len, src_len)
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        if key_padding_mask is not None:
+            scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], float("-inf"))
+        if before_softmax:
+            return scores.transpose(1, 2).reshape(-1, tgt_len, src_len), v.flatten(0, 1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        probs = self.dropout_module(weights.to(scores.dtype))
+        heads = self._matmul(probs.view(kv_batch * self.num_heads, -1, src_len), v.flatten(0, 1))
+        heads = heads.view(kv_batch, self.num_heads, beam, tgt_len, self.head_dim)
+        out: Tensor = self.out_proj(heads.permute(3, 0, 2, 1, 4).reshape(tgt_len, batch, self.embed_dim))
+        if not (need_weights or need_head_weights):
+            return out, None
+        per_head = weights.permute(1, 0, 2, 3, 4).reshape(self.num_heads, batch, tgt_len, src_len)
+        return out, per_head if need_head_weights else per_head.mean(0)
+
+    def _extend(
+        self,
+        incremental_state: IncrementalState,
+        saved: dict[str, Tensor | None],
+        k: Tensor | None,
+        v: Tensor | None,
+        mask: Tensor | None,
+        static_kv: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append this step's k, v (B x heads x S x head_dim) and mask (B x S) to the saved ones, and save the result."""
+        prev_key, prev_value, prev_mask = (
+            saved.get(name) for name in ("prev_key", "prev_value", "prev_key_padding_mask")
+        )
+        if prev_key is not None and prev_value is not None:
+            if static_kv:
+                k, v, mask = prev_key, prev_value, prev_mask
+            else:
+                assert k is not None and v is not None
+                new = k.shape[2]
+                k, v = torch.cat([prev_key, k], dim=2), torch.cat([prev_value, v], dim=2)
+                if prev_mask is not None or mask is not None:
+                    # A step without a mask has no padding.
+                    before = prev_mask if prev_mask is not None else k.new_zeros(len(k), k.shape[2] - new)
+                    now = mask if mask is not None else k.new_zeros(len(k), new)
+                    mask = torch.cat([before.bool(), now.bool()], dim=1)
+        assert k is not None and v is not None
+        state = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": mask}
+        self._set_input_buffer(incremental_state, state)
+        return k, v, mask
+
+    def _get_input_buffer(self, incremental_state: IncrementalState | None) -> dict[str, Tensor | None]:
+        return {} if incremental_state is None else incremental_state.get(self._state_key, {})
+
+    def _set_input_buffer(self, incremental_state: IncrementalState, buffer: dict[str, Tensor | None]) -> None:
+        incremental_state[self._state_key] = buffer
+
+    def set_beam_size(self, beam_size: int) -> None:
+        """Called by fairseq's generator: hypotheses that share one source sentence."""
+        self.beam_size = beam_size
+
+    def reorder_incremental_state(
+        self, incremental_state: IncrementalState | None, new_order: Tensor
+    ) -> IncrementalState | None:
+        """Follow a beam search that reordered or dropped its hypotheses; ``new_order`` holds their old indices."""
+        if incremental_state is None:
+            return None
+        buffer = self._get_input_buffer(incremental_state)
+        for name, tensor in buffer.items():
+            if tensor is None:
+                continue
+            order = new_order
+            if self.encoder_decoder_attention and self.beam_size > 1:
+                if len(tensor) * self.beam_size == len(new_order):
+                    return incremental_state
+                order = new_order.view(-1, self.beam_size)[:, 0] // self.beam_size
+            buffer[name] = tensor.index_select(0, order)
+        return incremental_state

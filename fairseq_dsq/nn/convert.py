@@ -1,0 +1,95 @@
+"""Turn a float model into its DSQ twin, in place."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from fairseq_dsq.nn.attention import DSQMultiheadAttention
+from fairseq_dsq.nn.context import DSQContext
+from fairseq_dsq.nn.linear import DSQLinear
+
+
+def _is_fairseq_attention(module: nn.Module) -> bool:
+    """By name, since only the registrations import fairseq; a subclass may have a path of its own."""
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == ("fairseq.modules.multihead_attention", "MultiheadAttention")
+
+
+def _is_other_attention(module: nn.Module) -> bool:
+    return any(kind.__name__ == "MultiheadAttention" for kind in type(module).__mro__)
+
+
+def _names(name: str) -> list[str]:
+    """A module's name and those of the modules that contain it."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+
+
+def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """(parent, attribute, full name) of what is to be replaced; does not look inside what is."""
+    for attribute, child in module.named_children():
+        name = f"{prefix}{attribute}"
+        if type(child) is nn.Linear or _is_fairseq_attention(child):
+            yield module, attribute, name
+        elif _is_other_attention(child):
+            warnings.warn(f"{name}: {type(child).__name__} reads its weights directly and stays float", stacklevel=3)
+        else:
+            yield from _convertible(child, f"{name}.")
+
+
+def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> nn.Module:
+    """Replace every nn.Linear and fairseq attention of ``model`` by its quantized twin.
+
+    Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist already.
+
+    Args:
+        model: any torch module, changed in place; itself an nn.Linear or attention, its twin is returned.
+        context: precision, rounding, box direction and ledger that the layers share.
+        skip: shell-style patterns; a module whose name, or a containing module's name, matches stays float32 (its
+            GEMMs are still counted, as float32).
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: a pattern that matches no layer, a layer with forward hooks (quant noise), or an attention
+            option that has no quantized path; the message names it. The model is left as it was.
+    """
+    if type(model) is nn.Linear or _is_fairseq_attention(model):
+        return convert(nn.Sequential(model), context, skip)[0]  # type: ignore[index]
+    float_context = context.float32()
+    unused = set(skip)
+    twins: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent, attribute, name in _convertible(model):
+        module = getattr(parent, attribute) if not attribute.isdigit() else parent._modules[attribute]
+        layers = [child for child in module.modules() if isinstance(child, nn.Linear)]
+        if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
+            raise ValueError(f"{name}: has forward hooks, which conversion would lose (is quant noise on?)")
+        matching = {pattern for pattern in skip if any(fnmatch.fnmatchcase(part, pattern) for part in _names(name))}
+        unused -= matching
+        own = float_context if matching else context
+        if isinstance(module, nn.Linear):
+            twins.append((parent, attribute, DSQLinear.from_float(module, own)))
+            continue
+        try:
+            twin = DSQMultiheadAttention.from_float(module, own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for projection, layer in list(twin.named_children()):
+            if not isinstance(layer, DSQLinear):
+                continue
+            matching = {pattern for pattern in skip if fnmatch.fnmatchcase(f"{name}.{projection}", pattern)}
+            unused -= matching
+            if matching:
+                layer.context = float_context
+        twins.append((parent, attribute, twin))
+    if unused:
+        patterns = ", ".join(sorted(map(repr, unused)))
+        raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")
+    for parent, attribute, twin in twins:
+        setattr(parent, attribute, twin)
+    return model

@@ -1,0 +1,232 @@
+"""Linear layers and batched matrix products whose three GEMMs and stash are quantized.
+
+One training step of ``y = x @ W^T`` with x: M x K, W: N x K, precision [q0, q1, q2, q3]::
+
+    output:       fq(x, q0, dim=K) @ fq(W, q0, dim=K)^T           MxK @ KxN => MxN
+    stash:        pack(x, q1, dim=M)                              the only copy of x kept for backward
+    grad_input:   fq(dy, q3, dim=N) @ fq(W, q2, dim=N)            MxN @ NxK => MxK
+    grad_weight:  fq(dy, q3, dim=M)^T @ unpack(stash)             NxM @ MxK => NxK
+    grad_bias:    sum of dy over M, unquantized
+
+Boxes lie along the reduction dimension of the GEMM that reads them. Source: arXiv 2303.05295, Figure 2 and section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq_dsq.formats import BlockFloat, Format
+from fairseq_dsq.nn.context import GemmConfig, Ledger
+from fairseq_dsq.quant import Packed, fake_quantize, pack
+
+
+def _quantize(x: Tensor, fmt: Format, reduction_dim: int, config: GemmConfig) -> Tensor:
+    return fake_quantize(x, fmt, config.dim(reduction_dim), config.rounding)
+
+
+def _pack(x: Tensor, fmt: Format, reduction_dim: int, config: GemmConfig, ledger: Ledger | None) -> Packed:
+    packed = pack(x, fmt, config.dim(reduction_dim), config.rounding)
+    if ledger is not None:
+        ledger.stash_bytes += packed.nbytes
+    return packed
+
+
+def _unpack(data: Tensor | None, spec: Any) -> Tensor | None:
+    return None if data is None else Packed(data, *spec).unpack()
+
+
+def _grad_outputs(grad: Tensor, config: GemmConfig, need_first: bool, need_second: bool) -> tuple[Tensor, Tensor]:
+    """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight).
+
+    What is not needed comes back unquantized.
+    """
+    fmt = config.precision.grad_output
+    along_n = _quantize(grad, fmt, -1, config) if need_first else grad
+    if not need_second:
+        return along_n, grad
+    if need_first and (config.box_dim == "last" or not isinstance(fmt, BlockFloat)):
+        return along_n, along_n  # no boxes, or the same ones
+    return along_n, _quantize(grad, fmt, -2, config)
+
+
+class _Linear(torch.autograd.Function):
+    """Several linear layers on one input, which is quantized and stashed once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: GemmConfig, ledger: Ledger | None, grad_enabled: bool, x: Tensor, *params: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        precision = config.precision
+        weights, biases = params[0::2], params[1::2]
+        rows = x.reshape(-1, x.shape[-1])
+        needs_x = grad_enabled and ctx.needs_input_grad[3]
+        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[4::2]]
+        quantized = _quantize(rows, precision.output_operands, -1, config)
+        outputs = []
+        for weight, bias, needs in zip(weights, biases, needs_weight, strict=True):
+            assert weight is not None
+            # output: MxK @ KxN => MxN
+            operand = _quantize(weight, precision.output_operands, -1, config)
+            y = torch.nn.functional.linear(quantized, operand, bias)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            if ledger is not None:
+                record_linear(ledger, config, len(rows), weight, needs_x, needs)
+        stash = _pack(rows, precision.stash, -2, config, ledger) if any(needs_weight) else None
+        ctx.config, ctx.x_shape = config, x.shape
+        ctx.set_materialize_grads(False)
+        # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
+        ctx.stash_spec = None if stash is None else stash.spec
+        ctx.save_for_backward(None if stash is None else stash.data, *weights)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        config: GemmConfig = ctx.config
+        precision = config.precision
+        data, *weights = ctx.saved_tensors
+        stashed = _unpack(data, ctx.stash_spec)
+        grad_x: Tensor | None = None
+        grad_params: list[Tensor | None] = []
+        for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            needs_weight, needs_bias = ctx.needs_input_grad[4 + 2 * index : 6 + 2 * index]
+            grad_weight: Tensor | None = None
+            grad_bias: Tensor | None = None
+            if grad is not None:
+                rows = grad.reshape(-1, grad.shape[-1])
+                along_n, along_m = _grad_outputs(rows, config, ctx.needs_input_grad[3], needs_weight)
+                if ctx.needs_input_grad[3]:
+                    # grad_input: MxN @ NxK => MxK
+                    part = along_n @ _quantize(weight, precision.grad_input_weight, -2, config)
+                    grad_x = part if grad_x is None else grad_x.add_(part)
+                if needs_weight:
+                    # grad_weight: NxM @ MxK => NxK
+                    grad_weight = along_m.t() @ stashed
+                if needs_bias:
+                    grad_bias = rows.sum(0)
+            grad_params += [grad_weight, grad_bias]
+        return None, None, None, None if grad_x is None else grad_x.view(ctx.x_shape), *grad_params
+
+
+def record_linear(
+    ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> None:
+    """Report a linear layer's GEMMs on ``rows`` rows: output, and those that its backward will run."""
+    n, k = weight.shape
+    precision, training = config.precision, needs_x or needs_weight
+    ledger.record("output", rows, k, n, 1, precision, training)
+    if needs_x:
+        ledger.record("grad_input", rows, n, k, 1, precision, training)
+    if needs_weight:
+        ledger.record("grad_weight", n, rows, k, 1, precision, training)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under torch.autocast, cast as it casts a GEMM's operands (backward then runs in the same dtype)."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def linear_group(
+    x: Tensor, params: Sequence[tuple[Tensor, Tensor | None]], config: GemmConfig, ledger: Ledger | None = None
+) -> tuple[Tensor, ...]:
+    """Apply several linear layers to one input; all share one quantized input and one packed stash.
+
+    Args:
+        x: (..., K).
+        params: (weight N x K, bias N or None) of each layer.
+        config: precision, rounding and box direction.
+        ledger: where the GEMMs are counted.
+
+    Returns:
+        One (..., N) tensor per layer.
+    """
+    flat: list[Tensor | None] = [tensor for pair in params for tensor in pair]
+    operands = _autocast(x, *flat)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None
+) -> Tensor:
+    """``x @ weight^T + bias`` with the three GEMMs of this module's legend; shapes as :func:`linear_group`."""
+    return linear_group(x, [(weight, bias)], config, ledger)[0]
+
+
+class _Matmul(torch.autograd.Function):
+    """Batched a @ b; a is stashed at q1, b, which plays the weight, at q2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: GemmConfig, ledger: Ledger | None, grad_enabled: bool, a: Tensor, b: Tensor
+    ) -> Tensor:
+        precision = config.precision
+        needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[3:])
+        if ledger is not None:
+            batch, m, k = a.shape
+            n = b.shape[2]
+            training = needs_a or needs_b
+            ledger.record("output", m, k, n, batch, precision, training)
+            if needs_a:
+                ledger.record("grad_input", m, n, k, batch, precision, training)
+            if needs_b:
+                ledger.record("grad_weight", k, m, n, batch, precision, training)
+        # output: MxK @ KxN => MxN
+        y = torch.bmm(
+            _quantize(a, precision.output_operands, -1, config), _quantize(b, precision.output_operands, -2, config)
+        )
+        stash_a = _pack(a, precision.stash, -2, config, ledger) if needs_b else None
+        stash_b = _pack(b, precision.grad_input_weight, -1, config, ledger) if needs_a else None
+        stashes = (stash_a, stash_b)
+        ctx.config = config
+        ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
+        ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = (_unpack(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True))
+        along_n, along_m = _grad_outputs(grad, ctx.config, b is not None, a is not None)
+        # grad_input: MxN @ NxK => MxK;  grad_weight: KxM @ MxN => KxN
+        grad_a = None if b is None else torch.bmm(along_n, b.transpose(1, 2))
+        grad_b = None if a is None else torch.bmm(a.transpose(1, 2), along_m)
+        return None, None, None, grad_a, grad_b
+
+
+def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
+    """Batched product ``a @ b`` with quantized GEMMs and packed stashes of both operands.
+
+    ::
+
+        output:       fq(a, q0, dim=K) @ fq(b, q0, dim=K)          MxK @ KxN => MxN
+        stash:        pack(a, q1, dim=M), pack(b, q2, dim=N)
+        grad_input:   fq(dy, q3, dim=N) @ unpack(stash b)^T        MxN @ NxK => MxK
+        grad_weight:  unpack(stash a)^T @ fq(dy, q3, dim=M)        KxM @ MxN => KxN
+
+    Args:
+        a: (batch, M, K).
+        b: (batch, K, N).
+        config: precision, rounding and box direction.
+        ledger: where the GEMMs are counted.
+
+    Returns:
+        (batch, M, N).
+
+    Raises:
+        ValueError: operands that are not three-dimensional or do not fit.
+    """
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise ValueError(f"matmul: got {tuple(a.shape)} @ {tuple(b.shape)}, expected (B, M, K) @ (B, K, N)")
+    operands = _autocast(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return _Matmul.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
