@@ -1,23 +1,55 @@
 """Install fairseq_dsq: ``pip install .`` or ``pip install -e '.[dev]'``."""
 
+import os
+import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
 
 # ve-fairseq (upstream's sources with its dataclass defaults fixed for Python 3.11) has wheels for these alone.
-HAS_WHEEL = "sys_platform == 'linux' and platform_machine == 'x86_64' and python_version >= '3.11' and python_version < '3.13'"
+LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+HAS_WHEEL = f"{LINUX_X86} and python_version >= '3.11' and python_version < '3.13'"
 NO_WHEEL = "(sys_platform != 'linux' or platform_machine != 'x86_64' or python_version >= '3.13')"
+
+SHIM = '''"""Editable install: fairseq looks for --user-dir beside itself, so a package that points to the clone stands there."""
+
+__path__ = [{package!r}]
+__file__ = {init!r}
+with open(__file__, encoding="utf-8") as _file:
+    exec(compile(_file.read(), __file__, "exec"))
+'''
+
+
+class EditableWheel(editable_wheel):
+    """An editable install that ``--user-dir fairseq_dsq`` finds from any directory, as it finds a plain one."""
+
+    def run(self) -> None:
+        package = ROOT / "fairseq_dsq"
+        shim = ROOT / "build" / "editable" / "fairseq_dsq" / "__init__.py"
+        shim.parent.mkdir(parents=True, exist_ok=True)
+        shim.write_text(SHIM.format(package=str(package), init=str(package / "__init__.py")), encoding="utf-8")
+        site_packages = os.path.relpath(sysconfig.get_path("purelib"), sys.prefix)
+        files = [(os.path.join(site_packages, "fairseq_dsq"), [os.path.relpath(shim, ROOT)])]
+        self.distribution.data_files = [*(self.distribution.data_files or []), *files]
+        self.distribution.has_data = lambda: True  # what this command asks before it installs data_files
+        super().run()
+
 
 setup(
     name="fairseq_dsq",
     version="0.1.0",
     description="Dynamic Stashing Quantization for fairseq: low-precision Transformer training with a packed stash",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["fairseq_dsq", "fairseq_dsq.*"]),
     package_data={"fairseq_dsq": ["py.typed"]},
+    cmdclass={"editable_wheel": EditableWheel},
     install_requires=[
         "torch>=2.6",
         f"ve-fairseq==0.12.3; {HAS_WHEEL}",
@@ -28,7 +60,7 @@ setup(
         "numpy>=1.24",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "qtorch", "tensorboardX"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "qtorch", "tensorboard", "tensorboardX"],
         "report": ["matplotlib", "jinja2", "tensorboard", "tensorboardX"],
         "glue": ["transformers", "safetensors", "scikit-learn", "scipy"],
     },

@@ -18,13 +18,14 @@ from omegaconf import base, nodes
 
 def allow_checkpoint_classes() -> None:
     """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays."""
-    reconstruct, (_, scalar_type, _) = np.zeros(1).__reduce__()[:2][0], (None, None, None)
-    scalar = np.float64(0).__reduce__()[0]
+    # numpy 1 and 2 name the modules of these two functions differently.
+    reconstruct_array = np.zeros(1).__reduce__()[0]
+    reconstruct_scalar = np.float64(0).__reduce__()[0]
     classes: list[typing.Any] = [
         argparse.Namespace,
         collections.defaultdict,
-        reconstruct,
-        scalar,
+        reconstruct_array,
+        reconstruct_scalar,
         np.ndarray,
         np.dtype,
         *{type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "u4", "u1", "i1", "?")},

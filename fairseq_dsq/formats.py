@@ -33,7 +33,7 @@ def _check_bits(bits: int) -> None:
 def _largest_code(bits: int) -> int:
     """The largest magnitude ``bits`` bits with the sign hold *and* a float32 can have."""
     magnitude_bits = bits - 1
-    return 2**magnitude_bits - 2 ** max(0, magnitude_bits - SIGNIFICAND_BITS)
+    return (1 << magnitude_bits) - (1 << max(0, magnitude_bits - SIGNIFICAND_BITS))
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``fixed8`` (scale from the tensor), ``fixed8.4`` (four fraction bits), ``float32``.
+    """The inverse of ``str``: ``bfp4``, ``fixed8`` (dynamic scale), ``fixed8.4`` (four fraction bits), ``float32``.
 
     Raises:
         ValueError: text that names no format.

@@ -27,7 +27,7 @@ use_env() {
     if [ ! -e "$stamp" ]; then
         echo "installing into $venv (once)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH_PIN"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH_PIN" -e "$DSQ_ROOT[$extras]"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH_PIN" -e "$DSQ_ROOT${extras:+[$extras]}"
         touch "$stamp"
     fi
     # shellcheck disable=SC1091

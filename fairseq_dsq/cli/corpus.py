@@ -386,9 +386,7 @@ def _draw_subject(
     return _draw_phrase(rng, used, determiners, kinds, "nom", described)
 
 
-def _draw_object(
-    rng: random.Random, used: list[Noun], verb: Verb, subject: Phrase, negative: bool
-) -> Phrase:
+def _draw_object(rng: random.Random, used: list[Noun], verb: Verb, subject: Phrase, negative: bool) -> Phrase:
     """Returns an object, which is not reflexive, and has "kein" only if negative."""
     if verb.objects[0] in PLAYMATES + PEOPLE and rng.random() < 0.25:
         pronouns = OBJECTS[verb.case]
@@ -431,9 +429,7 @@ def _draw_clause(rng: random.Random, used: list[Noun], tense: str) -> Clause:
         place = locative(rng.choice(PLACE_PREPS), where)
     time = _draw_time(rng, "modal" if modal else tense)
     nicht = negative and not (obj and obj.kein)
-    return verb_clause(
-        subject, verb, obj, tense=tense, modal=modal, time=time, place=place, nicht=nicht
-    )
+    return verb_clause(subject, verb, obj, tense=tense, modal=modal, time=time, place=place, nicht=nicht)
 
 
 def sentence(rng: random.Random) -> Pair:
@@ -472,9 +468,7 @@ def _require(available: int, sizes: dict[str, int]) -> None:
         available -= size
 
 
-def generate(
-    train: int = 6000, valid: int = 300, test: int = 300, seed: int = 1
-) -> dict[str, list[Pair]]:
+def generate(train: int = 6000, valid: int = 300, test: int = 300, seed: int = 1) -> dict[str, list[Pair]]:
     """Draws the corpus, the same one for the same arguments.
 
     Returns:
@@ -504,9 +498,7 @@ def generate(
     return {"train": pairs[:train], "valid": pairs[train:valid_end], "test": pairs[valid_end:]}
 
 
-def write(
-    directory: pathlib.Path, train: int = 6000, valid: int = 300, test: int = 300, seed: int = 1
-) -> None:
+def write(directory: pathlib.Path, train: int = 6000, valid: int = 300, test: int = 300, seed: int = 1) -> None:
     """Writes {train,valid,test}.{de,en} to the directory, which is made if missing.
 
     Raises:

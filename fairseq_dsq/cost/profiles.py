@@ -92,8 +92,6 @@ class PaperProfile:
         )
 
 
-def total_cost(
-    profile: PaperProfile, gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool], int]]
-) -> Cost:
+def total_cost(profile: PaperProfile, gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool], int]]) -> Cost:
     """Sum over ((gemm, precision, training), count)."""
     return sum((profile.cost(*key) * count for key, count in gemms), Cost())

@@ -25,8 +25,10 @@ class DSQCriterionMixin:
     def forward(self, model: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(model, "dsq", None)
         if state is None:
-            name = f"{PREFIX}..."
-            sys.exit(f"error: argument --criterion: got {name} with a model that has no DSQ layers, expected --arch *_dsq")
+            sys.exit(
+                f"error: argument --criterion: got {PREFIX}* with {type(model).__name__}, which has no DSQ layers, "
+                "expected an --arch that ends in _dsq or contains _dsq_"
+            )
         ledger = state.context.ledger
         ledger.drain()
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]

@@ -101,13 +101,30 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     ),
     "dsq_patience": (_patience, "N", "validations in a row without a new best before the level rises"),
     "dsq_min_delta": (_min_delta, "D", "a new best is lower than the best by more than this"),
-    "dsq_rounding": (_choice(*ROUNDINGS), "MODE", "rounding in training (evaluation rounds to nearest): " + ", ".join(ROUNDINGS)),
-    "dsq_sign_bit": (_choice("counted", "extra"), "MODE", "q counts the sign bit, or the sign comes on top: counted, extra"),
-    "dsq_box_dim": (_choice(*BOX_DIMS), "DIM", "boxes lie along the reduction dimension of the GEMM that reads them, or along the last: " + ", ".join(BOX_DIMS)),
+    "dsq_rounding": (
+        _choice(*ROUNDINGS),
+        "MODE",
+        "rounding in training (evaluation rounds to nearest): " + ", ".join(ROUNDINGS),
+    ),
+    "dsq_sign_bit": (
+        _choice("counted", "extra"),
+        "MODE",
+        "counted: q holds the sign bit; extra: the sign comes on top of q magnitude bits",
+    ),
+    "dsq_box_dim": (
+        _choice(*BOX_DIMS),
+        "DIM",
+        "boxes lie along the reduction dimension of the GEMM that reads them, or along the last: "
+        + ", ".join(BOX_DIMS),
+    ),
     "dsq_attention_matmul": (_choice("on", "off"), "SWITCH", "quantize attention's two batched products: on, off"),
-    "dsq_fixed_scale": (_choice("dynamic", "static"), "MODE", "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction"),
+    "dsq_fixed_scale": (
+        _choice("dynamic", "static"),
+        "MODE",
+        "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction",
+    ),
     "dsq_skip": (str, "PATTERNS", "space-separated shell-style patterns of module names whose GEMMs stay float32"),
-}  # fmt: skip
+}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +158,7 @@ class DSQState(nn.Module):
     best_loss: Tensor
     bad_validations: Tensor
 
-    def __init__(
-        self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext
-    ) -> None:
+    def __init__(self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext) -> None:
         super().__init__()
         self.levels = tuple(levels)
         self.schedule = schedule
@@ -211,7 +226,7 @@ class DSQState(nn.Module):
             state_dict.setdefault(f"{name}.{buffer}", value)
 
 
-def attach(model: nn.Module, args: Any, task: Any) -> nn.Module:
+def attach(model: nn.Module, args: Any, task: Any) -> None:
     """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
 
     Raises:
@@ -240,7 +255,6 @@ def attach(model: nn.Module, args: Any, task: Any) -> nn.Module:
     model.dsq = DSQState(levels, schedule, context)
     _hang_on_validation(task)
     _warn_of_lone_workers()
-    return model
 
 
 def _hang_on_validation(task: Any) -> None:
@@ -265,7 +279,9 @@ def _hang_on_validation(task: Any) -> None:
         if pending:
             pending = False
             # As fairseq logs it, so that the log alone explains the level.
-            model.dsq.validated(float(stats["loss"]))
+            state = model.dsq
+            assert isinstance(state, DSQState)
+            state.validated(float(stats["loss"]))
 
     task.begin_valid_epoch = begin_valid_epoch
     task.post_validate = post_validate

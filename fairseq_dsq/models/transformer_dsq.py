@@ -28,7 +28,9 @@ class TransformerDSQModel(TransformerModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> TransformerDSQModel:
         dsq.set_defaults(args)
-        return dsq.attach(super().build_model(args, task), args, task)
+        model: TransformerDSQModel = super().build_model(args, task)
+        dsq.attach(model, args, task)
+        return model
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq")

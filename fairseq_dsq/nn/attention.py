@@ -192,7 +192,7 @@ class DSQMultiheadAttention(nn.Module):
         mask: Tensor | None,
         static_kv: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append this step's k, v (B x heads x S x head_dim) and mask (B x S) to the saved ones, and save the result."""
+        """Append this step's k, v (B x heads x S x head_dim) and mask (B x S) to the saved ones; save the result."""
         prev_key, prev_value, prev_mask = (
             saved.get(name) for name in ("prev_key", "prev_value", "prev_key_padding_mask")
         )

@@ -60,12 +60,14 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
             option that has no quantized path; the message names it. The model is left as it was.
     """
     if type(model) is nn.Linear or _is_fairseq_attention(model):
-        return convert(nn.Sequential(model), context, skip)[0]  # type: ignore[index]
+        holder = nn.Sequential(model)
+        convert(holder, context, skip)
+        return holder[0]
     float_context = context.float32()
     unused = set(skip)
     twins: list[tuple[nn.Module, str, nn.Module]] = []
     for parent, attribute, name in _convertible(model):
-        module = getattr(parent, attribute) if not attribute.isdigit() else parent._modules[attribute]
+        module = parent.get_submodule(attribute)
         layers = [child for child in module.modules() if isinstance(child, nn.Linear)]
         if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
             raise ValueError(f"{name}: has forward hooks, which conversion would lose (is quant noise on?)")
@@ -76,17 +78,17 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
             twins.append((parent, attribute, DSQLinear.from_float(module, own)))
             continue
         try:
-            twin = DSQMultiheadAttention.from_float(module, own)
+            attention = DSQMultiheadAttention.from_float(module, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        for projection, layer in list(twin.named_children()):
+        for projection, layer in attention.named_children():
             if not isinstance(layer, DSQLinear):
                 continue
             matching = {pattern for pattern in skip if fnmatch.fnmatchcase(f"{name}.{projection}", pattern)}
             unused -= matching
             if matching:
                 layer.context = float_context
-        twins.append((parent, attribute, twin))
+        twins.append((parent, attribute, attention))
     if unused:
         patterns = ", ".join(sorted(map(repr, unused)))
         raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")

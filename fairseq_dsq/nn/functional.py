@@ -105,6 +105,7 @@ class _Linear(torch.autograd.Function):
                     part = along_n @ _quantize(weight, precision.grad_input_weight, -2, config)
                     grad_x = part if grad_x is None else grad_x.add_(part)
                 if needs_weight:
+                    assert stashed is not None
                     # grad_weight: NxM @ MxK => NxK
                     grad_weight = along_m.t() @ stashed
                 if needs_bias:
@@ -155,9 +156,7 @@ def linear_group(
         return _Linear.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
     """``x @ weight^T + bias`` with the three GEMMs of this module's legend; shapes as :func:`linear_group`."""
     return linear_group(x, [(weight, bias)], config, ledger)[0]
 

@@ -64,9 +64,7 @@ class DSQLinear(nn.Linear):
     def infer(self, quantized: Tensor) -> Tensor:
         """Forward of an already quantized input where nothing needs a gradient and the weight does not change."""
         precision = self.context.config.precision
-        record_linear(
-            self.context.ledger, self.context.config, quantized.shape[:-1].numel(), self.weight, False, False
-        )
+        record_linear(self.context.ledger, self.context.config, quantized.shape[:-1].numel(), self.weight, False, False)
         return nn.functional.linear(quantized, self._quantized_weight(precision), self.bias)
 
 

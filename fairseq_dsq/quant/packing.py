@@ -63,9 +63,7 @@ class Packed:
         return out
 
 
-def pack_tensor(
-    x: Tensor, fmt: Format, dim: int, rounding: Rounding, generator: torch.Generator | None
-) -> Packed:
+def pack_tensor(x: Tensor, fmt: Format, dim: int, rounding: Rounding, generator: torch.Generator | None) -> Packed:
     """See :func:`fairseq_dsq.quant.pack`."""
     if isinstance(fmt, Float32):
         return Packed(x, x.shape, x.dtype, fmt, dim)

@@ -125,9 +125,7 @@ def fake_quantize(
 ) -> Tensor:
     """See :func:`fairseq_dsq.quant.fake_quantize`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for source, target in zip(
-        split_boxes(x, fmt.box_size, dim), split_boxes(out, fmt.box_size, dim), strict=True
-    ):
+    for source, target in zip(split_boxes(x, fmt.box_size, dim), split_boxes(out, fmt.box_size, dim), strict=True):
         boxes = source.float()
         exponent = box_exponent(boxes, fmt)
         decode(encode(boxes, exponent, fmt, rounding, generator), exponent, fmt, target)

@@ -103,9 +103,7 @@ PLURALS = [
 
 
 @pytest.mark.parametrize(("table", "plural"), [(DECLENSIONS, False), (PLURALS, True)])
-def test_declension(
-    table: list[tuple[corpus.Determiner, str, str, str, str, str]], plural: bool
-) -> None:
+def test_declension(table: list[tuple[corpus.Determiner, str, str, str, str, str]], plural: bool) -> None:
     for determiner, noun, adjective, *expected in table:
         cases = ("nom", "acc", "dat")
         forms = [phrase(determiner, noun, c, plural=plural, adjective=adjective).de for c in cases]
@@ -139,9 +137,7 @@ def test_main_clause_with_place_and_time() -> None:
 
 
 def test_inversion_and_perfect() -> None:
-    clause = verb_clause(
-        phrase(THE, "Kind"), VERBS["finden"], phrase(A, "Hut", "acc"), tense="past", time=YESTERDAY
-    )
+    clause = verb_clause(phrase(THE, "Kind"), VERBS["finden"], phrase(A, "Hut", "acc"), tense="past", time=YESTERDAY)
     assert main_clause(clause) == (
         "das Kind hat gestern einen Hut gefunden",
         "the child found a hat yesterday",
@@ -158,10 +154,7 @@ def test_inversion_and_perfect() -> None:
 
 
 def test_perfect_with_sein_and_agreement() -> None:
-    forms = [
-        main_clause(verb_clause(who, VERBS["kommen"], tense="past"))
-        for who in (ICH, SIE, SIE_PLURAL)
-    ]
+    forms = [main_clause(verb_clause(who, VERBS["kommen"], tense="past")) for who in (ICH, SIE, SIE_PLURAL)]
     assert forms == [
         ("ich bin gekommen", "I came"),
         ("sie ist gekommen", "she came"),
@@ -170,9 +163,7 @@ def test_perfect_with_sein_and_agreement() -> None:
 
 
 def test_future_and_dative_object() -> None:
-    clause = verb_clause(
-        WIR, VERBS["helfen"], phrase(THE, "Nachbar", "dat"), tense="future", time=TOMORROW
-    )
+    clause = verb_clause(WIR, VERBS["helfen"], phrase(THE, "Nachbar", "dat"), tense="future", time=TOMORROW)
     expected = ("morgen helfen wir dem Nachbarn", "tomorrow we will help the neighbor")
     assert main_clause(clause, "time") == expected
 
@@ -226,9 +217,7 @@ def test_separable_verb() -> None:
 
 def test_pronoun_object_comes_early() -> None:
     him = corpus.OBJECTS["acc"][0]
-    clause = verb_clause(
-        phrase(THE, "Frau"), VERBS["besuchen"], him, tense="past", time=YESTERDAY, nicht=True
-    )
+    clause = verb_clause(phrase(THE, "Frau"), VERBS["besuchen"], him, tense="past", time=YESTERDAY, nicht=True)
     assert main_clause(clause) == (
         "die Frau hat ihn gestern nicht besucht",
         "the woman did not visit him yesterday",
@@ -240,9 +229,7 @@ def test_pronoun_object_comes_early() -> None:
 
 def test_prepositional_object_follows_nicht() -> None:
     dog = phrase(A, "Hund", "dat", adjective="klein")
-    clause = verb_clause(
-        phrase(THE, "Mädchen", plural=True), VERBS["spielen"], dog, time=EVENING, nicht=True
-    )
+    clause = verb_clause(phrase(THE, "Mädchen", plural=True), VERBS["spielen"], dog, time=EVENING, nicht=True)
     assert main_clause(clause) == (
         "die Mädchen spielen am Abend nicht mit einem kleinen Hund",
         "the girls do not play with a small dog in the evening",
@@ -349,9 +336,7 @@ def test_main_writes_six_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
     options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
     assert run(str(target), *options, "--seed", "3") == 0
     out, err = capsys.readouterr()
-    assert out == (
-        f"wrote 900 train, 60 valid and 40 test German-English sentence pairs to {target}\n"
-    )
+    assert out == (f"wrote 900 train, 60 valid and 40 test German-English sentence pairs to {target}\n")
     assert err == ""
     expected = corpus.generate(*SIZES, seed=3)
     for name, pairs in expected.items():

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The checks: ruff, mypy, pytest (which also holds the import arrows). Arguments go to pytest.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_env dev
+export OMP_NUM_THREADS=1
+cd "$DSQ_ROOT"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

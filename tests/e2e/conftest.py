@@ -1,0 +1,61 @@
+"""A tiny corpus, binarised once, and the real fairseq command lines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+class CommandLine:
+    """Runs console scripts of this environment as a user would, from a folder that is not the clone."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.data = folder / "data"
+
+    def start(self, *command, **environment):
+        return subprocess.Popen(
+            [str(BIN / command[0]), *map(str, command[1:])],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *command, code=0, **environment):
+        """Run to the end; fails the test on another exit code. Returns (stdout, stderr)."""
+        process = self.start(*command, **environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+        return out, err
+
+    def train_command(self, save_dir, *flags, arch="transformer_dsq", criterion="dsq_label_smoothed_cross_entropy"):
+        return (
+            "fairseq-train", self.data, "--user-dir", ROOT / "fairseq_dsq", "--arch", arch, "--criterion", criterion,
+            "--encoder-layers", 1, "--decoder-layers", 1, "--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 48,
+            "--encoder-attention-heads", 2, "--decoder-attention-heads", 2, "--share-decoder-input-output-embed",
+            "--dropout", 0.1, "--optimizer", "adam", "--lr", 5e-3, "--max-tokens", 600, "--seed", 3, "--cpu",
+            "--log-format", "json", "--no-epoch-checkpoints", "--save-dir", save_dir, *flags,
+        )  # fmt: skip
+
+    def train(self, save_dir, *flags, **options):
+        """Train; returns the log."""
+        out, err = self.run(*self.train_command(save_dir, *flags, **options))
+        return out + err
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory):
+    commands = CommandLine(tmp_path_factory.mktemp("e2e"))
+    commands.run("fairseq-dsq", "corpus", "text", "--train", 240, "--valid", 24, "--test", 24)
+    commands.run(
+        "fairseq-preprocess", "-s", "de", "-t", "en", "--trainpref", "text/train", "--validpref", "text/valid",
+        "--testpref", "text/test", "--destdir", "data",
+    )  # fmt: skip
+    return commands

@@ -1,0 +1,89 @@
+"""Bad input ends in one line that names the flag and the value, a non-zero exit code, and nothing trained."""
+
+import sys
+
+import pytest
+from fairseq_cli.train import cli_main
+
+CASES = [
+    ("--dsq-levels", "[4,4,4,16] [2,4,4,16]", "q0 falls from 4 to 2"),
+    ("--dsq-levels", "[2,2,2]", "four integers"),
+    ("--dsq-levels", "[2,2,2,16.5]", "16.5"),
+    ("--dsq-levels", "[2,2,2,x]", "[2,2,2,x]"),
+    ("--dsq-levels", "[1,2,2,16]", "q0: got 1, expected 2 to 32"),
+    ("--dsq-levels", "[2,2,2,33]", "q3: got 33, expected 2 to 32"),
+    ("--dsq-levels", "[2,2,2,16", "[2,2,2,16"),
+    ("--dsq-levels", "", "expected one or more levels"),
+    ("--dsq-levels", "  ", "expected one or more levels"),
+    ("--dsq-format", "bfp16", "got 'bfp16', expected one of bfp, fixed, float32"),
+    ("--dsq-rounding", "up", "got 'up', expected one of nearest, stochastic"),
+    ("--dsq-patience", "0", "got '0', expected an integer >= 1"),
+    ("--dsq-patience", "two", "got 'two', expected an integer >= 1"),
+    ("--dsq-min-delta", "-1", "got '-1', expected a finite number >= 0"),
+    ("--dsq-min-delta", "nan", "got 'nan', expected a finite number >= 0"),
+    ("--dsq-sign-bit", "none", "got 'none', expected one of counted, extra"),
+    ("--dsq-box-dim", "first", "got 'first', expected one of reduction, last"),
+    ("--dsq-attention-matmul", "maybe", "got 'maybe', expected one of on, off"),
+    ("--dsq-fixed-scale", "auto", "got 'auto', expected one of dynamic, static"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "expected"), CASES)
+def test_a_bad_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, capsys, flag, value, expected):
+    command = cli.train_command(tmp_path / "run", f"{flag}={value}")
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    with pytest.raises(SystemExit) as stop:
+        cli_main()
+    message = str(stop.value)
+    assert "\n" not in message
+    assert message.startswith("fairseq-train: error: argument")
+    assert flag in message
+    assert expected in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--dsq-levels", "[4,4,4,16] [2,4,4,16]"), "argument --dsq-levels: level 1 [2,4,4,16]: q0 falls from 4 to 2"),
+        (("--dsq-skip", "decoder.nothing"), "argument --dsq-skip: skip pattern 'decoder.nothing' matches no layer"),
+        (("--dsq-sign-bit", "extra", "--dsq-levels", "[2,2,2,32]"), "argument --dsq-levels"),
+        (("--dsq-format", "float32", "--dsq-levels", "[2,2,2,16]"), "argument --dsq-levels"),
+        (("--quant-noise-pq", "0.1"), "quant noise"),
+    ],
+)
+def test_the_command_exits_non_zero_without_a_traceback(cli, tmp_path, flags, expected):
+    _, err = cli.run(*cli.train_command(tmp_path / "run", *flags), code=1)
+    assert expected in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+def test_the_criterion_without_dsq_layers_is_named(cli, tmp_path):
+    _, err = cli.run(*cli.train_command(tmp_path / "run", arch="transformer"), code=1)
+    assert "argument --criterion" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_checkpoint_with_more_levels_than_the_flags_is_named(cli, tmp_path):
+    levels = "[2,2,2,16] [4,4,4,16]"
+    cli.train(
+        tmp_path / "run", "--dsq-levels", levels, "--dsq-patience", 1, "--dsq-min-delta", 100, "--max-epoch", 2
+    )
+    command = cli.train_command(tmp_path / "run", "--dsq-levels", "[2,2,2,16]", "--max-epoch", 3)
+    _, err = cli.run(*command, code=1)
+    assert "argument --dsq-levels" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (("fairseq-dsq", "epochs", "missing.log"), "missing.log"),
+        (("fairseq-dsq", "export-float", "missing.pt", "out.pt"), "missing.pt"),
+        (("fairseq-dsq", "multi30k", "folder"), "DSQ_DATA"),
+    ],
+)
+def test_the_tools_name_what_is_wrong_with_a_file(cli, tmp_path, command, expected):
+    _, err = cli.run(*command, code=2, DSQ_DATA=str(tmp_path))
+    assert expected in err.splitlines()[-1]
+    assert "Traceback" not in err

@@ -1,0 +1,263 @@
+"""Formats: their limits, their bytes, their names, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from fairseq_dsq import formats
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, make_format, parse
+
+WIDTHS = range(2, 33)
+
+
+# Limits of the codes
+
+
+@pytest.mark.parametrize("bits", range(2, 26))
+def test_block_float_codes_are_sign_magnitude(bits):
+    fmt = BlockFloat(bits)
+    assert (fmt.min_code, fmt.max_code) == (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+    assert fmt.signed_zero
+
+
+def test_two_bits_are_ternary():
+    assert (BlockFloat(2).min_code, BlockFloat(2).max_code) == (-1, 1)
+
+
+@pytest.mark.parametrize("bits", range(26, 33))
+def test_wide_codes_end_at_the_largest_code_of_24_significant_bits(bits):
+    for fmt in (BlockFloat(bits), FixedPoint(bits), FixedPoint(bits, 8)):
+        assert fmt.max_code < 2 ** (bits - 1)
+        assert fmt.max_code >> (bits - 25) == 2**24 - 1
+        assert fmt.max_code % 2 ** (bits - 25) == 0
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_dynamic_fixed_point_leaves_the_odd_code_out_and_static_uses_it(bits):
+    dynamic, static = FixedPoint(bits), FixedPoint(bits, bits // 2)
+    assert dynamic.min_code == -dynamic.max_code
+    assert static.min_code == -(2 ** (bits - 1))
+    assert static.max_code == dynamic.max_code == BlockFloat(bits).max_code
+    assert not dynamic.signed_zero
+    assert not static.signed_zero
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_the_fixed_exponent_gives_the_static_scale(bits):
+    for fraction_bits in (0, 1, bits // 2, bits):
+        exponent = FixedPoint(bits, fraction_bits).fixed_exponent
+        assert exponent - (bits - 2) == -fraction_bits  # scale = 2^(E - (bits - 2))
+    assert FixedPoint(bits).fixed_exponent is None
+    assert BlockFloat(bits).fixed_exponent is None
+
+
+def test_box_sizes():
+    assert BlockFloat(4).box_size == 16
+    assert BlockFloat(4).shared_exponent_bits == 8
+    assert BlockFloat(4, box_size=32).box_size == 32
+    assert FixedPoint(4).box_size is None
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_box_of_sixteen_takes_two_bytes_a_bit_and_one(bits):
+    assert BlockFloat(bits).nbytes((16,)) == 2 * bits + 1
+    assert BlockFloat(bits).nbytes((10, 32)) == 20 * (2 * bits + 1)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape", "dim", "expected"),
+    [
+        (BlockFloat(4), (), 0, 1 + 1),
+        (BlockFloat(4), (), -1, 1 + 1),
+        (BlockFloat(4), (1,), 0, 1 + 1),
+        (BlockFloat(3), (5,), 0, 1 + 2),  # 15 bits
+        (BlockFloat(3), (21,), 0, (1 + 6) + (1 + 2)),
+        (BlockFloat(4), (3, 20), 1, 3 * ((1 + 8) + (1 + 2))),
+        (BlockFloat(4), (3, 20), -1, 3 * ((1 + 8) + (1 + 2))),
+        (BlockFloat(4), (3, 20), 0, 20 * (1 + 2)),  # 12 bits
+        (BlockFloat(4), (3, 20), -2, 20 * (1 + 2)),
+        (BlockFloat(4), (2, 17, 3), 1, 6 * ((1 + 8) + (1 + 1))),
+        (BlockFloat(32), (17,), 0, (1 + 64) + (1 + 4)),
+        (BlockFloat(4, box_size=8), (20,), 0, 2 * (1 + 4) + (1 + 2)),
+        (BlockFloat(3, box_size=3), (7,), 0, 2 * (1 + 2) + (1 + 1)),
+        (BlockFloat(4), (0,), 0, 0),
+        (BlockFloat(4), (5, 0), 0, 0),
+        (BlockFloat(4), (5, 0), 1, 0),
+        (FixedPoint(4), (), 0, 1 + 1),
+        (FixedPoint(4), (3, 20), 0, 1 + 30),
+        (FixedPoint(4), (3, 20), 1, 1 + 30),
+        (FixedPoint(3, 1), (3, 7), 0, 1 + 8),  # 63 bits
+        (FixedPoint(8), (5, 0), 0, 0),
+        (Float32(), (), 0, 4),
+        (Float32(), (3, 20), 0, 240),
+        (Float32(), (3, 0), 1, 0),
+    ],
+    ids=str,
+)
+def test_nbytes_of_a_shape(fmt, shape, dim, expected):
+    assert fmt.nbytes(shape, dim) == expected
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_nbytes_adds_up_box_by_box(bits):
+    for box_size in (1, 8, 16, 20):
+        for length in (1, 15, 16, 17, 40):
+            boxes = [min(box_size, length - start) for start in range(0, length, box_size)]
+            expected = 6 * sum(1 + math.ceil(values * bits / 8) for values in boxes)
+            assert BlockFloat(bits, box_size).nbytes((2, length, 3), 1) == expected
+
+
+# Names
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_str_and_parse_are_inverse(bits):
+    static = [FixedPoint(bits, fraction_bits) for fraction_bits in range(bits + 1)]
+    for fmt in (BlockFloat(bits), FixedPoint(bits), *static, Float32()):
+        assert parse(str(fmt)) == fmt
+
+
+def test_str_and_parse_are_inverse_for_boxes_of_another_size():
+    fmt = BlockFloat(4, box_size=32)
+    assert parse(str(fmt)) == fmt
+
+
+@pytest.mark.parametrize(
+    ("fmt", "text"),
+    [
+        (BlockFloat(4), "bfp4"),
+        (BlockFloat(16), "bfp16"),
+        (FixedPoint(8), "fixed8"),
+        (FixedPoint(8, 4), "fixed8.4"),
+        (FixedPoint(8, 0), "fixed8.0"),
+        (Float32(), "float32"),
+    ],
+)
+def test_names(fmt, text):
+    assert str(fmt) == text
+    assert parse(text) == fmt
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "bfp", "4", "BFP4", "bfp 4", " bfp4", "bfp4 ", "bfp4\n", "bfp4x", "bfp-4", "bfp4.2"),
+        *("fixed8.", "fixed.4", "fixed8.4.2", "int8", "float16", "float3232", "float32.1"),
+    ],
+)
+def test_text_that_names_no_format_is_refused_and_quoted(text):
+    with pytest.raises(ValueError, match="format: got") as error:
+        parse(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["bfp0", "bfp1", "bfp33", "fixed1", "fixed33", "fixed8.9"])
+def test_names_of_widths_that_are_not_defined_are_refused(text):
+    with pytest.raises(ValueError, match=r"bits: got \d+, expected"):
+        parse(text)
+
+
+# What the flags say
+
+
+def test_the_choices_of_the_flag():
+    assert formats.names() == ["bfp", "fixed", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("name", "q", "options", "expected"),
+    [
+        ("bfp", 4, FormatOptions(), BlockFloat(4)),
+        ("fixed", 8, FormatOptions(), FixedPoint(8)),
+        ("float32", 32, FormatOptions(), Float32()),
+        ("bfp", 2, FormatOptions(sign_bit_extra=True), BlockFloat(3)),
+        ("fixed", 8, FormatOptions(sign_bit_extra=True), FixedPoint(9)),
+        ("fixed", 8, FormatOptions(static_scale=True), FixedPoint(8, 4)),
+        ("fixed", 5, FormatOptions(static_scale=True), FixedPoint(5, 2)),
+        ("fixed", 7, FormatOptions(sign_bit_extra=True, static_scale=True), FixedPoint(8, 4)),
+        ("bfp", 4, FormatOptions(static_scale=True), BlockFloat(4)),
+        ("float32", 32, FormatOptions(sign_bit_extra=True), Float32()),
+    ],
+)
+def test_name_q_and_options_make_a_format(name, q, options, expected):
+    assert make_format(name, q, options) == expected
+
+
+def test_an_unknown_name_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="format: got 'int', expected one of bfp, fixed, float32"):
+        make_format("int", 8)
+
+
+def test_an_extra_sign_bit_does_not_fit_on_top_of_32_bits():
+    with pytest.raises(ValueError, match="bits: got 33"):
+        make_format("bfp", 32, FormatOptions(sign_bit_extra=True))
+
+
+def test_a_new_format_is_one_registration(monkeypatch):
+    monkeypatch.setattr(formats, "_FAMILIES", dict(formats._FAMILIES))
+    formats.register("wide", lambda q, options: BlockFloat(options.bits(q), box_size=64))
+    assert formats.names() == ["bfp", "fixed", "float32", "wide"]
+    assert make_format("wide", 4) == parse("wide4") == BlockFloat(4, box_size=64)
+    with pytest.raises(ValueError, match="'wide' is registered already"):
+        formats.register("wide", lambda q, options: BlockFloat(q))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("bits", [-4, 0, 1, 33, 64])
+@pytest.mark.parametrize("family", [BlockFloat, FixedPoint])
+def test_widths_outside_2_to_32_are_refused(family, bits):
+    with pytest.raises(ValueError, match=f"bits: got {bits}, expected 2 to 32"):
+        family(bits)
+
+
+@pytest.mark.parametrize("bits", [4.0, "4", None, True])
+@pytest.mark.parametrize("family", [BlockFloat, FixedPoint])
+def test_widths_that_are_no_integers_are_refused(family, bits):
+    with pytest.raises(TypeError, match="bits: got"):
+        family(bits)
+
+
+@pytest.mark.parametrize("box_size", [0, -16, 16.0, "16", None, True])
+def test_box_sizes_that_are_not_defined_are_refused(box_size):
+    with pytest.raises(ValueError, match="box_size: got"):
+        BlockFloat(4, box_size=box_size)
+
+
+@pytest.mark.parametrize("exponent_bits", [0, 4, 5, 16, None])
+def test_exponent_widths_that_are_not_defined_are_refused(exponent_bits):
+    with pytest.raises(ValueError, match="shared_exponent_bits: got"):
+        BlockFloat(4, shared_exponent_bits=exponent_bits)
+
+
+@pytest.mark.parametrize("fraction_bits", [-1, 9, 100])
+def test_fractions_that_do_not_fit_are_refused(fraction_bits):
+    with pytest.raises(ValueError, match=f"fraction_bits: got {fraction_bits}, expected 0 to 8"):
+        FixedPoint(8, fraction_bits)
+
+
+@pytest.mark.parametrize("fraction_bits", [2.5, 4.0, True])
+def test_fractions_that_are_no_integers_are_refused(fraction_bits):
+    with pytest.raises((TypeError, ValueError), match="fraction_bits: got"):
+        FixedPoint(8, fraction_bits)
+
+
+@pytest.mark.parametrize("bits", [16, 31, 64, None])
+def test_float32_has_32_bits(bits):
+    with pytest.raises(ValueError, match=r"bits: got .* expected 32 for float32"):
+        Float32(bits)
+
+
+@pytest.mark.parametrize("fmt", [BlockFloat(4), FixedPoint(4), Float32()], ids=str)
+def test_formats_are_values(fmt):
+    assert fmt == dataclasses.replace(fmt)
+    assert len({fmt, dataclasses.replace(fmt)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fmt.bits = 5

@@ -1,0 +1,62 @@
+"""Which way imports may point (DESIGN: formats <- precision <- {quant, cost}; quant <- nn <- models; ...)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fairseq_dsq
+
+PACKAGE = Path(fairseq_dsq.__path__[0])
+FAIRSEQ_ROOMS = {"compat", "criterions", "models", "tasks", "optim"}
+# room: the rooms it may import, beside itself
+ARROWS = {
+    "__init__": {"compat", "criterions", "models", "tasks", "optim"},
+    "compat": set(),
+    "formats": set(),
+    "precision": {"formats"},
+    "schedule": set(),
+    "quant": {"formats", "precision"},
+    "cost": {"formats", "precision"},
+    "nn": {"formats", "precision", "quant"},
+    "models": {"formats", "precision", "quant", "nn", "schedule"},
+    "criterions": {"precision", "cost"},
+    "report": {"formats", "precision", "cost"},
+    "cli": {"formats", "precision", "quant", "nn", "schedule", "cost", "models", "report"},
+}
+
+
+def rooms_and_imports():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                yield pytest.param(room, name, id=f"{path.relative_to(PACKAGE)}: {name}")
+
+
+IMPORTS = list(rooms_and_imports())
+
+
+@pytest.mark.parametrize(("room", "name"), IMPORTS)
+def test_imports_follow_the_arrows(room, name):
+    parts = name.split(".")
+    if parts[0] in ("fairseq", "fairseq_cli"):
+        assert room in FAIRSEQ_ROOMS - {"compat"} or room == "cli"
+    elif parts[0] == "matplotlib":
+        assert room == "report"
+    elif parts[0] == "fairseq_dsq":
+        assert parts[1] in ARROWS[room] | {room}
+
+
+def test_every_room_has_an_arrow():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms == set(ARROWS)
+    assert len(IMPORTS) > 50

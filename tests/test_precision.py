@@ -1,0 +1,223 @@
+"""Which operand is held at which q, and how levels are read from a flag."""
+
+from __future__ import annotations
+
+import pytest
+
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions
+from fairseq_dsq.precision import Gemm, PrecisionConfig, levels_to_str, parse_levels, parse_q
+
+
+def qs(levels):
+    return [level.q for level in levels]
+
+
+# Operands
+
+
+def test_each_q_has_its_operand():
+    precision = PrecisionConfig((3, 5, 7, 9))
+    assert precision.output_operands == BlockFloat(3)
+    assert precision.stash == BlockFloat(5)
+    assert precision.grad_input_weight == BlockFloat(7)
+    assert precision.grad_output == BlockFloat(9)
+
+
+def test_each_gemm_has_its_operands():
+    precision = PrecisionConfig((3, 5, 7, 9))
+    assert precision.operand_q("output") == (3, 3)
+    assert precision.operand_q("grad_input") == (9, 7)
+    assert precision.operand_q("grad_weight") == (5, 9)
+
+
+def test_operands_have_the_named_format_and_its_options():
+    extra = PrecisionConfig((2, 2, 2, 16), options=FormatOptions(sign_bit_extra=True))
+    assert extra.output_operands == BlockFloat(3)
+    assert extra.grad_output == BlockFloat(17)
+    assert extra.operand_q("grad_input") == (16, 2)  # q as the flag gives it
+    assert PrecisionConfig((4, 4, 4, 8), "fixed").grad_output == FixedPoint(8)
+    static = PrecisionConfig((4, 4, 4, 8), "fixed", FormatOptions(static_scale=True))
+    assert static.stash == FixedPoint(4, 2)
+    assert PrecisionConfig((32, 32, 32, 32), "float32").stash == Float32()
+
+
+def test_float32_requires_four_times_32():
+    for index in range(4):
+        q = [32, 32, 32, 32]
+        q[index] = 16
+        with pytest.raises(ValueError, match=rf"q{index} = 16: bits: got 16, expected 32"):
+            PrecisionConfig(tuple(q), "float32")
+
+
+def test_a_config_is_a_value():
+    assert PrecisionConfig((2, 2, 2, 16)) == PrecisionConfig((2, 2, 2, 16))
+    assert len({PrecisionConfig((2, 2, 2, 16)), PrecisionConfig((2, 2, 2, 16))}) == 1
+    assert PrecisionConfig((2, 2, 2, 16)) != PrecisionConfig((2, 2, 2, 16), "fixed")
+    assert str(PrecisionConfig((2, 2, 2, 16))) == "[2,2,2,16]"
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("bad", [-2, 0, 1, 33])
+def test_a_q_out_of_range_is_named_by_its_index(index, bad):
+    q = [2, 2, 2, 2]
+    q[index] = bad
+    with pytest.raises(ValueError, match=f"q{index}: got {bad}, expected 2 to 32"):
+        PrecisionConfig(tuple(q))
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("bad", [2.0, "2", None, True])
+def test_a_q_that_is_no_integer_is_named_by_its_index(index, bad):
+    q = [2, 2, 2, 2]
+    q[index] = bad
+    with pytest.raises(TypeError, match=f"q{index}: got {bad!r}, expected an integer"):
+        PrecisionConfig(tuple(q))
+
+
+@pytest.mark.parametrize("q", [(), (2,), (2, 2, 2), (2, 2, 2, 2, 2)], ids=len)
+def test_four_numbers_are_required(q):
+    with pytest.raises(ValueError, match=f"got {len(q)} numbers .* expected four"):
+        PrecisionConfig(q)
+
+
+def test_a_q_beyond_the_format_is_named_by_its_index():
+    with pytest.raises(ValueError, match="q3 = 32: bits: got 33"):
+        PrecisionConfig((2, 2, 2, 32), options=FormatOptions(sign_bit_extra=True))
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="format: got 'int'"):
+        PrecisionConfig((2, 2, 2, 16), "int")
+
+
+# GEMMs
+
+
+def test_macs_and_elements_of_a_gemm():
+    assert Gemm("output", 2, 3, 5).macs == 30
+    assert Gemm("output", 2, 3, 5).elements == 6 + 15 + 10
+    assert Gemm("output", 2, 3, 5, batch=7).macs == 7 * 30
+    assert Gemm("output", 2, 3, 5, batch=7).elements == 7 * 31
+
+
+# Reading the flag
+
+
+@pytest.mark.parametrize("text", ["[2,2,2,16]", "2,2,2,16", "[2, 2, 2, 16]", "[ 2,2 ,2,16 ]"])
+def test_four_integers_brackets_optional(text):
+    assert parse_q(text) == (2, 2, 2, 16)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "[2,2,2]", "[2,2,2,16,16]", "[2,2,2,16", "2,2,2,16]", "[[2,2,2,16]]"),
+        *("(2,2,2,16)", "{2,3,4,16}", "[2 2 2 16]", "[2,2,2,16];", "[2,2,2,2*8]", "[2,2,2,x]"),
+        *("[2,2,2,16.0]", "[2,2,2,'16']", "[2,2,2,True]", "[2,2,2,None]"),
+    ],
+)
+def test_anything_but_four_integers_is_refused_and_quoted(text):
+    with pytest.raises(ValueError, match="expected four integers") as error:
+        parse_q(text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[{[]: 1},2,2,16]", "[{[]},2,2,16]"])
+def test_what_python_cannot_even_build_is_refused_alike(text):
+    with pytest.raises(ValueError, match="expected four integers"):
+        parse_q(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[2,2,2,16]", [(2, 2, 2, 16)]),
+        ("[2,2,2,16] [16,4,4,16]", [(2, 2, 2, 16), (16, 4, 4, 16)]),
+        ("2,2,2,16 16,4,4,16", [(2, 2, 2, 16), (16, 4, 4, 16)]),
+        ("  [2, 2, 2, 16]\n\t[16, 4, 4, 16] ", [(2, 2, 2, 16), (16, 4, 4, 16)]),
+        ("[2,2,2,16][16,4,4,16]", [(2, 2, 2, 16), (16, 4, 4, 16)]),
+        ("[2,2,2,2] [2,2,2,2] [32,32,32,32]", [(2,) * 4, (2,) * 4, (32,) * 4]),
+    ],
+)
+def test_levels_lowest_first(text, expected):
+    assert qs(parse_levels(text)) == expected
+
+
+def test_levels_carry_format_and_options():
+    options = FormatOptions(static_scale=True)
+    levels = parse_levels("[4,4,4,8] [8,8,8,8]", "fixed", options)
+    assert {(level.format_name, level.options) for level in levels} == {("fixed", options)}
+    assert levels[1].stash == FixedPoint(8, 4)
+
+
+def test_levels_and_their_text_are_inverse():
+    text = "[2,2,2,16] [16,4,4,16] [32,32,32,32]"
+    assert levels_to_str(parse_levels(text)) == text
+    assert parse_levels(levels_to_str(parse_levels(text))) == parse_levels(text)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_q_that_decreases_is_named_by_level_and_index(index):
+    q = [8, 8, 8, 8]
+    q[index] = 7
+    last = ",".join(str(value) for value in q)
+    with pytest.raises(ValueError, match=rf"level 2 .*q{index} falls from 8 to 7"):
+        parse_levels(f"[4,4,4,4] [8,8,8,8] [{last}]")
+
+
+def test_levels_are_compared_with_the_one_before_not_the_first():
+    with pytest.raises(ValueError, match=r"level 2 .*q1 falls from 8 to 4"):
+        parse_levels("[2,2,2,2] [2,8,2,2] [2,4,2,2]")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[2,2,2]", "level 0: .*expected four"),
+        ("[2,2,2,16] [16,4,16]", "level 1: .*expected four"),
+        ("[2,2,2,16] [16,4,4,4,16]", "level 1: .*expected four"),
+        ("[2,2,2,16] [16,4,4,x]", "level 1: .*expected four integers"),
+        ("[2,2,2,16] [16,4,4,16.5]", "level 1: .*got 16.5 .*expected four integers"),
+        ("[2,2,2,16] [16,4,4,True]", "level 1: .*got True .*expected four integers"),
+        ("[2,2,2,16] [16,4,4,33]", "level 1: q3: got 33, expected 2 to 32"),
+        ("[1,2,2,16] [16,4,4,16]", "level 0: q0: got 1, expected 2 to 32"),
+        ("[2,-2,2,16]", "level 0: q1: got -2, expected 2 to 32"),
+    ],
+)
+def test_a_malformed_level_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_levels(text)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n", "[]", "[] [2,2,2,16]"])
+def test_no_level_is_refused(text):
+    with pytest.raises(ValueError, match="expected"):
+        parse_levels(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[2,2,2,16",
+        "2,2,2,16]",
+        "[2,2,2,16] [16,4,4,16",
+        "[2,2,2,16] 16,4,4,16]",
+        "[2,2,2,16]] [16,4,4,16]",
+        "[[2,2,2,16] [16,4,4,16]]",
+        "[[2,2,2,16]",
+        "]2,2,2,16[",
+        "[2,2,2,16],[16,4,4,16]",
+        "[2,2,2,16] 16,4,4,16",
+        "[2,2,2,16] x",
+        "[2,2,2,1 6]",
+    ],
+)
+def test_unbalanced_brackets_and_stray_text_are_refused(text):
+    with pytest.raises(ValueError, match="expected"):
+        parse_levels(text)
+
+
+def test_float32_levels():
+    assert qs(parse_levels("[32,32,32,32]", "float32")) == [(32, 32, 32, 32)]
+    with pytest.raises(ValueError, match="level 1: q1 = 16: bits: got 16, expected 32"):
+        parse_levels("[32,32,32,32] [32,16,32,32]", "float32")
