@@ -5,6 +5,7 @@ Importing the package makes fairseq know every name it registers.
 
 from fairseq_dsq import compat
 
+compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
 
 from fairseq_dsq import criterions, models  # noqa: E402

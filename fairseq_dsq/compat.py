@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import logging
 import typing
 
 import numpy as np
 import omegaconf
 import torch
 from omegaconf import base, nodes
+
+
+def quiet_fairseq() -> None:
+    """fairseq's import advises to install tensorboardX, whatever is run; training itself says so when it is wanted."""
+    logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
 
 
 def allow_checkpoint_classes() -> None:

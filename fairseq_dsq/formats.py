@@ -141,7 +141,12 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
-        if self.fraction_bits is not None and not 0 <= self.fraction_bits <= self.bits:
+        fraction = self.fraction_bits
+        if fraction is None:
+            return
+        if isinstance(fraction, bool) or not isinstance(fraction, int):
+            raise TypeError(f"fraction_bits: got {fraction!r}, expected an integer from 0 to {self.bits}")
+        if not 0 <= fraction <= self.bits:
             raise ValueError(f"fraction_bits: got {self.fraction_bits!r}, expected 0 to {self.bits}")
 
     @property

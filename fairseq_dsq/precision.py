@@ -114,7 +114,7 @@ def parse_q(text: str) -> tuple[int, int, int, int]:
     expected = "expected four integers such as [2,2,2,16]"
     try:
         values = ast.literal_eval(text if text.startswith("[") else f"[{text}]")
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         raise ValueError(f"got {text!r}, {expected}") from None
     if not isinstance(values, list) or len(values) != 4:
         raise ValueError(f"got {text!r}, {expected}")

@@ -12,6 +12,11 @@ from fairseq_dsq.cost import PaperProfile, total_cost
 
 PREFIX = "dsq_"
 PROFILE = PaperProfile()
+# relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
+RELATIVE = {
+    "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),
+    "dsq_dram_relative": ("dsq_dram_bytes", "dsq_dram_baseline_bytes"),
+}
 
 
 class DSQCriterionMixin:
@@ -36,7 +41,7 @@ class DSQCriterionMixin:
         cost = total_cost(PROFILE, gemms.items())
         logging_output |= {
             "dsq_batches": 1,
-            "dsq_level": state.state.level,
+            "dsq_level": state.level_in_force,
             "dsq_stash_bytes": stash_bytes,
             "dsq_arithmetic": cost.arithmetic,
             "dsq_arithmetic_baseline": cost.arithmetic_baseline,
@@ -57,13 +62,11 @@ class DSQCriterionMixin:
             return
         for key in ("dsq_level", "dsq_stash_bytes"):
             metrics.log_scalar(key, total(key) / batches, weight=batches, priority=200, round=2)
-        for cost in ("dsq_arithmetic", "dsq_dram"):
-            absolute = "dsq_arithmetic" if cost == "dsq_arithmetic" else "dsq_dram_bytes"
-            baseline = "dsq_arithmetic_baseline" if cost == "dsq_arithmetic" else "dsq_dram_baseline_bytes"
+        for relative, (absolute, baseline) in RELATIVE.items():
             metrics.log_scalar_sum(absolute, total(absolute), priority=201)
             metrics.log_scalar_sum(baseline, total(baseline), priority=202)
             metrics.log_derived(
-                f"{cost}_relative",
+                relative,
                 lambda meters, absolute=absolute, baseline=baseline: round(
                     meters[absolute].sum / meters[baseline].sum, 6
                 ),

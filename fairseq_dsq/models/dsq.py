@@ -149,7 +149,7 @@ class DSQState(nn.Module):
     """The schedule and its state, as buffers of the model: fairseq's checkpoints carry nothing else of a plugin.
 
     Args:
-        levels: the precision levels.
+        levels: the precision levels; ``level_in_force`` is the index of the current one.
         schedule: decides when the level rises.
         context: where the level in force is put.
     """
@@ -181,11 +181,6 @@ class DSQState(nn.Module):
         """The schedule's state, read from the buffers."""
         return ScheduleState(int(self.level), float(self.best_loss), int(self.bad_validations))
 
-    @property
-    def precision(self) -> PrecisionConfig:
-        """The level in force."""
-        return self.levels[int(self.level)]
-
     def validated(self, loss: float) -> None:
         """Tell the schedule a validation loss of the first valid subset."""
         before = self.state
@@ -200,7 +195,9 @@ class DSQState(nn.Module):
             self._apply_level()
 
     def _apply_level(self) -> None:
-        self.context.set_precision(self.precision)
+        # Kept as a number too: reading a buffer on a GPU would wait for it, every step.
+        self.level_in_force = int(self.level)
+        self.context.set_precision(self.levels[self.level_in_force])
 
     @staticmethod
     def _after_load(module: nn.Module, incompatible_keys: Any) -> None:

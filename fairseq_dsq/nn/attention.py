@@ -219,6 +219,14 @@ class DSQMultiheadAttention(nn.Module):
     def _set_input_buffer(self, incremental_state: IncrementalState, buffer: dict[str, Tensor | None]) -> None:
         incremental_state[self._state_key] = buffer
 
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        """Split the joint in_proj_weight and in_proj_bias of old fairseq checkpoints."""
+        for kind in ("weight", "bias"):
+            joint = state_dict.pop(f"{name}.in_proj_{kind}", None)
+            if joint is not None:
+                for projection, part in zip(("q_proj", "k_proj", "v_proj"), joint.chunk(3), strict=True):
+                    state_dict[f"{name}.{projection}.{kind}"] = part
+
     def set_beam_size(self, beam_size: int) -> None:
         """Called by fairseq's generator: hypotheses that share one source sentence."""
         self.beam_size = beam_size

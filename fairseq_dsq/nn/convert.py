@@ -19,6 +19,12 @@ def _is_fairseq_attention(module: nn.Module) -> bool:
     return (kind.__module__, kind.__qualname__) == ("fairseq.modules.multihead_attention", "MultiheadAttention")
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _is_other_attention(module: nn.Module) -> bool:
     return any(kind.__name__ == "MultiheadAttention" for kind in type(module).__mro__)
 
@@ -31,12 +37,17 @@ def _names(name: str) -> list[str]:
 
 def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
     """(parent, attribute, full name) of what is to be replaced; does not look inside what is."""
-    for attribute, child in module.named_children():
+    # Not named_children(), which skips the second place of a module that is used twice.
+    for attribute, child in module._modules.items():
+        if child is None:
+            continue
         name = f"{prefix}{attribute}"
         if type(child) is nn.Linear or _is_fairseq_attention(child):
             yield module, attribute, name
         elif _is_other_attention(child):
             warnings.warn(f"{name}: {type(child).__name__} reads its weights directly and stays float", stacklevel=3)
+        elif isinstance(child, nn.Linear) and not isinstance(child, DSQLinear):
+            warnings.warn(f"{name}: {type(child).__name__} is more than an nn.Linear and stays float", stacklevel=3)
         else:
             yield from _convertible(child, f"{name}.")
 
@@ -56,7 +67,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         The converted model.
 
     Raises:
-        ValueError: a pattern that matches no layer, a layer with forward hooks (quant noise), or an attention
+        ValueError: a pattern that matches no layer, a layer with hooks (quant noise), or an attention
             option that has no quantized path; the message names it. The model is left as it was.
     """
     if type(model) is nn.Linear or _is_fairseq_attention(model):
@@ -68,9 +79,8 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
     twins: list[tuple[nn.Module, str, nn.Module]] = []
     for parent, attribute, name in _convertible(model):
         module = parent.get_submodule(attribute)
-        layers = [child for child in module.modules() if isinstance(child, nn.Linear)]
-        if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
-            raise ValueError(f"{name}: has forward hooks, which conversion would lose (is quant noise on?)")
+        if any(_has_hooks(part) for part in module.modules()):
+            raise ValueError(f"{name}: has hooks, which conversion would lose (is quant noise on?)")
         matching = {pattern for pattern in skip if any(fnmatch.fnmatchcase(part, pattern) for part in _names(name))}
         unused -= matching
         own = float_context if matching else context
@@ -94,4 +104,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")
     for parent, attribute, twin in twins:
         setattr(parent, attribute, twin)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
     return model

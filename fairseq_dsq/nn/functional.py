@@ -25,33 +25,51 @@ from fairseq_dsq.nn.context import GemmConfig, Ledger
 from fairseq_dsq.quant import Packed, fake_quantize, pack
 
 
-def _quantize(x: Tensor, fmt: Format, reduction_dim: int, config: GemmConfig) -> Tensor:
-    return fake_quantize(x, fmt, config.dim(reduction_dim), config.rounding)
+def _draw_seed(config: GemmConfig) -> int | None:
+    """One draw from torch's default generator per call, whatever the call will round.
+
+    Reentrant checkpointing runs a forward without grad, which stashes nothing, and repeats it from the same generator
+    state: the second must draw what the first did. None where nothing is drawn.
+    """
+    return int(torch.randint(2**62, ())) if config.rounding == "stochastic" else None
 
 
-def _pack(x: Tensor, fmt: Format, reduction_dim: int, config: GemmConfig, ledger: Ledger | None) -> Packed:
-    packed = pack(x, fmt, config.dim(reduction_dim), config.rounding)
-    if ledger is not None:
-        ledger.stash_bytes += packed.nbytes
-    return packed
+class _Quantizer:
+    """Quantizes the operands of one call's forward or backward, drawing from one generator."""
+
+    def __init__(self, config: GemmConfig, seed: int | None, device: torch.device) -> None:
+        self.config = config
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+
+    def quantize(self, x: Tensor, fmt: Format, reduction_dim: int) -> Tensor:
+        return fake_quantize(x, fmt, self.config.dim(reduction_dim), self.config.rounding, self.generator)
+
+    def pack(self, x: Tensor, fmt: Format, reduction_dim: int, ledger: Ledger | None) -> Packed:
+        packed = pack(x, fmt, self.config.dim(reduction_dim), self.config.rounding, self.generator)
+        if ledger is not None:
+            ledger.stash_bytes += packed.nbytes
+        return packed
+
+    def grad_outputs(self, grad: Tensor, need_first: bool, need_second: bool) -> tuple[Tensor, Tensor]:
+        """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight).
+
+        What is not needed comes back unquantized.
+        """
+        fmt = self.config.precision.grad_output
+        along_n = self.quantize(grad, fmt, -1) if need_first else grad
+        if not need_second:
+            return along_n, grad
+        if need_first and (self.config.box_dim == "last" or not isinstance(fmt, BlockFloat)):
+            return along_n, along_n  # no boxes, or the same ones
+        return along_n, self.quantize(grad, fmt, -2)
+
+
+def _backward_seed(seed: int | None) -> int | None:
+    return None if seed is None else seed + 1
 
 
 def _unpack(data: Tensor | None, spec: Any) -> Tensor | None:
     return None if data is None else Packed(data, *spec).unpack()
-
-
-def _grad_outputs(grad: Tensor, config: GemmConfig, need_first: bool, need_second: bool) -> tuple[Tensor, Tensor]:
-    """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight).
-
-    What is not needed comes back unquantized.
-    """
-    fmt = config.precision.grad_output
-    along_n = _quantize(grad, fmt, -1, config) if need_first else grad
-    if not need_second:
-        return along_n, grad
-    if need_first and (config.box_dim == "last" or not isinstance(fmt, BlockFloat)):
-        return along_n, along_n  # no boxes, or the same ones
-    return along_n, _quantize(grad, fmt, -2, config)
 
 
 class _Linear(torch.autograd.Function):
@@ -66,18 +84,20 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         needs_x = grad_enabled and ctx.needs_input_grad[3]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[4::2]]
-        quantized = _quantize(rows, precision.output_operands, -1, config)
+        seed = _draw_seed(config)
+        quantizer = _Quantizer(config, seed, x.device)
+        quantized = quantizer.quantize(rows, precision.output_operands, -1)
         outputs = []
         for weight, bias, needs in zip(weights, biases, needs_weight, strict=True):
             assert weight is not None
             # output: MxK @ KxN => MxN
-            operand = _quantize(weight, precision.output_operands, -1, config)
+            operand = quantizer.quantize(weight, precision.output_operands, -1)
             y = torch.nn.functional.linear(quantized, operand, bias)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x, needs)
-        stash = _pack(rows, precision.stash, -2, config, ledger) if any(needs_weight) else None
-        ctx.config, ctx.x_shape = config, x.shape
+        stash = quantizer.pack(rows, precision.stash, -2, ledger) if any(needs_weight) else None
+        ctx.config, ctx.seed, ctx.x_shape = config, seed, x.shape
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
         ctx.stash_spec = None if stash is None else stash.spec
@@ -91,6 +111,7 @@ class _Linear(torch.autograd.Function):
         precision = config.precision
         data, *weights = ctx.saved_tensors
         stashed = _unpack(data, ctx.stash_spec)
+        quantizer = _Quantizer(config, _backward_seed(ctx.seed), weights[0].device)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -99,10 +120,10 @@ class _Linear(torch.autograd.Function):
             grad_bias: Tensor | None = None
             if grad is not None:
                 rows = grad.reshape(-1, grad.shape[-1])
-                along_n, along_m = _grad_outputs(rows, config, ctx.needs_input_grad[3], needs_weight)
+                along_n, along_m = quantizer.grad_outputs(rows, ctx.needs_input_grad[3], needs_weight)
                 if ctx.needs_input_grad[3]:
                     # grad_input: MxN @ NxK => MxK
-                    part = along_n @ _quantize(weight, precision.grad_input_weight, -2, config)
+                    part = along_n @ quantizer.quantize(weight, precision.grad_input_weight, -2)
                     grad_x = part if grad_x is None else grad_x.add_(part)
                 if needs_weight:
                     assert stashed is not None
@@ -180,13 +201,14 @@ class _Matmul(torch.autograd.Function):
             if needs_b:
                 ledger.record("grad_weight", k, m, n, batch, precision, training)
         # output: MxK @ KxN => MxN
-        y = torch.bmm(
-            _quantize(a, precision.output_operands, -1, config), _quantize(b, precision.output_operands, -2, config)
-        )
-        stash_a = _pack(a, precision.stash, -2, config, ledger) if needs_b else None
-        stash_b = _pack(b, precision.grad_input_weight, -1, config, ledger) if needs_a else None
+        seed = _draw_seed(config)
+        quantizer = _Quantizer(config, seed, a.device)
+        operands = precision.output_operands
+        y = torch.bmm(quantizer.quantize(a, operands, -1), quantizer.quantize(b, operands, -2))
+        stash_a = quantizer.pack(a, precision.stash, -2, ledger) if needs_b else None
+        stash_b = quantizer.pack(b, precision.grad_input_weight, -1, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
-        ctx.config = config
+        ctx.config, ctx.seed = config, seed
         ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
         ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
         return y
@@ -195,7 +217,8 @@ class _Matmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = (_unpack(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True))
-        along_n, along_m = _grad_outputs(grad, ctx.config, b is not None, a is not None)
+        quantizer = _Quantizer(ctx.config, _backward_seed(ctx.seed), grad.device)
+        along_n, along_m = quantizer.grad_outputs(grad, b is not None, a is not None)
         # grad_input: MxN @ NxK => MxK;  grad_weight: KxM @ MxN => KxN
         grad_a = None if b is None else torch.bmm(along_n, b.transpose(1, 2))
         grad_b = None if a is None else torch.bmm(a.transpose(1, 2), along_m)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class DSQLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.context = context
-        self._inference_weight: tuple[PrecisionConfig, int, Tensor] | None = None
+        # The quantized weight and what it was made from; see _quantized_weight.
+        self._inference_weight: tuple[PrecisionConfig, Tensor, int, Tensor] | None = None
 
     @classmethod
     def from_float(cls, module: nn.Linear, context: DSQContext) -> DSQLinear:
@@ -43,19 +45,30 @@ class DSQLinear(nn.Linear):
         twin.weight, twin.bias = module.weight, module.bias
         return twin.train(module.training)
 
+    # Optimizers and casts write through .data, which leaves a weight's version as it is: what is held is dropped when
+    # the mode or the dtype changes, and does not travel with a copy.
     def train(self, mode: bool = True) -> DSQLinear:
-        # An optimizer may write through .data, which leaves the version counter as it is.
         self._inference_weight = None
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQLinear:
+        self._inference_weight = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inference_weight": None}
+
     def _quantized_weight(self, precision: PrecisionConfig) -> Tensor:
-        """The output GEMM's weight operand, kept between the steps of a decoder."""
+        """The output GEMM's weight operand, held between the steps of a decoder."""
+        weight = self.weight
+        version = -1 if weight.is_inference() else weight._version
         held = self._inference_weight
-        if held is None or held[0] != precision or held[1] != self.weight._version:
-            config = self.context.for_mode(training=False)
-            quantized = fake_quantize(self.weight, precision.output_operands, config.dim(-1))
-            held = self._inference_weight = (precision, self.weight._version, quantized)
-        return held[2]
+        if held is not None and version >= 0 and held[0] == precision and held[1] is weight and held[2] == version:
+            return held[3]
+        dim = self.context.for_mode(training=False).dim(-1)
+        quantized = fake_quantize(weight, precision.output_operands, dim)
+        self._inference_weight = (precision, weight, version, quantized)
+        return quantized
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., N)."""

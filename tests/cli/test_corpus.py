@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import pathlib
 import random
@@ -10,6 +9,7 @@ import re
 
 import pytest
 
+from fairseq_dsq import cli
 from fairseq_dsq.cli import corpus
 from fairseq_dsq.cli.corpus import (
     ALL,
@@ -70,9 +70,7 @@ def flat(splits: dict[str, list[Pair]]) -> list[Pair]:
 
 def run(*arguments: str) -> int:
     """Returns what `fairseq-dsq corpus` returns for the arguments."""
-    parser = argparse.ArgumentParser()
-    corpus.add_arguments(parser)
-    return corpus.main(parser.parse_args(arguments))
+    return cli.main(["corpus", *arguments])
 
 
 DECLENSIONS = [

@@ -67,9 +67,7 @@ def test_the_criterion_without_dsq_layers_is_named(cli, tmp_path):
 
 def test_a_checkpoint_with_more_levels_than_the_flags_is_named(cli, tmp_path):
     levels = "[2,2,2,16] [4,4,4,16]"
-    cli.train(
-        tmp_path / "run", "--dsq-levels", levels, "--dsq-patience", 1, "--dsq-min-delta", 100, "--max-epoch", 2
-    )
+    cli.train(tmp_path / "run", "--dsq-levels", levels, "--dsq-patience", 1, "--dsq-min-delta", 100, "--max-epoch", 2)
     command = cli.train_command(tmp_path / "run", "--dsq-levels", "[2,2,2,16]", "--max-epoch", 3)
     _, err = cli.run(*command, code=1)
     assert "argument --dsq-levels" in err.splitlines()[-1]

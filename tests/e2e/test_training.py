@@ -109,9 +109,7 @@ def test_generation_runs_at_the_checkpoint_s_level(cli, trained):
 
 
 def test_a_float_checkpoint_loads_into_dsq_and_an_exported_one_back(cli, tmp_path):
-    cli.train(
-        tmp_path / "float", "--max-epoch", 1, arch="transformer", criterion="label_smoothed_cross_entropy"
-    )
+    cli.train(tmp_path / "float", "--max-epoch", 1, arch="transformer", criterion="label_smoothed_cross_entropy")
     before = load(tmp_path / "float/checkpoint_last.pt")["model"]
     # A learning rate of zero leaves the loaded parameters as they are.
     cli.train(
@@ -135,9 +133,7 @@ def test_a_float_checkpoint_loads_into_dsq_and_an_exported_one_back(cli, tmp_pat
 def test_activation_checkpointing_trains_to_the_same_parameters(cli, tmp_path):
     cli.train(tmp_path / "plain", *TWO_LEVELS, "--max-epoch", 1, "--dropout", 0)
     cli.train(tmp_path / "checkpointed", *TWO_LEVELS, "--max-epoch", 1, "--dropout", 0, "--checkpoint-activations")
-    plain, checkpointed = (
-        load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "checkpointed")
-    )
+    plain, checkpointed = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "checkpointed"))
     for name, value in plain.items():
         assert torch.allclose(value, checkpointed[name], rtol=1e-4, atol=1e-6), name
 
