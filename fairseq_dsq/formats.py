@@ -19,6 +19,7 @@ SIGNIFICAND_BITS = 24
 # The exponent of float32's largest and smallest normal numbers.
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 EXPONENT_BIAS = 127
+DEFAULT_BOX_SIZE = 16
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
 
@@ -73,7 +74,7 @@ class BlockFloat:
     """
 
     bits: int
-    box_size: int = 16
+    box_size: int = DEFAULT_BOX_SIZE
     shared_exponent_bits: int = 8
 
     def __post_init__(self) -> None:
@@ -120,7 +121,7 @@ class BlockFloat:
         return fibres * per_fibre
 
     def __str__(self) -> str:
-        return f"bfp{self.bits}"
+        return f"bfp{self.bits}" if self.box_size == DEFAULT_BOX_SIZE else f"bfp{self.bits}x{self.box_size}"
 
 
 @dataclass(frozen=True)
@@ -246,16 +247,21 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``fixed8`` (dynamic scale), ``fixed8.4`` (four fraction bits), ``float32``.
+    """The inverse of ``str``.
+
+    ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8.4`` (four fraction bits),
+    ``float32``; a name registered elsewhere with its bits.
 
     Raises:
         ValueError: text that names no format.
     """
     if text == str(Float32()):
         return Float32()
-    match = re.fullmatch(r"([a-z]\w*?)(\d+)(?:\.(\d+))?", text)
-    if match is None or match[1] not in _FAMILIES or (match[3] is not None and match[1] != "fixed"):
-        raise ValueError(f"format: got {text!r}, expected such as bfp4, fixed8, fixed8.4 or float32")
-    if match[3] is not None:
-        return FixedPoint(int(match[2]), int(match[3]))
+    if match := re.fullmatch(r"bfp(\d+)x(\d+)", text):
+        return BlockFloat(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"fixed(\d+)\.(\d+)", text):
+        return FixedPoint(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"([a-z]\w*?)(\d+)", text)
+    if match is None or match[1] not in _FAMILIES:
+        raise ValueError(f"format: got {text!r}, expected such as bfp4, bfp4x32, fixed8, fixed8.4 or float32")
     return make_format(match[1], int(match[2]))

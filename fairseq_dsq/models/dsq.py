@@ -136,6 +136,12 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def flag_table() -> str:
+    """The flags as rows of a Markdown table: flag, default, meaning."""
+    rows = ((name.replace("_", "-"), DEFAULTS[name] or "(none)", text) for name, (_, _, text) in _FLAGS.items())
+    return "\n".join(f"| `--{flag}` | `{default}` | {text} |" for flag, default, text in rows)
+
+
 def set_defaults(args: Any) -> None:
     """Give ``args`` the flags that neither the command line nor an architecture set."""
     if getattr(args, "dsq_format", None) == "float32" and getattr(args, "dsq_levels", None) is None:

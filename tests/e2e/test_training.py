@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-import fairseq_dsq  # noqa: F401  (registers the names that checkpoints refer to)
+import fairseq_dsq
 from fairseq_dsq.report.logs import read_json_log
 
 TWO_LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", 1, "--dsq-min-delta", 100)

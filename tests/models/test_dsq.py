@@ -1,0 +1,179 @@
+"""Flags, the schedule's buffers, and where the schedule hangs."""
+
+import argparse
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY
+from torch import nn
+
+from fairseq_dsq.models import dsq
+from fairseq_dsq.nn import DSQLinear
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+class Task:
+    """What a fairseq task offers to validation."""
+
+    def __init__(self):
+        self.seen = []
+
+    def begin_valid_epoch(self, epoch, model):
+        self.seen.append(("begin", epoch))
+
+
+class TaskWithItsOwn(Task):
+    def post_validate(self, model, stats, agg):
+        self.seen.append(("post", stats["loss"]))
+
+
+def flags(**changes):
+    args = argparse.Namespace(**{f"dsq_{name}": value for name, value in changes.items()})
+    dsq.set_defaults(args)
+    return args
+
+
+def attached(task, **changes):
+    model = nn.Sequential(nn.Linear(8, 8))
+    dsq.attach(model, flags(**changes), task)
+    return model
+
+
+def validate(task, model, *losses):
+    task.begin_valid_epoch(1, model)
+    for loss in losses:
+        task.post_validate(model, {"loss": loss}, None)
+
+
+def test_the_level_rises_after_patience_and_all_layers_follow():
+    task = Task()
+    model = attached(task, patience=2)
+    for loss in (5.0, 5.0, 4.0, 4.5):
+        validate(task, model, loss)
+        assert model.dsq.state.level == 0
+    assert model[0].context.config.precision.q == (2, 2, 2, 16)
+    validate(task, model, 4.0)
+    assert (model.dsq.state.level, model.dsq.level_in_force) == (1, 1)
+    assert model[0].context.config.precision.q == (16, 4, 4, 16)
+
+
+def test_only_the_first_valid_subset_counts():
+    task = Task()
+    model = attached(task)
+    validate(task, model, 3.0, 1.0, 9.0)
+    assert model.dsq.state.best_loss == 3.0
+    validate(task, model, 2.5, 1.0)
+    assert model.dsq.state.best_loss == 2.5
+
+
+def test_a_task_s_own_hooks_are_kept():
+    task = TaskWithItsOwn()
+    model = attached(task)
+    validate(task, model, 3.0, 1.0)
+    assert task.seen == [("begin", 1), ("post", 3.0), ("post", 1.0)]
+
+
+def test_a_task_is_hooked_once():
+    task = TaskWithItsOwn()
+    attached(task)
+    model = attached(task, patience=1)
+    validate(task, model, 3.0)
+    validate(task, model, 3.0)
+    assert task.seen.count(("post", 3.0)) == 2
+    assert model.dsq.state.level == 1
+
+
+def test_the_state_survives_half_precision_and_a_copy():
+    task = Task()
+    model = attached(task)
+    validate(task, model, 1 / 3)
+    model.half()
+    assert model.dsq.state.best_loss == 1 / 3
+    twin = copy.deepcopy(model)
+    for _ in range(5):
+        validate(task, twin, 1.0)
+    assert twin[0].context.config.precision.q == (16, 4, 4, 16)
+    assert model[0].context.config.precision.q == (2, 2, 2, 16)
+
+
+def test_loading_a_state_dict_puts_its_level_in_force():
+    task = Task()
+    trained = attached(task, patience=1)
+    validate(task, trained, 2.0)
+    validate(task, trained, 2.0)
+    fresh = attached(Task(), patience=1)
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.dsq.state == trained.dsq.state
+    assert fresh[0].context.config.precision.q == (16, 4, 4, 16)
+
+
+def test_one_level_is_static():
+    task = Task()
+    model = attached(task, levels="[16,4,4,16]", patience=1)
+    for _ in range(4):
+        validate(task, model, 1.0)
+    assert model.dsq.state.level == 0
+
+
+def test_few_gradient_bits_are_warned_of_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        attached(Task(), levels="[2,2,2,4] [2,2,2,8] [16,4,4,16]")
+    warnings = [record for record in caplog.records if "q3" in record.message]
+    assert len(warnings) == 1
+    caplog.clear()
+    attached(Task(), format="float32")
+    attached(Task())
+    assert not [record for record in caplog.records if "q3" in record.message]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sign_bit": "extra"}, "bfp3 bfp3 bfp3 bfp17"),
+        ({"format": "fixed"}, "fixed2 fixed2 fixed2 fixed16"),
+        ({"format": "fixed", "fixed_scale": "static"}, "fixed2.1 fixed2.1 fixed2.1 fixed16.8"),
+        ({"format": "float32"}, "float32 float32 float32 float32"),
+    ],
+)
+def test_flags_choose_the_formats(changes, expected):
+    level = attached(Task(), **changes)[0].context.config.precision
+    formats = level.output_operands, level.stash, level.grad_input_weight, level.grad_output
+    assert " ".join(map(str, formats)) == expected
+
+
+def test_flags_reach_the_layers():
+    model = attached(Task(), rounding="stochastic", box_dim="last", attention_matmul="off")
+    context = model[0].context
+    assert (context.config.rounding, context.config.box_dim, context.attention_matmul) == ("stochastic", "last", False)
+
+
+def test_skipped_layers_stay_float32():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    dsq.attach(model, flags(skip="1"), Task())
+    assert isinstance(model[1], DSQLinear)
+    assert str(model[1].context.config.precision.output_operands) == "float32"
+    model.dsq.validated(1.0)
+    x = torch.randn(3, 8)
+    assert torch.equal(model[1](x), nn.functional.linear(x, model[1].weight, model[1].bias))
+
+
+def test_every_criterion_with_a_dataclass_has_a_dsq_twin():
+    names = {name for name in CRITERION_DATACLASS_REGISTRY if not name.startswith("dsq_")}
+    assert {"label_smoothed_cross_entropy", "cross_entropy", "sentence_prediction", "masked_lm"} <= names
+    for name in names:
+        assert issubclass(CRITERION_REGISTRY[f"dsq_{name}"], CRITERION_REGISTRY[name])
+        assert CRITERION_DATACLASS_REGISTRY[f"dsq_{name}"] is CRITERION_DATACLASS_REGISTRY[name]
+
+
+def test_the_architectures_are_registered():
+    assert {"transformer_dsq", "transformer_dsq_iwslt_de_en", "transformer_dsq_wmt_en_de"} <= set(ARCH_MODEL_REGISTRY)
+
+
+def test_the_readme_s_flag_table_is_the_code_s():
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `--dsq-")]
+    assert rows == dsq.flag_table().splitlines()
