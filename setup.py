@@ -15,7 +15,7 @@ LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 HAS_WHEEL = f"{LINUX_X86} and python_version >= '3.11' and python_version < '3.13'"
 NO_WHEEL = "(sys_platform != 'linux' or platform_machine != 'x86_64' or python_version >= '3.13')"
 
-SHIM = '''"""Editable install: fairseq looks for --user-dir beside itself, so a package that points to the clone stands there."""
+SHIM = '''"""An editable install: this stands where fairseq looks for --user-dir, and points to the clone."""
 
 __path__ = [{package!r}]
 __file__ = {init!r}

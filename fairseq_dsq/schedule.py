@@ -42,7 +42,7 @@ class PrecisionSchedule:
     def __post_init__(self) -> None:
         if self.num_levels < 1:
             raise ValueError(f"num_levels: got {self.num_levels!r}, expected >= 1")
-        if self.patience < 1:
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience: got {self.patience!r}, expected an integer >= 1")
         if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
             raise ValueError(f"min_delta: got {self.min_delta!r}, expected a finite number >= 0")

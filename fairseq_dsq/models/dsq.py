@@ -138,7 +138,10 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def flag_table() -> str:
     """The flags as rows of a Markdown table: flag, default, meaning."""
-    rows = ((name.replace("_", "-"), DEFAULTS[name] or "(none)", text) for name, (_, _, text) in _FLAGS.items())
+    rows = (
+        (name.replace("_", "-"), "(none)" if DEFAULTS[name] == "" else DEFAULTS[name], text)
+        for name, (_, _, text) in _FLAGS.items()
+    )
     return "\n".join(f"| `--{flag}` | `{default}` | {text} |" for flag, default, text in rows)
 
 

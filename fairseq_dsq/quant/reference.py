@@ -80,7 +80,7 @@ def _round(x: Tensor, rounding: Rounding, generator: torch.Generator | None) -> 
     if rounding == "nearest":
         return x.round_()
     if rounding == "stochastic":
-        # The fraction is exact in float32, and so is the comparison: no bias at any magnitude.
+        # The fraction of a float32 is exact at any magnitude; draws are multiples of 2^-24, and so is the bias.
         floor = x.floor()
         draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
         rounded = floor.add_(draw < x.sub_(floor))

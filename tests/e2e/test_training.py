@@ -102,8 +102,8 @@ def test_generation_runs_at_the_checkpoint_s_level(cli, trained):
     assert model.dsq.state.level == 1
     assert model.encoder.layers[0].fc1.context.config.precision.q == (16, 4, 4, 16)
     out, _ = cli.run(
-        "fairseq-generate", cli.data, "--user-dir", fairseq_dsq.__path__[0], "--path", trained / "run/checkpoint_last.pt",
-        "--beam", 3, "--required-batch-size-multiple", 1,
+        "fairseq-generate", cli.data, "--user-dir", fairseq_dsq.__path__[0],
+        "--path", trained / "run/checkpoint_last.pt", "--beam", 3, "--required-batch-size-multiple", 1,
     )  # fmt: skip
     assert sum(line.startswith("D-") for line in out.splitlines()) == 24
 
