@@ -107,9 +107,9 @@ class DSQMultiheadAttention(nn.Module):
         q = outputs[self.q_proj] * self.scaling
         return q, outputs.get(self.k_proj), outputs.get(self.v_proj)
 
-    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
+    def _matmul(self, a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
         context = self.context if self.context.attention_matmul else self.context.float32()
-        return matmul(a, b, context.for_mode(self.training), context.ledger)
+        return matmul(a, b, context.for_mode(self.training), context.ledger, transpose_b)
 
     def forward(
         self,
@@ -165,7 +165,8 @@ class DSQMultiheadAttention(nn.Module):
         # With shared sources the beam's queries are rows of one product: (B * heads) x (beam * T) x head_dim.
         q = q.view(tgt_len, kv_batch, -1, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
         beam = q.shape[2]
-        scores = self._matmul(q.reshape(kv_batch * self.num_heads, -1, self.head_dim), k.flatten(0, 1).transpose(1, 2))
+        rows = q.reshape(kv_batch * self.num_heads, -1, self.head_dim)
+        scores = self._matmul(rows, k.flatten(0, 1), transpose_b=True)
         scores = scores.view(kv_batch, self.num_heads, beam, tgt_len, src_len)
         if attn_mask is not None:
             scores = scores + attn_mask

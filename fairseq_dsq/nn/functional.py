@@ -183,32 +183,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, l
 
 
 class _Matmul(torch.autograd.Function):
-    """Batched a @ b; a is stashed at q1, b, which plays the weight, at q2."""
+    """Batched a @ b, or a @ b^T; a is stashed at q1, b, which plays the weight, at q2."""
 
     @staticmethod
     def forward(
-        ctx: Any, config: GemmConfig, ledger: Ledger | None, grad_enabled: bool, a: Tensor, b: Tensor
+        ctx: Any,
+        config: GemmConfig,
+        ledger: Ledger | None,
+        grad_enabled: bool,
+        transpose_b: bool,
+        a: Tensor,
+        b: Tensor,
     ) -> Tensor:
         precision = config.precision
-        needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[3:])
+        needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[4:])
+        k_dim, n_dim = (-1, -2) if transpose_b else (-2, -1)  # of b as it is stored
         if ledger is not None:
             batch, m, k = a.shape
-            n = b.shape[2]
+            n = b.shape[n_dim]
             training = needs_a or needs_b
             ledger.record("output", m, k, n, batch, precision, training)
             if needs_a:
                 ledger.record("grad_input", m, n, k, batch, precision, training)
             if needs_b:
                 ledger.record("grad_weight", k, m, n, batch, precision, training)
-        # output: MxK @ KxN => MxN
         seed = _draw_seed(config)
         quantizer = _Quantizer(config, seed, a.device)
-        operands = precision.output_operands
-        y = torch.bmm(quantizer.quantize(a, operands, -1), quantizer.quantize(b, operands, -2))
+        # output: MxK @ KxN => MxN
+        operand_a = quantizer.quantize(a, precision.output_operands, -1)
+        operand_b = quantizer.quantize(b, precision.output_operands, k_dim)
+        y = torch.bmm(operand_a, operand_b.transpose(1, 2) if transpose_b else operand_b)
         stash_a = quantizer.pack(a, precision.stash, -2, ledger) if needs_b else None
-        stash_b = quantizer.pack(b, precision.grad_input_weight, -1, ledger) if needs_a else None
+        stash_b = quantizer.pack(b, precision.grad_input_weight, n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
-        ctx.config, ctx.seed = config, seed
+        ctx.config, ctx.seed, ctx.transpose_b = config, seed, transpose_b
         ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
         ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
         return y
@@ -219,13 +227,18 @@ class _Matmul(torch.autograd.Function):
         a, b = (_unpack(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True))
         quantizer = _Quantizer(ctx.config, _backward_seed(ctx.seed), grad.device)
         along_n, along_m = quantizer.grad_outputs(grad, b is not None, a is not None)
-        # grad_input: MxN @ NxK => MxK;  grad_weight: KxM @ MxN => KxN
-        grad_a = None if b is None else torch.bmm(along_n, b.transpose(1, 2))
-        grad_b = None if a is None else torch.bmm(a.transpose(1, 2), along_m)
-        return None, None, None, grad_a, grad_b
+        grad_a = grad_b = None
+        if b is not None:
+            # grad_input: MxN @ NxK => MxK
+            grad_a = torch.bmm(along_n, b if ctx.transpose_b else b.transpose(1, 2))
+        if a is not None:
+            # grad_weight: KxM @ MxN => KxN, or its transpose
+            first, second = (along_m, a) if ctx.transpose_b else (a, along_m)
+            grad_b = torch.bmm(first.transpose(1, 2), second)
+        return None, None, None, None, grad_a, grad_b
 
 
-def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
+def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = None, transpose_b: bool = False) -> Tensor:
     """Batched product ``a @ b`` with quantized GEMMs and packed stashes of both operands.
 
     ::
@@ -237,9 +250,10 @@ def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = Non
 
     Args:
         a: (batch, M, K).
-        b: (batch, K, N).
+        b: (batch, K, N), or (batch, N, K) with ``transpose_b``.
         config: precision, rounding and box direction.
         ledger: where the GEMMs are counted.
+        transpose_b: multiply by b^T.
 
     Returns:
         (batch, M, N).
@@ -247,8 +261,9 @@ def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = Non
     Raises:
         ValueError: operands that are not three-dimensional or do not fit.
     """
-    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
-        raise ValueError(f"matmul: got {tuple(a.shape)} @ {tuple(b.shape)}, expected (B, M, K) @ (B, K, N)")
+    if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2 if transpose_b else 1]:
+        expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
+        raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")
     operands = _autocast(a, b)
     with torch.autocast(a.device.type, enabled=False):
-        return _Matmul.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
+        return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, *operands)  # type: ignore[no-any-return]

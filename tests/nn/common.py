@@ -127,10 +127,16 @@ def linear_reference(x, weight, bias, grad_output, config):
     }
 
 
-def matmul_reference(a, b, grad_output, config):
-    """One training step of a @ b (a: batch x M x K, b: batch x K x N)."""
+def matmul_reference(a, b, grad_output, config, transpose_b=False):
+    """One training step of a @ b (a: batch x M x K, b: batch x K x N, or batch x N x K of which the transpose)."""
     q0, q1, q2, q3 = formats_of(config.precision)
     fq = quantizer(config.box_dim)
+    if transpose_b:
+        return {
+            "output": product(fq(a, q0, 2), fq(b, q0, 2).mT),
+            "grad_input": product(fq(grad_output, q3, 2), fq(b, q2, 1)),
+            "grad_weight": product(fq(grad_output, q3, 1).mT, fq(a, q1, 1)),
+        }
     return {
         "output": product(fq(a, q0, 2), fq(b, q0, 1)),
         "grad_input": product(fq(grad_output, q3, 2), fq(b, q2, 2).mT),
@@ -198,14 +204,16 @@ class PlainLinear(torch.autograd.Function):
 
 
 class PlainMatmul(torch.autograd.Function):
-    """``matmul`` likewise."""
+    """``matmul`` likewise; ``transpose_b`` multiplies by the transpose of what is stored."""
 
     @staticmethod
-    def forward(ctx, a, b, config):
+    def forward(ctx, a, b, config, transpose_b=False):
         ctx.save_for_backward(a, b)
-        ctx.config = config
+        ctx.config, ctx.transpose_b = config, transpose_b
         q0 = formats_of(config.precision)[0]
         dim = 1 if config.box_dim == "reduction" else -1
+        if transpose_b:
+            return torch.bmm(fake_quantize(a, q0), fake_quantize(b, q0, 2).mT)
         return torch.bmm(fake_quantize(a, q0), fake_quantize(b, q0, dim))
 
     @staticmethod
@@ -213,9 +221,10 @@ class PlainMatmul(torch.autograd.Function):
         a, b = ctx.saved_tensors
         _, q1, q2, q3 = formats_of(ctx.config.precision)
         dim = 1 if ctx.config.box_dim == "reduction" else -1
-        grad_a = torch.bmm(fake_quantize(grad_output, q3), fake_quantize(b, q2).mT)
+        b = fake_quantize(b, q2, dim).mT if ctx.transpose_b else fake_quantize(b, q2)
+        grad_a = torch.bmm(fake_quantize(grad_output, q3), b.mT)
         grad_b = torch.bmm(fake_quantize(a, q1, dim).mT, fake_quantize(grad_output, q3, dim))
-        return grad_a, grad_b, None
+        return grad_a, grad_b.mT if ctx.transpose_b else grad_b, None, None
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -246,7 +255,7 @@ class Attend(nn.Module):
         """The output, and the weights averaged over heads."""
         q = self.split(self.project("q_proj", query) * self.head_dim**-0.5)
         k, v = (self.split(self.project(*pair)) for pair in (("k_proj", key), ("v_proj", value)))
-        scores = PlainMatmul.apply(q, k.transpose(1, 2), self.how["scores"])
+        scores = PlainMatmul.apply(q, k, self.how["scores"], True)
         if self.attn_mask is not None:
             scores = scores + self.attn_mask
         if self.mask is not None:

@@ -76,9 +76,9 @@ def matmul_operands(m, k, n, batch=3, make=uneven):
     return make(batch, m, k, seed=1), make(batch, k, n, seed=2), make(batch, m, n, seed=3)
 
 
-def matmul_step(a, b, grad_output, config, ledger=None):
+def matmul_step(a, b, grad_output, config, ledger=None, transpose_b=False):
     a, b = trainable(a, b)
-    output = matmul(a, b, config, ledger)
+    output = matmul(a, b, config, ledger, transpose_b)
     output.backward(grad_output)
     return {"output": output.detach(), "grad_input": a.grad, "grad_weight": b.grad}
 
@@ -114,6 +114,20 @@ def test_matmul_follows_its_legend(precision, box_dim, m, k, n):
     operands = matmul_operands(m, k, n)
     how = GemmConfig(precision, box_dim=box_dim)
     assert_results(matmul_step(*operands, how), matmul_reference(*operands, how))
+
+
+@every_precision
+@every_box_dim
+@every_shape
+def test_matmul_by_a_stored_transpose_follows_its_legend(precision, box_dim, m, k, n):
+    a, b, grad_output = matmul_operands(m, k, n)
+    b = b.mT.contiguous()
+    how = GemmConfig(precision, box_dim=box_dim)
+    expected = matmul_reference(a, b, grad_output, how, transpose_b=True)
+    ledger, plain = Ledger(), Ledger()
+    assert_results(matmul_step(a, b, grad_output, how, ledger, transpose_b=True), expected)
+    matmul_step(a, b.mT, grad_output, how, plain)
+    assert ledger.gemms == plain.gemms
 
 
 @pytest.mark.parametrize(
@@ -199,7 +213,7 @@ def test_a_broadcast_gradient():
     ids=str,
 )
 def test_matmul_names_the_shapes_that_do_not_fit(a, b):
-    with pytest.raises(ValueError, match=r"got \(2, .* @ .*expected \(B, M, K\) @ \(B, K, N\)"):
+    with pytest.raises(ValueError, match=r"got \(2, .* and .*expected \(B, M, K\) @ \(B, K, N\)"):
         matmul(torch.ones(a), torch.ones(b), MIXED)
 
 
