@@ -47,6 +47,11 @@ class Float32:
         if self.bits != 32:
             raise ValueError(f"bits: got {self.bits!r}, expected 32 for float32")
 
+    @property
+    def box_size(self) -> None:
+        """None: nothing is shared."""
+        return None
+
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a float32 tensor of ``shape``; ``dim`` does not matter."""
         return 4 * math.prod(shape)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import BlockFloat, Format
+from fairseq_dsq.formats import Format
 from fairseq_dsq.nn.context import GemmConfig, Ledger
 from fairseq_dsq.quant import Packed, fake_quantize, pack
 
@@ -59,7 +59,7 @@ class _Quantizer:
         along_n = self.quantize(grad, fmt, -1) if need_first else grad
         if not need_second:
             return along_n, grad
-        if need_first and (self.config.box_dim == "last" or not isinstance(fmt, BlockFloat)):
+        if need_first and (self.config.box_dim == "last" or fmt.box_size is None):
             return along_n, along_n  # no boxes, or the same ones
         return along_n, self.quantize(grad, fmt, -2)
 
