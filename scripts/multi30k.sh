@@ -21,6 +21,9 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+# fairseq reads 0 as no limit.
+[[ $epochs =~ ^[1-9][0-9]*$ ]] || { echo "multi30k.sh: error: --epochs: got '$epochs', expected an integer >= 1" >&2; exit 2; }
+
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
