@@ -35,6 +35,11 @@ def _names(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
+def _matching(skip: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The patterns that one of the names matches."""
+    return {pattern for pattern in skip if any(fnmatch.fnmatchcase(name, pattern) for name in names)}
+
+
 def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
     """(parent, attribute, full name) of what is to be replaced; does not look inside what is."""
     # Not named_children(), which skips the second place of a module that is used twice.
@@ -81,7 +86,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         module = parent.get_submodule(attribute)
         if any(_has_hooks(part) for part in module.modules()):
             raise ValueError(f"{name}: has hooks, which conversion would lose (is quant noise on?)")
-        matching = {pattern for pattern in skip if any(fnmatch.fnmatchcase(part, pattern) for part in _names(name))}
+        matching = _matching(skip, _names(name))
         unused -= matching
         own = float_context if matching else context
         if isinstance(module, nn.Linear):
@@ -94,7 +99,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         for projection, layer in attention.named_children():
             if not isinstance(layer, DSQLinear):
                 continue
-            matching = {pattern for pattern in skip if fnmatch.fnmatchcase(f"{name}.{projection}", pattern)}
+            matching = _matching(skip, [f"{name}.{projection}"])
             unused -= matching
             if matching:
                 layer.context = float_context
