@@ -18,8 +18,9 @@ from omegaconf import base, nodes
 
 
 def quiet_fairseq() -> None:
-    """fairseq's import advises to install tensorboardX, whatever is run; training itself says so when it is wanted."""
+    """Drop what is logged whatever is run: advice to install tensorboardX (training itself says so), Hydra's steps."""
     logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # debug lines of every configuration it composes
 
 
 def allow_checkpoint_classes() -> None:

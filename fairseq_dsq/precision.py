@@ -12,6 +12,7 @@ Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXi
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,22 @@ class Gemm(NamedTuple):
     def elements(self) -> int:
         """Elements of the two operands and the result."""
         return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+
+StashRole = Literal["input", "weight"]
+
+
+class Stash(NamedTuple):
+    """An operand packed for backward: a GEMM's input, or the second operand of a batched product, its weight."""
+
+    role: StashRole
+    shape: tuple[int, ...]
+    dim: int
+
+    @property
+    def elements(self) -> int:
+        """Elements packed."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,18 @@ class PrecisionConfig:
     def grad_output(self) -> Format:
         """The gradient that enters both backward GEMMs: q3."""
         return self._format(3)
+
+    def stash_format(self, role: StashRole) -> Format:
+        """What a stash is packed in: inputs at q1, what plays the weight at q2."""
+        return self.stash if role == "input" else self.grad_input_weight
+
+    def operands(self, kind: GemmKind) -> tuple[Format, Format]:
+        """The formats of a GEMM's two operands, in the order of this module's legend."""
+        return {
+            "output": (self.output_operands, self.output_operands),
+            "grad_input": (self.grad_output, self.grad_input_weight),
+            "grad_weight": (self.stash, self.grad_output),
+        }[kind]
 
     def operand_q(self, kind: GemmKind) -> tuple[int, int]:
         """The q of a GEMM's two operands."""

@@ -13,16 +13,18 @@ FAIRSEQ_ROOMS = {"compat", "criterions", "models", "tasks", "optim"}
 ARROWS = {
     "__init__": {"compat", "criterions", "models", "tasks", "optim"},
     "compat": set(),
+    "data_files": set(),
+    "flags": set(),
     "formats": set(),
     "precision": {"formats"},
     "schedule": set(),
     "quant": {"formats", "precision"},
-    "cost": {"formats", "precision"},
+    "cost": {"data_files", "formats", "precision"},
     "nn": {"formats", "precision", "quant"},
-    "models": {"formats", "precision", "quant", "nn", "schedule"},
-    "criterions": {"precision", "cost"},
+    "models": {"data_files", "flags", "formats", "precision", "quant", "nn", "schedule"},
+    "criterions": {"cost", "flags"},
     "report": {"formats", "precision", "cost"},
-    "cli": {"formats", "precision", "quant", "nn", "schedule", "cost", "models", "report"},
+    "cli": {"criterions", "data_files", "formats", "precision", "quant", "nn", "schedule", "cost", "models", "report"},
 }
 
 

@@ -6,11 +6,22 @@ A module offers ``add_arguments(parser)`` and ``main(args) -> int``; its docstri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-SUBCOMMANDS = ("corpus", "epochs", "export_float", "multi30k")
+
+@contextlib.contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """Put the name of a flag in front of the errors that its value causes."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+
+
+SUBCOMMANDS = ("bench", "corpus", "cost", "epochs", "export_float", "multi30k")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
+    except BrokenPipeError:  # into head, say: whoever reads has seen enough
+        sys.stdout = None
+        return 0
     except (ValueError, OSError) as error:
         print(f"fairseq-dsq {args.command}: error: {error}", file=sys.stderr)
         return 2

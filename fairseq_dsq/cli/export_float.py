@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fairseq_dsq.criterions.dsq_criterion import PREFIX, PROFILE_FIELD
 from fairseq_dsq.models.dsq import DEFAULTS
 
 SUFFIX = "_dsq"
@@ -33,7 +34,8 @@ def main(args: argparse.Namespace) -> int:
         if hasattr(model, name):
             delattr(model, name)
     criterion = state["cfg"]["criterion"]
-    criterion["_name"] = str(criterion["_name"]).removeprefix("dsq_")
+    criterion["_name"] = str(criterion["_name"]).removeprefix(PREFIX)
+    criterion.pop(PROFILE_FIELD, None)
     state["model"] = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
     torch.save(state, args.output)
     print(f"wrote {args.output} ({model.arch})")

@@ -1,17 +1,26 @@
 """Cost profiles: what a GEMM costs at a precision.
 
-Costs are given beside those of the same GEMMs in 32-bit fixed point, the paper's baseline.
+A profile is a data file in configs/cost/ (or anywhere) whose ``kind`` names one of the classes below; it holds the
+coefficients, where they come from and what they do not fit. Costs are given beside those of the same GEMMs and stashes
+in 32-bit fixed point, the paper's baseline.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fairseq_dsq.precision import Gemm, PrecisionConfig
+from fairseq_dsq import data_files
+from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
+from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
 
-BASELINE_BYTES = 4  # an element in 32-bit fixed point
+BASELINE_BITS = 32
+BASELINE_BYTES = BASELINE_BITS // 8
+BASELINE_MAC = BASELINE_BITS**2  # partial products
+ANY_FORMAT = "*"
+FOLDER = "cost"
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Cost:
             self.dram_baseline_bytes + other.dram_baseline_bytes,
         )
 
-    def __mul__(self, count: int) -> Cost:
+    def __mul__(self, count: float) -> Cost:
         return Cost(
             self.arithmetic * count,
             self.arithmetic_baseline * count,
@@ -46,52 +55,148 @@ class Cost:
             self.dram_baseline_bytes * count,
         )
 
+    @property
+    def arithmetic_relative(self) -> float:
+        """Over the same GEMMs in 32-bit fixed point; NaN where nothing ran."""
+        return self.arithmetic / self.arithmetic_baseline if self.arithmetic_baseline else math.nan
 
-@dataclass(frozen=True)
-class PaperProfile:
-    """Relative costs fitted to the published tables of arXiv 2303.05295 (Tables 1 and 6).
+    @property
+    def dram_relative(self) -> float:
+        """Over the same GEMMs in 32-bit fixed point; NaN where nothing ran."""
+        return self.dram_bytes / self.dram_baseline_bytes if self.dram_baseline_bytes else math.nan
 
-    A MAC of operands with a and b bits costs, relative to a 32x32-bit fixed-point MAC::
 
-        fixed:  a*b / 1024
-        bfp:    (0.395*a*b + 5.32*sqrt(a*b)) / 1024
+@dataclass  # OmegaConf cannot fill a frozen one inside a mapping
+class FormatCost:
+    """Coefficients of one number format.
 
-    and DRAM traffic is the mean over q0..q3 of bits(q) / 32 with bits(q) = q for fixed, q + 4.2745 for bfp. A forward
-    pass alone (validation) is charged q0. bits are q as the flags give it. float32, which the paper does not price,
-    is charged as 32-bit fixed point.
+    A MAC of operands with a and b bits costs (product*a*b + root*sqrt(a*b)) / 1024 32-bit fixed-point MACs.
 
-    Misfits: Table 6 prints 0.20 for the last row's DRAM where Table 1 prints 0.45 (this gives 0.45); GLUE's fixed
-    stashing prints 0.32 (0.31); the headline 20.95x and 2.55x needs q3 = 2, at the text's [2,2,2,16] this gives 7.9x
-    and 1.64x; GLUE's DSQ row depends on an unpublished trajectory.
+    Attributes:
+        overhead_bits: what an element takes in DRAM beside its q bits; only kind ``setting`` reads it.
     """
 
-    bfp_product: float = 0.395
-    bfp_root: float = 5.32
-    bfp_overhead_bits: float = 4.2745
+    product: float = 1.0
+    root: float = 0.0
+    overhead_bits: float = 0.0
 
-    def mac(self, format_name: str, a: int, b: int) -> float:
-        """Cost of one MAC of an a-bit and a b-bit operand, in 32-bit fixed-point MACs."""
-        if format_name == "bfp":
-            return (self.bfp_product * a * b + self.bfp_root * math.sqrt(a * b)) / 1024
-        return a * b / 1024
+    def __post_init__(self) -> None:
+        for name in ("product", "root", "overhead_bits"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number >= 0")
+
+    def mac(self, a: int, b: int) -> float:
+        """One MAC of an a-bit and a b-bit operand, in 32-bit fixed-point MACs."""
+        return (self.product * a * b + self.root * math.sqrt(a * b)) / BASELINE_MAC
+
+
+@dataclass(frozen=True)
+class CostProfile(ABC):
+    """What all kinds of profile hold.
+
+    Attributes:
+        name: as the tables print it.
+        derivation: where the formulas and numbers come from.
+        misfits: what the profile is known not to reproduce or not to model.
+        formats: coefficients by format name; ``*`` serves the formats without an entry.
+    """
+
+    name: str
+    derivation: str
+    formats: dict[str, FormatCost]
+    misfits: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if ANY_FORMAT not in self.formats:
+            raise ValueError(
+                f"formats: got {', '.join(self.formats) or 'none'}, expected one of them to be {ANY_FORMAT!r}"
+            )
+
+    def format_cost(self, precision: PrecisionConfig) -> FormatCost:
+        """The coefficients of a level's format."""
+        return self.formats.get(precision.format_name) or self.formats[ANY_FORMAT]
+
+    @abstractmethod
+    def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
+        """Cost of one GEMM; ``training`` says whether its forward pass ran under grad."""
+
+    @abstractmethod
+    def stash(self, stash: Stash, precision: PrecisionConfig) -> Cost:
+        """Cost of writing one stash; reading it belongs to the GEMM that reads it."""
+
+
+@dataclass(frozen=True)
+class SettingProfile(CostProfile):
+    """Charges the setting [q0,q1,q2,q3] itself, as the paper's tables do.
+
+    DRAM traffic relative to the baseline is the mean over q0..q3 of (q + overhead_bits) / 32, whatever the GEMM; q0
+    alone for a forward pass without grad. The stash is q1's part of that mean.
+    """
 
     def dram_relative(self, precision: PrecisionConfig, training: bool) -> float:
         """DRAM traffic of a training step, or of a forward pass alone, relative to 32-bit fixed point."""
-        overhead = self.bfp_overhead_bits if precision.format_name == "bfp" else 0.0
         q = precision.q if training else precision.q[:1]
-        return sum(bits + overhead for bits in q) / (32 * len(q))
+        return sum(bits + self.format_cost(precision).overhead_bits for bits in q) / (BASELINE_BITS * len(q))
 
-    def cost(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
-        """Cost of one GEMM; ``training`` says whether its forward ran under grad."""
+    def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
         baseline_bytes = BASELINE_BYTES * gemm.elements
         return Cost(
-            arithmetic=gemm.macs * self.mac(precision.format_name, *precision.operand_q(gemm.kind)),
+            arithmetic=gemm.macs * self.format_cost(precision).mac(*precision.operand_q(gemm.kind)),
             arithmetic_baseline=gemm.macs,
             dram_bytes=baseline_bytes * self.dram_relative(precision, training),
             dram_baseline_bytes=baseline_bytes,
         )
 
+    def stash(self, stash: Stash, precision: PrecisionConfig) -> Cost:
+        return Cost()
 
-def total_cost(profile: PaperProfile, gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool], int]]) -> Cost:
-    """Sum over ((gemm, precision, training), count)."""
-    return sum((profile.cost(*key) * count for key, count in gemms), Cost())
+
+@dataclass(frozen=True)
+class OperandProfile(CostProfile):
+    """Charges every operand, result and stash at the bits and bytes that its packed format takes."""
+
+    def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
+        first, second = precision.operands(gemm.kind)
+        return Cost(
+            arithmetic=gemm.macs * self.format_cost(precision).mac(first.bits, second.bits),
+            arithmetic_baseline=gemm.macs,
+            dram_bytes=gemm_bytes(gemm, precision),
+            dram_baseline_bytes=BASELINE_BYTES * gemm.elements,
+        )
+
+    def stash(self, stash: Stash, precision: PrecisionConfig) -> Cost:
+        return Cost(
+            dram_bytes=stash_bytes(stash, precision),
+            dram_baseline_bytes=BASELINE_BYTES * stash.elements,
+        )
+
+
+KINDS: dict[str, type[CostProfile]] = {"setting": SettingProfile, "operands": OperandProfile}
+
+
+def load_profile(name: str) -> CostProfile:
+    """The profile of a name in configs/cost/, or of the path of a file of one's own.
+
+    Raises:
+        ValueError: no such profile, or a file that is not one; the message says what is expected.
+    """
+    path = data_files.find(FOLDER, name)
+    config = data_files.read(path)
+    kind = config.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"{path}: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    return data_files.build(KINDS[kind], config, path)
+
+
+def total_cost(
+    profile: CostProfile,
+    gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool, str], int]],
+    stashes: Iterable[tuple[tuple[Stash, PrecisionConfig, str], int]],
+) -> Cost:
+    """Sum over the items of what ran, as :class:`fairseq_dsq.nn.Work` counts it: ((gemm, precision, ...), times)."""
+    total = Cost()
+    for (gemm, precision, training, _), count in gemms:
+        total += profile.gemm(gemm, precision, training) * count
+    for (stash, precision, _), count in stashes:
+        total += profile.stash(stash, precision) * count
+    return total

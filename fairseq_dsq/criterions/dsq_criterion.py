@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from typing import Any
 
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY, register_criterion
 from fairseq.logging import metrics
+from torch import Tensor
+from torch.autograd import Variable
 
-from fairseq_dsq.cost import PaperProfile, total_cost
+from fairseq_dsq.cost import Cost, load_profile, total_cost
+from fairseq_dsq.flags import flag_error
 
 PREFIX = "dsq_"
-PROFILE = PaperProfile()
+PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
 # relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
 RELATIVE = {
     "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),
@@ -25,29 +28,49 @@ class DSQCriterionMixin:
     Summed over an epoch's batches and all workers: ``dsq_arithmetic`` (MACs of 32-bit fixed point), ``dsq_dram_bytes``;
     ``dsq_arithmetic_relative`` and ``dsq_dram_relative`` are these over the same GEMMs in 32-bit fixed point.
     Averaged over batches: ``dsq_level`` (index from 0), ``dsq_stash_bytes`` (bytes packed for one backward pass).
+
+    What ran is read from the model's ledger after the forward pass, and again when the backward pass of the loss has
+    ended: the trainer reads the logging output later still.
     """
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> Any:
+        criterion = super().build_criterion(cfg, task)  # type: ignore[misc]
+        try:
+            criterion.cost_profile = load_profile(getattr(cfg, PROFILE_FIELD, DEFAULT_PROFILE))
+        except ValueError as error:
+            flag_error(f"--{PROFILE_FIELD.replace('_', '-')}", str(error))
+        return criterion
 
     def forward(self, model: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         state = getattr(model, "dsq", None)
         if state is None:
-            sys.exit(
-                f"error: argument --criterion: got {PREFIX}* with {type(model).__name__}, which has no DSQ layers, "
-                "expected an --arch that ends in _dsq or contains _dsq_"
+            flag_error(
+                "--criterion",
+                f"got {PREFIX}* with {type(model).__name__}, which has no DSQ layers, expected an --arch that ends in "
+                "_dsq or contains _dsq_",
             )
         ledger = state.context.ledger
-        ledger.drain()
+        ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]
-        gemms, stash_bytes = ledger.drain()
-        cost = total_cost(PROFILE, gemms.items())
-        logging_output |= {
-            "dsq_batches": 1,
-            "dsq_level": state.level_in_force,
-            "dsq_stash_bytes": stash_bytes,
-            "dsq_arithmetic": cost.arithmetic,
-            "dsq_arithmetic_baseline": cost.arithmetic_baseline,
-            "dsq_dram_bytes": cost.dram_bytes,
-            "dsq_dram_baseline_bytes": cost.dram_baseline_bytes,
-        }
+        logging_output |= {"dsq_batches": 1, "dsq_level": state.level_in_force, "dsq_stash_bytes": 0}
+        logging_output |= dataclasses.asdict(Cost(), dict_factory=_metrics)
+
+        def charge() -> None:
+            work = ledger.drain()
+            logging_output["dsq_stash_bytes"] += work.stash_bytes
+            cost = total_cost(self.cost_profile, work.gemms.items(), work.stashes.items())  # type: ignore[attr-defined]
+            for key, value in dataclasses.asdict(cost, dict_factory=_metrics).items():
+                logging_output[key] += value
+
+        charge()
+        if loss.requires_grad:
+            # The gradient of the loss comes first; by the end of its backward pass all GEMMs have run, those that
+            # activation checkpointing repeats among them.
+            def charge_at_the_end(grad: Tensor) -> None:
+                Variable._execution_engine.queue_callback(charge)
+
+            loss.register_hook(charge_at_the_end)
         return loss, sample_size, logging_output
 
     @classmethod
@@ -74,13 +97,27 @@ class DSQCriterionMixin:
             )
 
 
+def _metrics(fields: list[tuple[str, float]]) -> dict[str, float]:
+    """A Cost's fields under their metrics' names."""
+    return {PREFIX + name: value for name, value in fields}
+
+
+def _with_profile(base: type) -> type:
+    """A criterion's configuration with ``--dsq-cost-profile``."""
+    profile = dataclasses.field(
+        default=DEFAULT_PROFILE,
+        metadata={"help": "cost profile that the dsq_* metrics follow: a name in configs/cost/ or a path of one's own"},
+    )
+    return dataclasses.make_dataclass(f"DSQ{base.__name__}", [(PROFILE_FIELD, str, profile)], bases=(base,))
+
+
 def _wrap_all() -> None:
     for name, dataclass in list(CRITERION_DATACLASS_REGISTRY.items()):
         if name.startswith(PREFIX):
             continue
         base = CRITERION_REGISTRY[name]
         wrapped = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
-        register_criterion(PREFIX + name, dataclass=dataclass)(wrapped)
+        register_criterion(PREFIX + name, dataclass=_with_profile(dataclass))(wrapped)
 
 
 _wrap_all()

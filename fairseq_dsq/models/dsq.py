@@ -7,15 +7,16 @@ import logging
 import math
 import os
 import shlex
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_dsq import formats
+from fairseq_dsq.flags import flag_error
 from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.models.heads import convert_heads
 from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, GemmConfig, convert
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.quant import ROUNDINGS
@@ -38,15 +39,6 @@ DEFAULTS: dict[str, Any] = {
 }
 # The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
 SAFE_GRAD_BITS = 16
-
-
-def flag_error(flag: str, message: str) -> NoReturn:
-    """Stop with one line that names the flag.
-
-    Raises:
-        SystemExit: always; its text goes to standard error and the exit code is 1.
-    """
-    sys.exit(f"{os.path.basename(sys.argv[0])}: error: argument {flag}: {message}")
 
 
 def _checked(flag: str, check: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -232,6 +224,12 @@ class DSQState(nn.Module):
             state_dict.setdefault(f"{name}.{buffer}", value)
 
 
+def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> None:
+    """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
+    convert(model, context, skip)
+    convert_heads(model)
+
+
 def attach(model: nn.Module, args: Any, task: Any) -> None:
     """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
 
@@ -255,7 +253,7 @@ def attach(model: nn.Module, args: Any, task: Any) -> None:
     )
     schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
     try:
-        convert(model, context, shlex.split(args.dsq_skip))
+        quantize(model, context, shlex.split(args.dsq_skip))
     except ValueError as error:
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
     model.dsq = DSQState(levels, schedule, context)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from fairseq_dsq.precision import Gemm, GemmKind, PrecisionConfig
+from fairseq_dsq.precision import Gemm, GemmKind, PrecisionConfig, Stash, StashRole
 from fairseq_dsq.quant import Rounding
 
 BoxDim = Literal["reduction", "last"]
@@ -16,33 +16,78 @@ FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
 
 
 class LedgerKey(NamedTuple):
-    """A GEMM, the precision it ran at, and whether its forward pass ran under grad."""
+    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
 
     gemm: Gemm
     precision: PrecisionConfig
     training: bool
+    scope: str = ""
+
+
+class StashKey(NamedTuple):
+    """A stash, the precision it was packed at, and the module it served."""
+
+    stash: Stash
+    precision: PrecisionConfig
+    scope: str = ""
 
 
 @dataclass
-class Ledger:
-    """Counts the GEMMs that a model executes and the bytes it packs for backward.
-
-    Backward GEMMs are counted when the forward that will need them runs under grad.
-    """
+class Work:
+    """What ran: GEMMs and stashes with their counts, and the bytes that the stashes really took."""
 
     gemms: Counter[LedgerKey] = field(default_factory=Counter)
+    stashes: Counter[StashKey] = field(default_factory=Counter)
     stash_bytes: int = 0
 
-    def record(
-        self, kind: GemmKind, m: int, k: int, n: int, batch: int, precision: PrecisionConfig, training: bool
-    ) -> None:
-        self.gemms[LedgerKey(Gemm(kind, m, k, n, batch), precision, training)] += 1
+    def at_precision(self, precision: PrecisionConfig) -> Work:
+        """The same GEMMs and stashes at another level; the bytes really taken are not known."""
+        return Work(
+            Counter({key._replace(precision=precision): count for key, count in self.gemms.items()}),
+            Counter({key._replace(precision=precision): count for key, count in self.stashes.items()}),
+        )
 
-    def drain(self) -> tuple[Counter[LedgerKey], int]:
-        """The counts and stash bytes since the last call; starts anew."""
-        counts = self.gemms, self.stash_bytes
-        self.gemms, self.stash_bytes = Counter(), 0
-        return counts
+
+@dataclass
+class Ledger(Work):
+    """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
+
+    What activation checkpointing repeats is counted as often as it runs.
+
+    Attributes:
+        scope: goes into every key; names the module at work, for whoever wants to tell them apart.
+    """
+
+    scope: str = ""
+
+    def record(
+        self,
+        kind: GemmKind,
+        m: int,
+        k: int,
+        n: int,
+        batch: int,
+        precision: PrecisionConfig,
+        training: bool,
+        scope: str | None = None,
+    ) -> None:
+        """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
+        self.gemms[
+            LedgerKey(Gemm(kind, m, k, n, batch), precision, training, self.scope if scope is None else scope)
+        ] += 1
+
+    def record_stash(
+        self, role: StashRole, shape: tuple[int, ...], dim: int, precision: PrecisionConfig, nbytes: int
+    ) -> None:
+        """Count one stash that took ``nbytes`` bytes."""
+        self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
+        self.stash_bytes += nbytes
+
+    def drain(self) -> Work:
+        """What ran since the last call; starts anew."""
+        work = Work(self.gemms, self.stashes, self.stash_bytes)
+        self.gemms, self.stashes, self.stash_bytes = Counter(), Counter(), 0
+        return work
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.formats import Format
 from fairseq_dsq.nn.context import GemmConfig, Ledger
+from fairseq_dsq.precision import StashRole
 from fairseq_dsq.quant import Packed, fake_quantize, pack
 
 
@@ -44,10 +45,11 @@ class _Quantizer:
     def quantize(self, x: Tensor, fmt: Format, reduction_dim: int) -> Tensor:
         return fake_quantize(x, fmt, self.config.dim(reduction_dim), self.config.rounding, self.generator)
 
-    def pack(self, x: Tensor, fmt: Format, reduction_dim: int, ledger: Ledger | None) -> Packed:
-        packed = pack(x, fmt, self.config.dim(reduction_dim), self.config.rounding, self.generator)
+    def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> Packed:
+        precision, dim = self.config.precision, self.config.dim(reduction_dim)
+        packed = pack(x, precision.stash_format(role), dim, self.config.rounding, self.generator)
         if ledger is not None:
-            ledger.stash_bytes += packed.nbytes
+            ledger.record_stash(role, tuple(x.shape), dim, precision, packed.nbytes)
         return packed
 
     def grad_outputs(self, grad: Tensor, need_first: bool, need_second: bool) -> tuple[Tensor, Tensor]:
@@ -95,9 +97,10 @@ class _Linear(torch.autograd.Function):
             y = torch.nn.functional.linear(quantized, operand, bias)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             if ledger is not None:
-                record_linear(ledger, config, len(rows), weight, needs_x, needs)
-        stash = quantizer.pack(rows, precision.stash, -2, ledger) if any(needs_weight) else None
+                record_linear(ledger, config, len(rows), weight, needs_x or needs)
+        stash = quantizer.pack(rows, "input", -2, ledger) if any(needs_weight) else None
         ctx.config, ctx.seed, ctx.x_shape = config, seed, x.shape
+        ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
         ctx.stash_spec = None if stash is None else stash.spec
@@ -109,6 +112,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         config: GemmConfig = ctx.config
         precision = config.precision
+        ledger: Ledger | None = ctx.ledger
         data, *weights = ctx.saved_tensors
         stashed = _unpack(data, ctx.stash_spec)
         quantizer = _Quantizer(config, _backward_seed(ctx.seed), weights[0].device)
@@ -120,14 +124,19 @@ class _Linear(torch.autograd.Function):
             grad_bias: Tensor | None = None
             if grad is not None:
                 rows = grad.reshape(-1, grad.shape[-1])
+                m, n, k = *rows.shape, weight.shape[1]
                 along_n, along_m = quantizer.grad_outputs(rows, ctx.needs_input_grad[3], needs_weight)
                 if ctx.needs_input_grad[3]:
                     # grad_input: MxN @ NxK => MxK
+                    if ledger is not None:
+                        ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
                     part = along_n @ quantizer.quantize(weight, precision.grad_input_weight, -2)
                     grad_x = part if grad_x is None else grad_x.add_(part)
                 if needs_weight:
                     assert stashed is not None
-                    # grad_weight: NxM @ MxK => NxK
+                    # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
+                    if ledger is not None:
+                        ledger.record("grad_weight", k, m, n, 1, precision, True, ctx.scope)
                     grad_weight = along_m.t() @ stashed
                 if needs_bias:
                     grad_bias = rows.sum(0)
@@ -135,22 +144,20 @@ class _Linear(torch.autograd.Function):
         return None, None, None, None if grad_x is None else grad_x.view(ctx.x_shape), *grad_params
 
 
-def record_linear(
-    ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> None:
-    """Report a linear layer's GEMMs on ``rows`` rows: output, and those that its backward will run."""
+def record_linear(ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, training: bool) -> None:
+    """Report a linear layer's output GEMM on ``rows`` rows."""
     n, k = weight.shape
-    precision, training = config.precision, needs_x or needs_weight
-    ledger.record("output", rows, k, n, 1, precision, training)
-    if needs_x:
-        ledger.record("grad_input", rows, n, k, 1, precision, training)
-    if needs_weight:
-        ledger.record("grad_weight", n, rows, k, 1, precision, training)
+    ledger.record("output", rows, k, n, 1, config.precision, training)
+
+
+def autocast_device(x: Tensor) -> str:
+    """The device type whose autocast state holds for ``x``; the meta device has none and follows the CPU's."""
+    return "cpu" if x.is_meta else x.device.type
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under torch.autocast, cast as it casts a GEMM's operands (backward then runs in the same dtype)."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    device = next(autocast_device(tensor) for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
@@ -173,7 +180,7 @@ def linear_group(
     """
     flat: list[Tensor | None] = [tensor for pair in params for tensor in pair]
     operands = _autocast(x, *flat)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_device(x), enabled=False):
         return _Linear.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
 
 
@@ -201,22 +208,18 @@ class _Matmul(torch.autograd.Function):
         if ledger is not None:
             batch, m, k = a.shape
             n = b.shape[n_dim]
-            training = needs_a or needs_b
-            ledger.record("output", m, k, n, batch, precision, training)
-            if needs_a:
-                ledger.record("grad_input", m, n, k, batch, precision, training)
-            if needs_b:
-                ledger.record("grad_weight", k, m, n, batch, precision, training)
+            ledger.record("output", m, k, n, batch, precision, needs_a or needs_b)
         seed = _draw_seed(config)
         quantizer = _Quantizer(config, seed, a.device)
         # output: MxK @ KxN => MxN
         operand_a = quantizer.quantize(a, precision.output_operands, -1)
         operand_b = quantizer.quantize(b, precision.output_operands, k_dim)
         y = torch.bmm(operand_a, operand_b.transpose(1, 2) if transpose_b else operand_b)
-        stash_a = quantizer.pack(a, precision.stash, -2, ledger) if needs_b else None
-        stash_b = quantizer.pack(b, precision.grad_input_weight, n_dim, ledger) if needs_a else None
+        stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
+        stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
         ctx.config, ctx.seed, ctx.transpose_b = config, seed, transpose_b
+        ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
         ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
         return y
@@ -227,12 +230,19 @@ class _Matmul(torch.autograd.Function):
         a, b = (_unpack(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True))
         quantizer = _Quantizer(ctx.config, _backward_seed(ctx.seed), grad.device)
         along_n, along_m = quantizer.grad_outputs(grad, b is not None, a is not None)
+        precision, ledger = ctx.config.precision, ctx.ledger
+        batch, m, n = grad.shape
         grad_a = grad_b = None
         if b is not None:
             # grad_input: MxN @ NxK => MxK
+            if ledger is not None:
+                k = b.shape[2 if ctx.transpose_b else 1]
+                ledger.record("grad_input", m, n, k, batch, precision, True, ctx.scope)
             grad_a = torch.bmm(along_n, b if ctx.transpose_b else b.transpose(1, 2))
         if a is not None:
             # grad_weight: KxM @ MxN => KxN, or its transpose
+            if ledger is not None:
+                ledger.record("grad_weight", a.shape[2], m, n, batch, precision, True, ctx.scope)
             first, second = (along_m, a) if ctx.transpose_b else (a, along_m)
             grad_b = torch.bmm(first.transpose(1, 2), second)
         return None, None, None, None, grad_a, grad_b
@@ -265,5 +275,5 @@ def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = Non
         expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
         raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")
     operands = _autocast(a, b)
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(autocast_device(a), enabled=False):
         return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, *operands)  # type: ignore[no-any-return]

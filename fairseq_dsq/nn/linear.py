@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_dsq.nn.context import DSQContext
-from fairseq_dsq.nn.functional import linear_group, record_linear
+from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quant import fake_quantize
 
@@ -77,7 +77,7 @@ class DSQLinear(nn.Linear):
     def infer(self, quantized: Tensor) -> Tensor:
         """Forward of an already quantized input where nothing needs a gradient and the weight does not change."""
         precision = self.context.config.precision
-        record_linear(self.context.ledger, self.context.config, quantized.shape[:-1].numel(), self.weight, False, False)
+        record_linear(self.context.ledger, self.context.config, quantized.shape[:-1].numel(), self.weight, False)
         return nn.functional.linear(quantized, self._quantized_weight(precision), self.bias)
 
 
@@ -85,7 +85,7 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     """Outputs of several layers of one context on one input, quantized and stashed once."""
     first = layers[0]
     context = first.context
-    if not torch.is_grad_enabled() and not first.training and not torch.is_autocast_enabled(x.device.type):
+    if not torch.is_grad_enabled() and not first.training and not torch.is_autocast_enabled(autocast_device(x)):
         config = context.for_mode(training=False)
         quantized = fake_quantize(x, config.precision.output_operands, -1)
         return [layer.infer(quantized) for layer in layers]

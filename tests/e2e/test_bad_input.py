@@ -50,6 +50,7 @@ def test_a_bad_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, capsys, fla
         (("--dsq-sign-bit", "extra", "--dsq-levels", "[2,2,2,32]"), "argument --dsq-levels"),
         (("--dsq-format", "float32", "--dsq-levels", "[2,2,2,16]"), "argument --dsq-levels"),
         (("--quant-noise-pq", "0.1"), "quant noise"),
+        (("--dsq-cost-profile", "nix"), "argument --dsq-cost-profile: got 'nix', expected operands, paper"),
     ],
 )
 def test_the_command_exits_non_zero_without_a_traceback(cli, tmp_path, flags, expected):

@@ -3,7 +3,6 @@
 import json
 import socket
 
-import pytest
 import torch
 from fairseq import checkpoint_utils
 
@@ -21,7 +20,7 @@ def test_two_workers_agree_on_level_and_add_up_costs(cli, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = (*LEVELS, "--max-epoch", 2, "--dropout", 0)
+    flags = (*LEVELS, "--max-epoch", 2, "--dropout", 0, "--dsq-cost-profile", "operands")
     workers = [
         cli.start(
             *cli.train_command(tmp_path / f"two{rank}", *flags),
@@ -40,7 +39,7 @@ def test_two_workers_agree_on_level_and_add_up_costs(cli, tmp_path):
     one_log = cli.train(tmp_path / "one", *flags, "--update-freq", 2)
     one, two = last_train_record(one_log), last_train_record(logs[0])
     for key in ("dsq_arithmetic", "dsq_arithmetic_baseline", "dsq_dram_bytes", "dsq_stash_bytes"):
-        assert float(two[f"train_{key}"]) == pytest.approx(float(one[f"train_{key}"]), rel=1e-3), key
+        assert two[f"train_{key}"] == one[f"train_{key}"] != "0", key  # as printed, six digits
     alone = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "one/checkpoint_last.pt"))["model"]
     assert state.keys() == alone.keys()
     assert torch.allclose(state["dsq.best_loss"], alone["dsq.best_loss"], rtol=1e-2)

@@ -27,8 +27,8 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GemmConfig, Ledger, linear, linear_group, matmul
-from fairseq_dsq.precision import Gemm
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GemmConfig, Ledger, LedgerKey, StashKey, linear, linear_group, matmul
+from fairseq_dsq.precision import Gemm, Stash
 
 # M, K, N: whole boxes; short last boxes along each; less than a box; single rows and columns.
 SHAPES = [(32, 16, 48), (37, 21, 18), (1, 5, 3), (17, 33, 1), (16, 1, 7)]
@@ -323,9 +323,10 @@ def test_linear_computes_the_gradients_that_are_needed(needs):
     needs_x, needs_weight, _ = needs
     gemms = {Gemm("output", m, k, n)}
     gemms |= {Gemm("grad_input", m, n, k)} if needs_x else set()
-    gemms |= {Gemm("grad_weight", n, m, k)} if needs_weight else set()
+    gemms |= {Gemm("grad_weight", k, m, n)} if needs_weight else set()
     training = needs_x or needs_weight
-    assert ledger.gemms == Counter({(gemm, BFP_MIXED, training): 1 for gemm in gemms})
+    assert ledger.gemms == Counter({LedgerKey(gemm, BFP_MIXED, training): 1 for gemm in gemms})
+    assert ledger.stashes == ({StashKey(Stash("input", (m, k), -2), BFP_MIXED): 1} if needs_weight else {})
     assert ledger.stash_bytes == (BlockFloat(3).nbytes((m, k), 0) if needs_weight else 0)
 
 
@@ -349,7 +350,10 @@ def test_matmul_computes_the_gradients_that_are_needed(needs):
     gemms = {Gemm("output", m, k, n, batch)}
     gemms |= {Gemm("grad_input", m, n, k, batch)} if needs_a else set()
     gemms |= {Gemm("grad_weight", k, m, n, batch)} if needs_b else set()
-    assert ledger.gemms == Counter({(gemm, BFP_MIXED, any(needs)): 1 for gemm in gemms})
+    assert ledger.gemms == Counter({LedgerKey(gemm, BFP_MIXED, any(needs)): 1 for gemm in gemms})
+    stashes = {StashKey(Stash("input", (batch, m, k), -2), BFP_MIXED): 1} if needs_b else {}
+    stashes |= {StashKey(Stash("weight", (batch, k, n), -1), BFP_MIXED): 1} if needs_a else {}
+    assert ledger.stashes == stashes
     stash_a = BlockFloat(3).nbytes((batch, m, k), 1) if needs_b else 0
     stash_b = BlockFloat(6).nbytes((batch, k, n), 2) if needs_a else 0
     assert ledger.stash_bytes == stash_a + stash_b
@@ -368,8 +372,8 @@ def test_no_grad_keeps_nothing_and_counts_inference():
     assert_product(z, matmul_reference(a, b, z, MIXED)["output"])
     assert ledger.gemms == Counter(
         {
-            (Gemm("output", 37, 21, 18), BFP_MIXED, False): 1,
-            (Gemm("output", 37, 21, 18, 3), BFP_MIXED, False): 1,
+            LedgerKey(Gemm("output", 37, 21, 18), BFP_MIXED, False): 1,
+            LedgerKey(Gemm("output", 37, 21, 18, 3), BFP_MIXED, False): 1,
         }
     )
     assert ledger.stash_bytes == 0

@@ -20,7 +20,7 @@ from nn.common import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, linear
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, linear
 from fairseq_dsq.nn.linear import forward_group
 from fairseq_dsq.precision import Gemm, PrecisionConfig
 
@@ -351,8 +351,9 @@ def test_autocast_in_evaluation():
 def test_a_layer_counts_its_gemms():
     how = context(*BFP_MIXED.q)
     layer, x = layer_with(how), normal(2, 7, K)
-    layer(x)
-    layer(x.clone().requires_grad_())
+    layer(x).sum().backward()
+    layer(x.clone().requires_grad_()).sum().backward()
+    layer(x)  # a forward whose backward never runs
     with torch.no_grad():
         layer(x)
     layer.eval()
@@ -362,16 +363,16 @@ def test_a_layer_counts_its_gemms():
     output, grad_input, grad_weight = (
         Gemm("output", 14, K, N),
         Gemm("grad_input", 14, N, K),
-        Gemm("grad_weight", N, 14, K),
+        Gemm("grad_weight", K, 14, N),
     )
-    counts, _ = how.ledger.drain()
+    counts = how.ledger.drain().gemms
     assert counts == {
-        (output, BFP_MIXED, True): 2,
-        (grad_weight, BFP_MIXED, True): 2,
-        (grad_input, BFP_MIXED, True): 1,
-        (output, BFP_MIXED, False): 3,
+        LedgerKey(output, BFP_MIXED, True): 3,
+        LedgerKey(grad_weight, BFP_MIXED, True): 2,
+        LedgerKey(grad_input, BFP_MIXED, True): 1,
+        LedgerKey(output, BFP_MIXED, False): 3,
     }
-    assert how.ledger.gemms == {} and how.ledger.stash_bytes == 0
+    assert how.ledger.gemms == {} and how.ledger.stashes == {} and how.ledger.stash_bytes == 0
     assert output.macs == grad_input.macs == grad_weight.macs == 14 * K * N
 
 
@@ -384,11 +385,9 @@ def test_a_group_of_layers_counts_as_its_layers_do():
             for layer in layers:
                 layer.train(mode)
             with torch.set_grad_enabled(mode):
-                if how is shared:
-                    forward_group(x, layers)
-                else:
-                    for layer in layers:
-                        layer(x)
+                outputs = forward_group(x, layers) if how is shared else [layer(x) for layer in layers]
+            if mode:
+                torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     assert shared.ledger.gemms == apart.ledger.gemms
     assert apart.ledger.stash_bytes == 3 * shared.ledger.stash_bytes > 0
     assert {key.gemm.n for key in shared.ledger.gemms if key.gemm.kind == "output"} == {18, 5}

@@ -1,0 +1,286 @@
+"""What one training step of a fairseq architecture executes, found by running it without computing it.
+
+The real model runs forward and backward on torch's meta device, where tensors have shapes and no data, so that a model
+of any size takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq import options
+from fairseq.data import Dictionary
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import (
+    ARCH_MODEL_REGISTRY,
+    FairseqEncoderDecoderModel,
+    FairseqEncoderModel,
+    FairseqLanguageModel,
+)
+from fairseq.modules import MultiheadAttention
+from fairseq.tasks import TASK_REGISTRY
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from fairseq_dsq import data_files
+from fairseq_dsq.models import dsq
+from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig, Ledger, Work
+
+FOLDER = "models"
+# Operators that allocate or inspect and move no data; gathers read no more than they write.
+_FREE = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::_unsafe_view",
+    "aten::_local_scalar_dense",
+}
+_GATHERS = {"aten::embedding", "aten::index_select", "aten::index"}
+# Model class: the task that builds it. All arguments of its batch are token ids.
+TASKS: dict[type, str] = {
+    FairseqEncoderDecoderModel: "translation",
+    FairseqLanguageModel: "language_modeling",
+    FairseqEncoderModel: "masked_lm",
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by architecture and flags: a data file in configs/models/, or the name of a fairseq architecture.
+
+    Attributes:
+        arch: a registered architecture.
+        flags: of fairseq-train, such as ``--encoder-layers 12``.
+        vocabulary: entries of the dictionary, special symbols included.
+        length: tokens of a sentence; of source and target alike.
+        tokens: tokens of a batch (of the target, in translation).
+        source: where the numbers come from.
+    """
+
+    arch: str
+    flags: str = ""
+    vocabulary: int = 10_000
+    length: int = 32
+    tokens: int = 4096
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "length", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected an integer >= 1")
+        if self.tokens % self.length:
+            raise ValueError(f"tokens: got {self.tokens}, expected a multiple of length {self.length}")
+        if self.arch not in ARCH_MODEL_REGISTRY:
+            raise ValueError(f"arch: got {self.arch!r}, expected one that fairseq-train --arch knows")
+
+    @property
+    def batch(self) -> int:
+        """Sentences of a batch."""
+        return self.tokens // self.length
+
+
+def find_model(name: str) -> ModelSpec:
+    """The model of a name in configs/models/, of a file's path, or of a fairseq architecture.
+
+    Raises:
+        ValueError: none of these; the message says what is expected.
+    """
+    if name in ARCH_MODEL_REGISTRY and name not in data_files.names(FOLDER):
+        return ModelSpec(name)
+    try:
+        return data_files.load(ModelSpec, FOLDER, name)
+    except ValueError as error:
+        if str(error).startswith("got "):
+            raise ValueError(f"{error}, or an architecture that fairseq-train --arch knows") from None
+        raise
+
+
+class _NoData(TorchDispatchMode):
+    """Answers what the meta device cannot: a value is zero (there is no padding), and a copy stays on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+
+def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
+    """The float (or ``*_dsq``) model of a spec, in training mode.
+
+    Raises:
+        ValueError: flags that fairseq-train refuses, or an architecture of another family than those in ``TASKS``.
+    """
+    family = ARCH_MODEL_REGISTRY[spec.arch]
+    names = [name for kind, name in TASKS.items() if issubclass(family, kind)]
+    if not names:
+        raise ValueError(f"arch: got {spec.arch!r}, expected a translation, language or masked language model")
+    task_class = TASK_REGISTRY[names[0]]
+    argv = ["data", "--arch", spec.arch, "--task", names[0], *spec.flags.split()]
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            args = options.parse_args_and_arch(options.get_training_parser(), argv)
+    except SystemExit:  # pages of usage, and the error at their end
+        error = usage.getvalue().strip().splitlines()[-1]
+        raise ValueError(f"--flags: {error.partition('error: ')[2]}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra's, about fairseq's use of it
+        config = convert_namespace_to_omegaconf(args)
+    dictionary = Dictionary()
+    for index in range(spec.vocabulary - len(dictionary)):
+        dictionary.add_symbol(f"token{index}")
+    dictionaries = (dictionary, dictionary) if names[0] == "translation" else (dictionary,)
+    task = task_class(config.task, *dictionaries)
+    with torch.device(device), _NoData():
+        model: nn.Module = task.build_model(config.model)
+    return model.train()
+
+
+def sample(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    """A full batch without padding, as fairseq's criteria take it, on the model's device."""
+    with next(model.parameters()).device:
+        tokens = torch.full((spec.batch, spec.length), Dictionary().nspecial)
+        lengths = torch.full((spec.batch,), spec.length)
+    inputs = {"src_tokens": tokens}
+    if isinstance(model, FairseqEncoderDecoderModel):
+        inputs |= {"src_lengths": lengths, "prev_output_tokens": tokens}
+    return {"net_input": inputs, "target": tokens, "ntokens": spec.tokens}
+
+
+def step(model: nn.Module, spec: ModelSpec, training: bool = True) -> None:
+    """One forward pass of a full batch and, in training, the backward pass of the sum of its output.
+
+    A masked language model projects every position to the vocabulary; translation has a source as long as the target.
+    """
+    with next(model.parameters()).device, _NoData():
+        with torch.set_grad_enabled(training):
+            output = model.train(training)(**sample(model, spec)["net_input"])[0]
+        if training:
+            output.sum().backward()
+
+
+class _Traffic(_NoData):
+    """Counts the elements that operators other than GEMMs read and write, inside attention and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: Counter[bool] = Counter()
+        self.in_attention = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name
+        if func.overloadpacket in flop_registry or func.is_view or name in _FREE:
+            return result
+        read = [] if name in _GATHERS else [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements[self.in_attention > 0] += sum(tensor.numel() for tensor in (*read, *written))
+        return result
+
+
+def traffic(spec: ModelSpec) -> tuple[int, int]:
+    """Elements that the operators other than GEMMs move in one training step of the float model.
+
+    Each operator reads its tensors once and writes its result once, as in eager execution: nothing is fused.
+
+    Returns:
+        Elements moved within attention (between its projections), and elsewhere.
+    """
+    model = build(spec)
+    mode = _Traffic()
+
+    def enter(*_: Any) -> None:
+        mode.in_attention += 1
+
+    def leave(*_: Any) -> None:
+        mode.in_attention -= 1
+
+    def leave_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        leave()
+        inputs = {tensor.grad_fn for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for node in _nodes(output[0].grad_fn, inputs):
+            node.register_prehook(enter)
+            node.register_hook(leave)
+
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave_forward, with_kwargs=True)
+    with mode:
+        step(model, spec)
+    return mode.elements[True], mode.elements[False]
+
+
+def _nodes(last: Any, stop: set[Any]) -> set[Any]:
+    """The autograd nodes from ``last`` back to, and without, those in ``stop``."""
+    found: set[Any] = set()
+    pending = [last]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in stop and node not in found:
+            found.add(node)
+            pending += [previous for previous, _ in node.next_functions]
+    return found
+
+
+@contextlib.contextmanager
+def scopes(model: nn.Module, enter: Callable[[str], None], leave: Callable[[], None]) -> Iterator[None]:
+    """Call ``enter(name)`` and ``leave()`` around every module's forward."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: enter(name)))
+        handles.append(module.register_forward_hook(lambda module, args, output: leave()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(spec: ModelSpec, training: bool = True) -> Work:
+    """The GEMMs and stashes of one step, each with the module it serves as its scope.
+
+    They come from the ledger of the converted model, at float32; :meth:`Work.at_precision` puts them at another level.
+    """
+    model = build(spec)
+    state = getattr(model, "dsq", None)
+    if isinstance(state, dsq.DSQState):
+        ledger = state.context.ledger
+        state.context.set_precision(FLOAT32)
+    else:
+        context = DSQContext(GemmConfig(FLOAT32))
+        dsq.quantize(model, context)
+        ledger = context.ledger
+    with ledger_scopes(model, ledger):
+        step(model, spec, training)
+    return ledger.drain()
+
+
+@contextlib.contextmanager
+def ledger_scopes(model: nn.Module, ledger: Ledger) -> Iterator[None]:
+    """While this lasts, what ``ledger`` counts carries the name of the module at work."""
+    stack = [ledger.scope]
+
+    def enter(name: str) -> None:
+        stack.append(name)
+        ledger.scope = name
+
+    def leave() -> None:
+        stack.pop()
+        ledger.scope = stack[-1]
+
+    with scopes(model, enter, leave):
+        yield

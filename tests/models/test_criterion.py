@@ -1,0 +1,110 @@
+"""What the dsq_ criterion charges, against the GEMMs that the probe says a step executes."""
+
+import dataclasses
+
+import pytest
+import torch
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
+from fairseq.data import Dictionary
+
+from fairseq_dsq.cost import load_profile, total_cost
+from fairseq_dsq.models import probe
+from fairseq_dsq.precision import PrecisionConfig
+
+SPEC = probe.ModelSpec(
+    "transformer_dsq_iwslt_de_en",
+    "--encoder-layers 2 --decoder-layers 1 --encoder-embed-dim 32 --encoder-ffn-embed-dim 48 --dropout 0 "
+    "--dsq-levels [16,4,4,16]",
+    vocabulary=97,
+    length=9,
+    tokens=27,
+)
+LEVEL = PrecisionConfig((16, 4, 4, 16))
+COSTS = ("arithmetic", "arithmetic_baseline", "dram_bytes", "dram_baseline_bytes")
+
+
+def criterion(profile):
+    name = "dsq_cross_entropy"
+    config = CRITERION_DATACLASS_REGISTRY[name](sentence_avg=False, dsq_cost_profile=profile)
+
+    class Task:
+        target_dictionary = Dictionary()
+
+    return CRITERION_REGISTRY[name].build_criterion(config, Task())
+
+
+def step(model, judge, backward=True):
+    loss, _, logged = judge(model, probe.sample(model, SPEC))
+    if backward:
+        loss.backward()
+    return logged
+
+
+def charged(logged):
+    return {name: logged[f"dsq_{name}"] for name in COSTS}
+
+
+def predicted(profile, work):
+    return dataclasses.asdict(total_cost(load_profile(profile), work.gemms.items(), work.stashes.items()))
+
+
+@pytest.mark.parametrize("profile", ["paper", "operands"])
+def test_a_training_step_is_charged_the_gemms_that_ran(profile):
+    work = probe.trace(SPEC).at_precision(LEVEL)
+    model, judge = probe.build(SPEC, "cpu"), criterion(profile)
+    logged = step(model, judge)
+    assert charged(logged) == pytest.approx(predicted(profile, work))
+    assert logged["dsq_stash_bytes"] > 0
+    # A second step starts anew.
+    assert charged(step(model, judge)) == pytest.approx(predicted(profile, work))
+
+
+def test_a_loss_that_is_never_differentiated_is_charged_its_forward_alone():
+    model, judge = probe.build(SPEC, "cpu"), criterion("operands")
+    logged = step(model, judge, backward=False)
+    whole = step(model, judge)
+    assert 3 * logged["dsq_arithmetic_baseline"] == whole["dsq_arithmetic_baseline"]
+
+
+def test_validation_is_charged_its_forward_and_nothing_that_ran_before():
+    work = probe.trace(SPEC, training=False).at_precision(LEVEL)
+    model, judge = probe.build(SPEC, "cpu").eval(), criterion("operands")
+    with torch.no_grad():
+        model(**probe.sample(model, SPEC)["net_input"])  # generation for BLEU, say
+        loss, _, logged = judge(model, probe.sample(model, SPEC))
+    assert not loss.requires_grad
+    assert charged(logged) == pytest.approx(predicted("operands", work))
+    assert logged["dsq_stash_bytes"] == 0
+
+
+def test_accumulated_batches_are_each_charged_their_own():
+    model, judge = probe.build(SPEC, "cpu"), criterion("operands")
+    alone = charged(step(model, judge))
+    logs = [step(model, judge) for _ in range(3)]
+    assert [charged(log) for log in logs] == [alone] * 3
+
+
+def test_recomputed_activations_are_charged_again():
+    checkpointed = dataclasses.replace(SPEC, flags=f"{SPEC.flags} --checkpoint-activations")
+    plain, again = (probe.build(spec, "cpu") for spec in (SPEC, checkpointed))
+    again.load_state_dict(plain.state_dict())
+    judge = criterion("operands")
+    once, twice = step(plain, judge), step(again, judge)
+    work = probe.trace(SPEC)
+    repeated = sum(
+        key.gemm.macs * count
+        for key, count in work.gemms.items()
+        if key.gemm.kind == "output" and ".layers." in key.scope
+    )
+    assert twice["dsq_arithmetic_baseline"] - once["dsq_arithmetic_baseline"] == repeated > 0
+    assert twice["dsq_stash_bytes"] == once["dsq_stash_bytes"]
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(parameter.grad, again.get_parameter(name).grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_an_unknown_profile_stops_with_one_line_that_names_the_flag():
+    with pytest.raises(SystemExit) as error:
+        criterion("nix")
+    assert str(error.value).endswith(
+        "error: argument --dsq-cost-profile: got 'nix', expected operands, paper or the path of a .yaml file"
+    )
