@@ -46,7 +46,11 @@ dsq_pid=$!
 train float32 --dsq-format float32 || { echo "quickstart.sh: error: see $run/float32/train.log" >&2; exit 1; }
 wait "$dsq_pid" || { echo "quickstart.sh: error: see $run/dsq/train.log" >&2; exit 1; }
 
-bleu() { sacrebleu "$run/text/test.en" -i "$run/$1/hypotheses.en" -m bleu -b -w 1 --force; }
+# bleu NAME: print the test set's score and leave it where fairseq-dsq report finds it
+bleu() {
+    sacrebleu "$run/text/test.en" -i "$run/$1/hypotheses.en" -m bleu -w 1 --force > "$run/$1/score.json"
+    sed -n 's/^ *"score": \([0-9.]*\).*/\1/p' "$run/$1/score.json"
+}
 echo
 fairseq-dsq epochs "$run/dsq/train.log"
 echo

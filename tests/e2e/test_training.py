@@ -7,7 +7,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import fairseq_dsq
-from fairseq_dsq.report.logs import read_json_log
+from fairseq_dsq.report.logs import read_run
 
 # Without it fairseq draws the batches of all epochs at the start, from the epoch that the command starts in: its own
 # transformer does not resume exactly either.
@@ -93,7 +93,7 @@ def test_the_metrics_reach_tensorboard(trained):
 
 
 def test_the_epoch_table_reads_the_log(cli, trained):
-    epochs = read_json_log(trained / "train.log")
+    epochs = read_run(trained / "train.log").epochs
     assert [epoch.level for epoch in epochs] == [0, 0, 1]
     out, _ = cli.run("fairseq-dsq", "epochs", trained / "train.log")
     assert len(out.splitlines()) == 4

@@ -1,0 +1,392 @@
+"""Table 1 of arXiv 2303.05295 from training runs: quality beside modelled arithmetic and DRAM traffic."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from typing import Any
+
+from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
+from fairseq_dsq.report.logs import DSQ_DEFAULTS, Run, printable
+from fairseq_dsq.report.scores import METRICS, judged_by
+
+FLOAT32, FLOAT32_FAIRSEQ = "Float32", "Float32 (fairseq)"
+_FORMAT_LABELS = {"bfp": "BFP", "fixed": "Fixed"}
+_FORMAT_NAMES = {"bfp": "BFP", "fixed": "Fixed-point"}
+_MISSING = "-"
+# Logged sums have six digits: what lies this close to half a unit was half a unit.
+_LOGGED = Decimal("0.00001")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        name: tells the run from all others of its table.
+        method, setup: as the paper labels them.
+        scores: by name in :data:`fairseq_dsq.report.scores.METRICS`.
+        differences: of those scores from the baseline's, where both have them.
+        arithmetic, dram: of the whole training, over the same GEMMs in 32-bit fixed point; None without dsq metrics.
+        arithmetic_total, dram_total: MACs of 32-bit fixed point; bytes.
+        epochs: how many ended.
+        notes: what a reader has to know.
+    """
+
+    name: str
+    method: str
+    setup: str
+    scores: Mapping[str, float]
+    differences: Mapping[str, float]
+    arithmetic: float | None
+    dram: float | None
+    arithmetic_total: float | None
+    dram_total: float | None
+    epochs: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a report says in numbers.
+
+    Attributes:
+        rows: in the order of the runs.
+        metrics: the columns of quality, names in :data:`fairseq_dsq.report.scores.METRICS`.
+        primary: the one of them that most runs are judged by; None without any.
+        baseline: the name of the run that differences refer to.
+        named: whether method and setup do not tell the rows apart.
+        notes: what a reader has to know, beside the rows' own.
+    """
+
+    rows: tuple[Row, ...]
+    metrics: tuple[str, ...]
+    primary: str | None
+    baseline: str | None
+    named: bool
+    notes: tuple[str, ...]
+
+    def label(self, row: Row) -> str:
+        """What a legend calls a row: method and setup, and the run's name where others share these."""
+        setup = "" if row.setup == _MISSING or row.method in (FLOAT32, FLOAT32_FAIRSEQ) else f" {row.setup}"
+        alike = sum((other.method, other.setup) == (row.method, row.setup) for other in self.rows)
+        return f"{row.method}{setup}{f' ({row.name})' if alike > 1 else ''}"
+
+
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one name renamed: by the whole file name, by the folders above it, else by a number."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(run.name, []).append(index)
+    names = [run.name for run in runs]
+    for name, group in groups.items():
+        if len(group) == 1:
+            continue
+        for depth, whole in itertools.product(range(8), (False, True)):
+            longer = [_longer_name(runs[index].path.resolve(), name, depth, whole) for index in group]
+            if len(set(longer)) == len(group):
+                for index, text in zip(group, longer, strict=True):
+                    names[index] = text
+                break
+    taken: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        taken[name] += 1
+        names[index] = name if taken[name] == 1 else f"{name} ({taken[name]})"
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _longer_name(path: Path, name: str, depth: int, whole: bool) -> str:
+    """A run's name after ``depth`` folders; ``whole`` with what the name left out of the path's end."""
+    places = (path, *path.parents)
+    above = next((i for i, place in enumerate(places) if name in (printable(place.name), printable(place.stem))), 0)
+    parts = path.parts[1:]
+    at = len(parts) - 1 - above
+    return printable("/".join([*parts[max(0, at - depth) : at], *(parts[at:] if whole else [name])]))
+
+
+def _is_dsq(run: Run) -> bool:
+    return "dsq" in run.flags.get("arch", "") or "dsq_format" in run.flags or _costs(run) is not None
+
+
+def levels(run: Run) -> tuple[PrecisionConfig, ...]:
+    """The precision levels that a run was given; none in float32, or if its log does not say."""
+    flags = {**DSQ_DEFAULTS, **run.flags}
+    if not run.flags.get("arch") or not _is_dsq(run) or flags["dsq_format"] == "float32":
+        return ()
+    try:
+        return parse_levels(flags["dsq_levels"])
+    except ValueError:
+        return ()
+
+
+def describe(run: Run) -> tuple[str, str]:
+    """(method, precision setup) from the flags in a run's log; without them the run's name."""
+    flags = run.flags
+    if not flags.get("arch"):
+        return run.name, _MISSING
+    if not _is_dsq(run):
+        bits, kind = 32, "Float32"
+        if flags.get("fp16") == "True":
+            bits, kind = 16, "Float16"
+        elif flags.get("bf16") == "True":
+            bits, kind = 16, "Bfloat16"
+        return f"{kind} (fairseq)", f"[{bits},{bits},{bits},{bits}]"
+    flags = {**DSQ_DEFAULTS, **flags}
+    name = flags["dsq_format"]
+    if name == "float32":
+        return FLOAT32, "[32,32,32,32]"
+    given = levels(run)
+    if not given:
+        return run.name, flags["dsq_levels"]
+    options = [
+        f"{flag.removeprefix('dsq_').replace('_', ' ')} {flags[flag]}"
+        for flag, default in DSQ_DEFAULTS.items()
+        if flag not in ("dsq_format", "dsq_levels") and flags[flag] != default
+    ]
+    setup = ", ".join([levels_to_str(given), *options])
+    label = _FORMAT_LABELS.get(name, name)
+    if len(given) > 1:
+        return f"DSQ ({label})", setup
+    q = given[0].q
+    return (f"{_FORMAT_NAMES.get(name, name)} {q[0]}" if len(set(q)) == 1 else f"Stashing ({label})"), setup
+
+
+def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], baseline: int | None = None) -> Table:
+    """The table of runs whose names differ.
+
+    Args:
+        scores: what is known of each run's quality, by name in :data:`fairseq_dsq.report.scores.METRICS`.
+        baseline: index of the run that differences refer to; default: the first float32 run.
+    """
+    described = [describe(run) for run in runs]
+    judged = [judged_by(found) for found in scores]
+    votes = Counter(name for names in judged for name in names)
+    metrics = [name for name in METRICS if name in votes]
+    notes = []
+    reference = baseline
+    if baseline is None:
+        floats = [i for i, (method, _) in enumerate(described) if method in (FLOAT32, FLOAT32_FAIRSEQ)]
+        reference = floats[0] if floats else None
+        if len(floats) > 1:
+            notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float32 runs")
+    profiles = {run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"]) for run in runs if _costs(run)}
+    if len(profiles) > 1:
+        notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
+    rows = []
+    for index, run in enumerate(runs):
+        base = scores[reference] if reference is not None and index != reference else {}
+        costs = _costs(run) or (None, None, None, None)
+        rows.append(
+            Row(
+                name=run.name,
+                method=described[index][0],
+                setup=described[index][1],
+                scores={name: scores[index][name] for name in metrics if name in scores[index]},
+                differences={
+                    name: scores[index][name] - base[name] for name in metrics if name in scores[index] and name in base
+                },
+                arithmetic=costs[0],
+                dram=costs[2],
+                arithmetic_total=costs[1],
+                dram_total=costs[3],
+                epochs=sum(epoch.train_loss is not None for epoch in run.epochs),
+                notes=_notes(run),
+            )
+        )
+    return Table(
+        rows=tuple(rows),
+        metrics=tuple(metrics),
+        primary=max(metrics, key=lambda name: votes[name], default=None),
+        baseline=None if reference is None else runs[reference].name,
+        named=len(set(described)) < len(described),
+        notes=tuple(notes),
+    )
+
+
+def find(runs: Sequence[Run], wanted: str) -> int:
+    """The index of the run with this name or path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for index, run in enumerate(runs):
+        if wanted in (run.name, str(run.path), str(run.path).rstrip("/")) or wanted.rstrip("/") == str(run.path):
+            return index
+    raise ValueError(f"got {wanted!r}, expected one of the runs: {', '.join(run.name for run in runs)}")
+
+
+def _costs(run: Run) -> tuple[float, float, float, float] | None:
+    """Relative and absolute arithmetic, relative and absolute DRAM, of all epochs that ended."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for epoch in run.epochs:
+        values = (epoch.arithmetic, epoch.arithmetic_baseline, epoch.dram_bytes, epoch.dram_baseline_bytes)
+        sums = [total + (value or 0.0) for total, value in zip(sums, values, strict=True)]
+    if not sums[1] or not sums[3]:
+        return None
+    return sums[0] / sums[1], sums[0], sums[2] / sums[3], sums[2]
+
+
+def _notes(run: Run) -> tuple[str, ...]:
+    notes = [f"incomplete: {run.incomplete}"] if run.incomplete else []
+    first = run.epochs[0].number
+    if first > 1:
+        notes.append(f"begins at epoch {first}; what earlier epochs cost is not in it")
+    return tuple(notes)
+
+
+def fixed(value: float, digits: int, sign: bool = False) -> str:
+    """A number with so many digits after the point, halves away from zero (0.125 gives 0.13)."""
+    if not math.isfinite(value):
+        return str(value)
+    rounded = Decimal(value).quantize(_LOGGED, ROUND_HALF_UP).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
+    return format(rounded + 0, "+f" if sign else "f")
+
+
+def relative(value: float | None) -> str:
+    """A relative cost with the paper's digits: two after the point, three below 0.1 (it prints 0.45 and 0.012)."""
+    if value is None:
+        return _MISSING
+    text = fixed(value, 3)
+    return text if float(text) < 0.1 else fixed(value, 2)
+
+
+def header(table: Table) -> list[str]:
+    """The column titles."""
+    quality = [METRICS[name].label for name in table.metrics]
+    return [*(["Run"] if table.named else []), "Method", "Precision setup", *quality, "Arithmetic", "DRAM"]
+
+
+def cells(table: Table, row: Row) -> list[str]:
+    """A row's text."""
+    quality = []
+    for name in table.metrics:
+        text = fixed(row.scores[name], METRICS[name].digits) if name in row.scores else _MISSING
+        if name in row.differences:
+            text += f" ({fixed(row.differences[name], METRICS[name].digits, sign=True)})"
+        quality.append(text)
+    method = f"{row.method} *" if row.notes else row.method
+    costs = [relative(row.arithmetic), relative(row.dram)]
+    return [*([row.name] if table.named else []), method, row.setup, *quality, *costs]
+
+
+def all_notes(table: Table) -> list[str]:
+    """What stands below the table."""
+    costs = any(row.arithmetic is not None for row in table.rows)
+    notes = []
+    if costs:
+        notes.append(
+            "Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point."
+        )
+    if any(row.differences for row in table.rows):
+        notes.append(f"In brackets: the difference from {table.baseline}.")
+    notes += [f"{note[0].upper()}{note[1:]}." for note in table.notes]
+    notes += [f"* {row.name}: {'; '.join(row.notes)}." for row in table.rows if row.notes]
+    return notes
+
+
+def markdown(table: Table) -> str:
+    """The table and its notes as Markdown, columns aligned."""
+    lines = [header(table)] + [cells(table, row) for row in table.rows]
+    lines = [[escape_markdown(cell) for cell in line] for line in lines]
+    left = len(lines[0]) - len(table.metrics) - 2
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    padded = [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+    notes = "".join(f"\n{escape_markdown(note)}\n" for note in all_notes(table))
+    return f"{text}\n{notes}"
+
+
+def tex(table: Table) -> str:
+    """The table as LaTeX for the package booktabs."""
+    columns = "l" * (len(header(table)) - len(table.metrics) - 2) + "r" * (len(table.metrics) + 2)
+    lines = [header(table), *(cells(table, row) for row in table.rows)]
+    rows = [" & ".join(map(escape_tex, line)) + r" \\" for line in lines]
+    # After a row's end a bracket would be its optional argument.
+    rows = [f"{{[}}{row[1:]}" if row.startswith("[") else row for row in rows]
+    notes = [f"% {' '.join(note.split())}" for note in all_notes(table)]
+    body = [rows[0], r"\midrule", *rows[1:]]
+    return (
+        "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", *notes])
+        + "\n"
+    )
+
+
+def csv_text(table: Table) -> str:
+    """The table as CSV, unrounded, units in the header."""
+    names = ["run", "method", "precision_setup"]
+    for name in table.metrics:
+        names += [METRICS[name].label, f"{METRICS[name].label}: difference from the baseline"]
+    names += [
+        "arithmetic (relative to 32-bit fixed point)",
+        "DRAM traffic (relative to 32-bit fixed point)",
+        "arithmetic (MACs of 32-bit fixed point)",
+        "DRAM traffic (bytes)",
+        "epochs",
+        "notes",
+    ]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    for row in table.rows:
+        quality = [part.get(name) for name in table.metrics for part in (row.scores, row.differences)]
+        costs = [row.arithmetic, row.dram, row.arithmetic_total, row.dram_total]
+        writer.writerow([row.name, row.method, row.setup, *quality, *costs, row.epochs, "; ".join(row.notes)])
+    return buffer.getvalue()
+
+
+def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str]) -> str:
+    """One object: ``runs`` with their flags and epochs, ``summary`` with the table's rows; unrounded, NaN as null."""
+    document = {
+        "runs": [{**dataclasses.asdict(run), "path": str(run.path)} for run in runs],
+        "summary": {
+            "baseline": table.baseline,
+            "metrics": {name: dataclasses.asdict(METRICS[name]) for name in table.metrics},
+            "rows": [dataclasses.asdict(row) for row in table.rows],
+            "notes": all_notes(table),
+        },
+        "skipped": list(skipped),
+    }
+    return json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def escape_tex(text: str) -> str:
+    """Text as LaTeX shows it, in a table's cell."""
+    return "".join(_TEX.get(character, character) for character in text)
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown shows it, in a table's cell; what needs no escape stays legible in a terminal."""
+    text = re.sub(r"[\\`|<>&#~$]", r"\\\g<0>", text)
+    text = re.sub(r"\](?=[(\[:])", r"\\]", text)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<! )\*|\*(?=\S)", r"\\\g<0>", text)

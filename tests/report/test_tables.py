@@ -1,0 +1,268 @@
+"""Table 1's layout: labels, rounding, differences, notes, escapes."""
+
+import csv
+import io
+import json
+
+import pytest
+from report import samples
+
+from fairseq_dsq.report import tables
+from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.scores import scores
+
+
+def table_of(paths, baseline=None):
+    runs = tables.tell_apart([read_run(path) for path in paths])
+    return tables.make_table(runs, [scores(run) for run in runs], baseline), runs
+
+
+def write_log(folder, name, text):
+    path = folder / name / "train.log"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return path.parent
+
+
+def test_markdown(tmp_path):
+    table, _ = table_of(samples.write_runs(tmp_path, 4))
+    assert tables.markdown(table) == (
+        "| Method           | Precision setup        | BLEU4 (fairseq, tokenised) | Arithmetic | DRAM |\n"
+        "| ---------------- | ---------------------- | -------------------------: | ---------: | ---: |\n"
+        "| Float32          | [32,32,32,32]          |                      35.44 |       1.00 | 1.00 |\n"
+        "| DSQ (BFP)        | [2,2,2,16] [16,4,4,16] |              34.17 (-1.27) |      0.080 | 0.40 |\n"
+        "| Stashing (BFP)   | [16,4,4,16]            |              34.85 (-0.59) |       0.10 | 0.45 |\n"
+        "| Stashing (Fixed) | [16,4,4,16]            |              33.90 (-1.54) |       0.13 | 0.31 |\n"
+        "\n"
+        "Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point.\n"
+        "\n"
+        "In brackets: the difference from float32.\n"
+    )
+
+
+def test_costs_are_of_the_whole_training(tmp_path):
+    path = write_log(
+        tmp_path, "dsq", samples.log(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH])
+    )
+    table, _ = table_of([path])
+    (row,) = table.rows
+    assert row.arithmetic == pytest.approx((0.0318 * 2 + 0.1048) / 3)
+    assert row.dram == pytest.approx((0.305453 * 2 + 0.446078) / 3, rel=1e-5)
+    assert (row.arithmetic_total, row.epochs) == (pytest.approx(1.684e8), 3)
+
+
+def test_tex(tmp_path):
+    table, _ = table_of(samples.write_runs(tmp_path, 2))
+    assert tables.tex(table) == (
+        r"""\begin{tabular}{llrrr}
+\toprule
+Method & Precision setup & BLEU4 (fairseq, tokenised) & Arithmetic & DRAM \\
+\midrule
+Float32 & [32,32,32,32] & 35.44 & 1.00 & 1.00 \\
+DSQ (BFP) & [2,2,2,16] [16,4,4,16] & 34.17 (-1.27) & 0.080 & 0.40 \\
+\bottomrule
+\end{tabular}
+% Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point.
+% In brackets: the difference from float32.
+"""
+    )
+
+
+def test_csv_is_unrounded_and_names_its_units(tmp_path):
+    table, _ = table_of(samples.write_runs(tmp_path, 2))
+    float32, dsq = csv.DictReader(io.StringIO(tables.csv_text(table)))
+    assert (float32["run"], dsq["run"]) == ("float32", "dsq")
+    assert float(dsq["arithmetic (relative to 32-bit fixed point)"]) == pytest.approx((4 * 0.0318 + 8 * 0.1048) / 12)
+    assert float(dsq["DRAM traffic (bytes)"]) == pytest.approx(4 * 6.10906e7 + 8 * 8.92156e7)
+    assert float(dsq["BLEU4 (fairseq, tokenised): difference from the baseline"]) == pytest.approx(-1.27)
+    assert float32["BLEU4 (fairseq, tokenised): difference from the baseline"] == ""
+
+
+def test_json_holds_runs_epochs_and_summary_unrounded(tmp_path):
+    path = write_log(tmp_path, "dsq", samples.log(samples.DSQ, [7.125, float("nan")], [0, 1], [samples.LOW] * 2))
+    table, runs = table_of([path])
+    document = json.loads(tables.to_json(table, runs, ["x.log: an empty file"]))
+    assert set(document) == {"runs", "summary", "skipped"}
+    assert document["runs"][0]["epochs"][0]["valid_loss"] == 7.125
+    assert document["runs"][0]["epochs"][1]["valid_loss"] is None
+    assert document["summary"]["rows"][0]["arithmetic"] == pytest.approx(0.0318)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.0, "1.00"), (0.125, "0.13"), (0.1249968, "0.13"), (0.12494, "0.12"), (0.4461, "0.45"), (0.0318, "0.032"),
+     (0.0995, "0.10"), (0.0994, "0.099"), (0.0125, "0.013"), (0.3125, "0.31"), (1.13359, "1.13"), (None, "-")],
+)  # fmt: skip
+def test_relative_costs_round_half_up_with_the_paper_s_digits(value, text):
+    assert tables.relative(value) == text
+
+
+def test_differences_carry_their_sign():
+    assert [tables.fixed(value, 2, sign=True) for value in (0.565, -0.59, 0.0, -0.001)] == [
+        "+0.57",
+        "-0.59",
+        "+0.00",
+        "+0.00",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "labels"),
+    [
+        (samples.FLOAT32, ("Float32", "[32,32,32,32]")),
+        (samples.DSQ, ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]")),
+        (samples.STATIC, ("Stashing (BFP)", "[16,4,4,16]")),
+        (samples.FIXED, ("Stashing (Fixed)", "[16,4,4,16]")),
+        ({"dsq_format": "bfp", "dsq_levels": "[16,16,16,16]"}, ("BFP 16", "[16,16,16,16]")),
+        ({"dsq_format": "fixed", "dsq_levels": "[16,16,16,16]"}, ("Fixed-point 16", "[16,16,16,16]")),
+        ({"dsq_format": "posit", "dsq_levels": "[16,4,4,16]"}, ("Stashing (posit)", "[16,4,4,16]")),
+        (
+            {**samples.STATIC, "dsq_rounding": "stochastic", "dsq_skip": "*.fc1"},
+            ("Stashing (BFP)", "[16,4,4,16], rounding stochastic, skip *.fc1"),
+        ),
+    ],
+)
+def test_labels(tmp_path, flags, labels):
+    run = read_run(write_log(tmp_path, "x", samples.log(flags, [7], [0], [samples.HIGH])))
+    assert tables.describe(run) == labels
+
+
+def test_a_plain_fairseq_run_has_no_costs_and_serves_as_the_baseline(tmp_path):
+    plain = write_log(tmp_path, "plain", samples.log({}, [6.5], arch="transformer"))
+    text = samples.log({}, [6.5], arch="transformer").replace("'fp16': False", "'fp16': True")
+    half = write_log(tmp_path, "half", text)
+    dsq = write_log(tmp_path, "dsq", samples.log(samples.DSQ, [7], [0], [samples.LOW]))
+    table, _ = table_of([dsq, plain, half])
+    assert [tables.cells(table, row) for row in table.rows] == [
+        ["DSQ (BFP)", "[2,2,2,16] [16,4,4,16]", "7.000 (+0.500)", "0.032", "0.31"],
+        ["Float32 (fairseq)", "[32,32,32,32]", "6.500", "-", "-"],
+        ["Float16 (fairseq)", "[16,16,16,16]", "6.500 (+0.000)", "-", "-"],
+    ]
+    assert tables.header(table)[2] == "best valid loss (bits; lower is better)"
+
+
+def test_without_a_configuration_the_name_is_the_method(tmp_path):
+    path = write_log(tmp_path, "mine", samples.valid_line(1, 5, 6) + samples.train_line(1, 5, 7, 0, samples.LOW))
+    table, _ = table_of([path])
+    assert tables.cells(table, table.rows[0])[:2] == ["mine", "-"]
+
+
+def test_unlike_metrics_get_columns_of_their_own_and_no_differences(tmp_path):
+    float32, dsq = samples.write_runs(tmp_path, 2)
+    (dsq / "generate.out").unlink()
+    glue = write_log(
+        tmp_path,
+        "glue",
+        samples.log(samples.STATIC, [0.5, 0.4], [0, 0], [samples.HIGH] * 2, accuracy=[91.5, 90.1], f1=[88, 89]),
+    )
+    table, _ = table_of([float32, dsq, glue])
+    assert tables.header(table)[2:-2] == [
+        "BLEU4 (fairseq, tokenised)",
+        "best valid accuracy (%)",
+        "best valid f1 (%)",
+        "best valid loss (bits; lower is better)",
+    ]
+    assert [tables.cells(table, row)[2:-2] for row in table.rows] == [
+        ["35.44", "-", "-", "4.148"],
+        ["-", "-", "-", "4.398 (+0.250)"],
+        ["-", "91.5", "89.0", "0.400 (-3.748)"],
+    ]
+
+
+def test_a_baseline_can_be_named_and_several_float32_runs_are_noted(tmp_path):
+    paths = samples.write_runs(tmp_path / "a", 3) + samples.write_runs(tmp_path / "b", 1)
+    table, runs = table_of(paths)
+    assert tables.all_notes(table)[2] == "Differences are from a/float32, the first of 2 float32 runs."
+    table, _ = table_of(paths, tables.find(runs, "stashing"))
+    assert tables.cells(table, table.rows[0])[3] == "35.44 (+0.59)"
+    with pytest.raises(ValueError, match="got 'x', expected one of the runs: a/float32, dsq, stashing, b/float32"):
+        tables.find(runs, "x")
+    assert tables.find(runs, str(paths[3])) == 3
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    text = samples.log(samples.DSQ, [7])
+    folders = [write_log(tmp_path, f"{parent}/dsq", text) for parent in "ab"]
+    for name in ("seed.log", "seed.txt"):
+        (tmp_path / name).write_text(text)
+    paths = [*folders, tmp_path / "seed.log", tmp_path / "seed.txt", folders[0] / "train.log"]
+    table, runs = table_of(paths)
+    names = [run.name for run in runs]
+    assert names == ["a/dsq", "b/dsq", "seed.log", "seed.txt", "a/dsq/train.log"]
+    assert [tables.cells(table, row)[0] for row in table.rows] == names
+    assert len({table.label(row) for row in table.rows}) == 5
+
+
+def test_incomplete_runs_are_marked(tmp_path):
+    text = samples.log(samples.DSQ, [7, 6], [0, 0], [samples.LOW] * 2, max_epoch=5, done=False)
+    table, _ = table_of([write_log(tmp_path, "cut", text + samples.begin_line(3))])
+    assert tables.cells(table, table.rows[0])[0] == "DSQ (BFP) *"
+    assert tables.all_notes(table)[-1] == "* cut: incomplete: epoch 3 of 5 begun and not ended."
+
+
+def test_a_log_that_begins_late_and_mixed_profiles_are_noted(tmp_path):
+    late = (
+        samples.config_line(2, **samples.DSQ)
+        + samples.valid_line(2, 20, 6)
+        + samples.train_line(2, 20, 7, 0, samples.LOW)
+    )
+    other = samples.log({**samples.STATIC, "dsq_cost_profile": "operands"}, [7], [0], [samples.HIGH])
+    table, _ = table_of([write_log(tmp_path, "late", late), write_log(tmp_path, "other", other)])
+    notes = tables.all_notes(table)
+    assert "The runs' costs follow different profiles (operands, paper)." in notes
+    assert "* late: begins at epoch 2; what earlier epochs cost is not in it." in notes
+
+
+def test_special_characters_are_escaped(tmp_path):
+    name = "a|b_c *x* $y$ <i>&[z](u) 50% {q}~^#"
+    table, _ = table_of([write_log(tmp_path, name, samples.train_line(1, 5, 7, 0, samples.LOW))])
+    assert r"a\|b_c \*x\* \$y\$ \<i\>\&[z\](u) 50% {q}\~^\#" in tables.markdown(table)
+    assert (
+        r"a|b\_c *x* \$y\$ \textless{}i\textgreater{}\&[z](u) 50\% \{q\}\textasciitilde{}\textasciicircum{}\#"
+        in tables.tex(table)
+    )
+    assert next(csv.reader(io.StringIO(tables.csv_text(table).split("\n", 1)[1])))[0] == name
+    first = write_log(tmp_path, "[x]", samples.train_line(1, 5, 7, 0, samples.LOW))
+    assert "\n{[}x] & - " in tables.tex(table_of([first])[0])
+
+
+SACREBLEU = '{\n "name": "BLEU",\n "score": 35.4,\n "signature": "nrefs:1"\n}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generate.out": "Generate test with beam=4: BLEU4 = 34.85, 66.5/41.5\n"}, {"bleu4": 34.85}),
+        ({"a.txt": "x | INFO | fairseq_cli.generate | Generate test with beam=5: BLEU4 = 1.5, 1\n"}, {"bleu4": 1.5}),
+        (
+            {"generate-valid.txt": "Generate valid with beam=4: BLEU4 = 40.0, 1\n",
+             "generate-test.txt": "Generate test with beam=4: BLEU4 = 30.0, 1\n"},
+            {"bleu4": 30.0},
+        ),
+        ({"generate.out": "Generate test with beam=4: BLEU4 = 1.5, 1\nGenerate test with beam=5: BLEU4 = 2.5, 1\n"},
+         {"bleu4": 2.5}),
+        ({"generate.out": "Generate test with beam=4: BLEU = 35.44 66.9/42.0 (BP = 1.000)\n"}, {"sacrebleu": 35.44}),
+        ({"score.txt": "BLEU|nrefs:1|case:mixed|tok:13a|version:2.6.0 = 35.4 66.9/42.0\n"}, {"sacrebleu": 35.4}),
+        ({"score.bleu": "BLEU+case.mixed+numrefs.1+version.1.5.1 = 35.4 66.9/42.0\n"}, {"sacrebleu": 35.4}),
+        ({"score.json": SACREBLEU}, {"sacrebleu": 35.4}),
+        ({"score.json": f'[{SACREBLEU}, {{"name": "chrF2", "score": 60.1}}]'}, {"sacrebleu": 35.4}),
+        ({"score.json": '{"name": "BLEU", "score": '}, {}),
+        ({"score.txt": "BLEU4 = 20.5, 50/40/30/20 (BP=1.000)\n"}, {"bleu4": 20.5}),
+        ({"hypotheses.en": "BLEU4 = 1.0\n"}, {}),
+    ],
+)  # fmt: skip
+def test_scores_beside_a_log_are_found(tmp_path, files, expected):
+    folder = write_log(tmp_path, "run", samples.log(samples.DSQ, [7.5], bleu=[31.5]))
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert scores(read_run(folder)) == {"valid_loss": 7.5, "valid_bleu": 31.5, **expected}
+    # A file stands for itself: what lies beside it may be another run's.
+    assert scores(read_run(folder / "train.log")) == {"valid_loss": 7.5, "valid_bleu": 31.5}
+
+
+def test_a_run_is_judged_by_the_best_that_is_known(tmp_path):
+    folder = write_log(tmp_path, "run", samples.log(samples.DSQ, [7.5], bleu=[31.5]))
+    assert table_of([folder])[0].metrics == ("valid_bleu",)
+    (folder / "score.json").write_text(SACREBLEU)
+    (folder / "generate.out").write_text("Generate test with beam=4: BLEU4 = 34.85, 1\n")
+    assert table_of([folder])[0].metrics == ("sacrebleu",)
