@@ -1,0 +1,155 @@
+"""fairseq-dsq cost and roofline, as a user calls them."""
+
+import json
+
+import pytest
+
+from fairseq_dsq.cli import main
+
+MATPLOTLIB = "matplotlib"
+
+
+def run(capsys, *argv):
+    assert main([*map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def as_json(capsys, *argv):
+    return json.loads(run(capsys, *argv, "--json"))
+
+
+def refused(capsys, *argv):
+    assert main([*map(str, argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_the_paper_table(capsys):
+    text = run(capsys, "cost", "--paper-table")
+    assert "8 rows equal, 4 misfits (profile paper)" in text
+    assert "misfit: Table 1 prints 0.45" in text
+    rows = as_json(capsys, "cost", "--paper-table")["rows"]
+    assert [row["equal"] for row in rows].count(True) == 8
+    assert all(row["equal"] != bool(row["misfit"]) for row in rows)
+
+
+def test_one_setting(capsys):
+    result = as_json(capsys, "cost", "--format", "bfp", "--precision", "16,4,4,16", "--profile", "paper")
+    assert result["arithmetic_relative"] == pytest.approx(0.10479166666666667, rel=1e-12)
+    assert result["dram_relative"] == pytest.approx((40 / 4 + 4.2745) / 32, rel=1e-12)
+    text = run(capsys, "cost", "--precision", "2,2,2,2")
+    assert "arithmetic 20.95x, DRAM 2.55x" in text
+
+
+def test_the_layer_matters_to_profile_operands_alone(capsys):
+    for profile, equal in (("paper", True), ("operands", False)):
+        wide, narrow = (
+            as_json(capsys, "cost", "--profile", profile, "--layer", layer)["dram_relative"]
+            for layer in ("4096x512x2048", "64x64x64")
+        )
+        assert (wide == pytest.approx(narrow, rel=1e-9)) == equal
+
+
+def test_a_trajectory_is_the_mean_over_its_epochs(capsys):
+    low, high = (as_json(capsys, "cost", "--precision", q) for q in ("2,2,2,16", "16,4,4,16"))
+    result = as_json(capsys, "cost", "--trajectory", "2,2,2,16:12 16,4,4,16:3")
+    assert result["epochs"] == 15
+    for key in ("arithmetic_relative", "dram_relative"):
+        assert result[key] == pytest.approx((12 * low[key] + 3 * high[key]) / 15)
+    text = run(capsys, "cost", "--trajectory", "2,2,2,16:12 16,4,4,16:3")
+    assert "all                15        0.0464  0.3336" in text
+
+
+def test_a_model_s_layers_and_gemms_add_up_to_it(capsys):
+    result = as_json(capsys, "cost", "--arch", "transformer_iwslt_de_en", "--tokens", 64, "--profile", "operands")
+    for table in ("layers", "gemms"):
+        assert sum(row["macs"] for row in result[table]) == result["macs"]
+        assert sum(row["arithmetic"] for row in result[table]) == pytest.approx(result["arithmetic"])
+    for key in ("dram_bytes", "stash_bytes"):
+        assert sum(row[key] for row in result["layers"]) == result[key]
+    # The per-GEMM table leaves out the writing of stashes.
+    assert sum(row["dram_bytes"] for row in result["gemms"]) == result["dram_bytes"] - result["stash_bytes"]
+    text = run(capsys, "cost", "--arch", "transformer_iwslt_de_en", "--tokens", 64, "--profile", "operands")
+    assert "decoder.output_projection" in text and f"{result['macs']:,} MACs" in text
+
+
+def test_flags_change_the_model_and_validation_has_no_backward(capsys):
+    small = ("cost", "--arch", "transformer_iwslt_de_en", "--tokens", 64)
+    whole = as_json(capsys, *small)
+    forward = as_json(capsys, *small, "--forward-only")
+    assert 3 * forward["macs"] == whole["macs"]
+    assert forward["stash_bytes"] == 0 < whole["stash_bytes"]
+    assert as_json(capsys, *small, "--flags", "--encoder-layers 12")["macs"] > whole["macs"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--precision", "2,2,2"), "--precision: got '2,2,2', expected four integers"),
+        (("--precision", "2,2,2,99"), "--precision: q3: got 99, expected 2 to 32 (--format bfp)"),
+        (("--format", "nix"), "--format: got 'nix', expected one of bfp, fixed, float32"),
+        (("--trajectory", "2,2,2,16"), "--trajectory: got '2,2,2,16', expected Q:EPOCHS"),
+        (("--trajectory", "2,2,2,16:0"), "--trajectory: got '2,2,2,16:0', expected Q:EPOCHS"),
+        (("--trajectory", " "), "--trajectory: got nothing, expected Q:EPOCHS"),
+        (("--layer", "3x4"), "--layer: got '3x4', expected MxKxN"),
+        (("--profile", "nix"), "--profile: got 'nix', expected operands, paper or the path"),
+        (("--arch", "nix"), "--arch: got 'nix', expected opt-1.3b"),
+        (("--arch", "roberta-base", "--layer", "1x2x3"), "--layer: got it beside --arch"),
+        (("--arch", "roberta-base", "--tokens", "100"), "--tokens: got 100, expected a multiple of length 512"),
+        (("--arch", "roberta-base", "--flags", "--nix 3"), "--flags: unrecognized arguments: --nix 3"),
+        (("--paper-table", "--arch", "roberta-base"), "--paper-table: got a model beside it"),
+    ],
+)
+def test_bad_input_gets_one_line(capsys, argv, message):
+    assert f"fairseq-dsq cost: error: {message}" in refused(capsys, "cost", *argv)
+
+
+def test_roofline_prints_table_7_and_draws_figure_1(capsys, tmp_path):
+    pytest.importorskip(MATPLOTLIB)
+    text = run(capsys, "roofline", "--out", tmp_path / "figures")
+    table = text[text.index("Table 7") :]
+    for group, share, bound in (("attention", "47.93", "memory"), ("fully connected", "32.20", "compute"),
+                                ("others", "19.87", "memory")):  # fmt: skip
+        row = next(line for line in table.splitlines() if line.startswith(group))
+        assert share in row and row.split().count(bound) == 2 and row.endswith("equal")
+    assert "16384 tokens in sequences of 2048" in text and "A100" in text
+    first = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert set(first) == {"roofline.png", "roofline.svg"}
+    assert first["roofline.png"].startswith(b"\x89PNG")
+    for label in ("not quantized", "standard quantization", "stashing", "DSQ level 0", "DSQ level 1"):
+        assert label in first["roofline.svg"].decode()
+    run(capsys, "roofline", "--out", tmp_path / "again")
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+
+
+def test_roofline_of_another_model_and_machine(capsys):
+    result = as_json(
+        capsys, "roofline", "--model", "transformer_iwslt_de_en", "--tokens", 512, "--hardware", "jetson-orin-nano",
+        "--float-bits", 32, "--levels", "[2,2,2,16] [4,4,4,16] [16,4,4,16]",
+    )  # fmt: skip
+    assert [setting["setting"] for setting in result["settings"]] == [
+        "not quantized", "standard quantization", "stashing", "DSQ level 0", "DSQ level 1", "DSQ level 2",
+    ]  # fmt: skip
+    assert result["paper_table_7"] == {} and result["tokens"] == 512
+    for setting in result["settings"]:
+        assert sum(group["share"] for group in setting["groups"]) == pytest.approx(1)
+
+
+def test_measured_hardware_can_be_saved_and_used(capsys, tmp_path):
+    path = tmp_path / "here.yaml"
+    model = ("--model", "transformer_iwslt_de_en", "--tokens", 64)
+    measured = as_json(capsys, "roofline", *model, "--hardware", "measure", "--save-hardware", path)
+    assert as_json(capsys, "roofline", *model, "--hardware", path)["hardware"] == measured["hardware"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--hardware", "nix"), "--hardware: got 'nix', expected a100-sxm-80gb"),
+        (("--model", "nix"), "--model: got 'nix'"),
+        (("--levels", "[16,4,4,16] [2,2,2,16]"), "--levels: level 1 [2,2,2,16]: q0 falls from 16 to 2"),
+    ],
+)
+def test_bad_input_to_roofline_gets_one_line(capsys, argv, message):
+    assert f"fairseq-dsq roofline: error: {message}" in refused(capsys, "roofline", *argv)
