@@ -1,10 +1,26 @@
-"""How fairseq's commands refuse a flag."""
+"""The flags' defaults, and how fairseq's commands refuse a flag."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
+
+# The paper's two levels and patience (arXiv 2303.05295, section 4).
+DEFAULTS: dict[str, Any] = {
+    "dsq_format": "bfp",
+    "dsq_levels": "[2,2,2,16] [16,4,4,16]",
+    "dsq_patience": 5,
+    "dsq_min_delta": 0.0,
+    "dsq_rounding": "nearest",
+    "dsq_sign_bit": "counted",
+    "dsq_box_dim": "reduction",
+    "dsq_attention_matmul": "on",
+    "dsq_fixed_scale": "dynamic",
+    "dsq_skip": "",
+}
+# The criterion's own flag.
+PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
 
 
 def flag_error(flag: str, message: str) -> NoReturn:

@@ -23,8 +23,20 @@ ARROWS = {
     "nn": {"formats", "precision", "quant"},
     "models": {"data_files", "flags", "formats", "precision", "quant", "nn", "schedule"},
     "criterions": {"cost", "flags"},
-    "report": {"formats", "precision", "cost"},
-    "cli": {"criterions", "data_files", "formats", "precision", "quant", "nn", "schedule", "cost", "models", "report"},
+    "report": {"cost", "flags", "formats", "precision"},
+    "cli": {
+        "criterions",
+        "data_files",
+        "flags",
+        "formats",
+        "precision",
+        "quant",
+        "nn",
+        "schedule",
+        "cost",
+        "models",
+        "report",
+    },
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fairseq_dsq.criterions.dsq_criterion import PREFIX, PROFILE_FIELD
-from fairseq_dsq.models.dsq import DEFAULTS
+from fairseq_dsq.criterions.dsq_criterion import PREFIX
+from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD
 
 SUFFIX = "_dsq"
 

@@ -11,15 +11,10 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from fairseq_dsq.cost import Cost, load_profile, total_cost
-from fairseq_dsq.flags import flag_error
+from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
+from fairseq_dsq.flags import DEFAULT_PROFILE, PROFILE_FIELD, flag_error
 
 PREFIX = "dsq_"
-PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
-# relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
-RELATIVE = {
-    "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),
-    "dsq_dram_relative": ("dsq_dram_bytes", "dsq_dram_baseline_bytes"),
-}
 
 
 class DSQCriterionMixin:
@@ -53,12 +48,12 @@ class DSQCriterionMixin:
         ledger = state.context.ledger
         ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]
-        logging_output |= {"dsq_batches": 1, "dsq_level": state.level_in_force, "dsq_stash_bytes": 0}
+        logging_output |= {"dsq_batches": 1, LEVEL: state.level_in_force, STASH_BYTES: 0}
         logging_output |= dataclasses.asdict(Cost(), dict_factory=_metrics)
 
         def charge() -> None:
             work = ledger.drain()
-            logging_output["dsq_stash_bytes"] += work.stash_bytes
+            logging_output[STASH_BYTES] += work.stash_bytes
             cost = total_cost(self.cost_profile, work.gemms.items(), work.stashes.items())  # type: ignore[attr-defined]
             for key, value in dataclasses.asdict(cost, dict_factory=_metrics).items():
                 logging_output[key] += value
@@ -83,7 +78,7 @@ class DSQCriterionMixin:
         batches = total("dsq_batches")
         if not batches:
             return
-        for key in ("dsq_level", "dsq_stash_bytes"):
+        for key in (LEVEL, STASH_BYTES):
             metrics.log_scalar(key, total(key) / batches, weight=batches, priority=200, round=2)
         for relative, (absolute, baseline) in RELATIVE.items():
             metrics.log_scalar_sum(absolute, total(absolute), priority=201)

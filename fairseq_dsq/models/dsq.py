@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_dsq import formats
-from fairseq_dsq.flags import flag_error
+from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.heads import convert_heads
 from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, GemmConfig, convert
@@ -24,19 +24,6 @@ from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
 logger = logging.getLogger(__name__)
 
-# The paper's two levels and patience (arXiv 2303.05295, section 4).
-DEFAULTS: dict[str, Any] = {
-    "dsq_format": "bfp",
-    "dsq_levels": "[2,2,2,16] [16,4,4,16]",
-    "dsq_patience": 5,
-    "dsq_min_delta": 0.0,
-    "dsq_rounding": "nearest",
-    "dsq_sign_bit": "counted",
-    "dsq_box_dim": "reduction",
-    "dsq_attention_matmul": "on",
-    "dsq_fixed_scale": "dynamic",
-    "dsq_skip": "",
-}
 # The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
 SAFE_GRAD_BITS = 16
 

@@ -15,29 +15,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-# Metrics that criterions/dsq_criterion.py logs; a test holds them equal.
-LEVEL, STASH_BYTES = "dsq_level", "dsq_stash_bytes"
-# relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
-RELATIVE = {
-    "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),
-    "dsq_dram_relative": ("dsq_dram_bytes", "dsq_dram_baseline_bytes"),
-}
+from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
+from fairseq_dsq.flags import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.
 QUALITY_METRICS = (
     "bleu", "accuracy", "f1", "acc_and_f1", "mcc", "pearson", "pearson_and_spearman", "spearman", "loss",
 )  # fmt: skip
 LOWER_IS_BETTER = frozenset({"loss"})
-# What the flags are where a log does not say: models/dsq.py and criterions/dsq_criterion.py; a test holds them equal.
+# What the flags that make a precision setup are where a log does not say: all but those of the schedule.
 DSQ_DEFAULTS = {
-    "dsq_format": "bfp",
-    "dsq_levels": "[2,2,2,16] [16,4,4,16]",
-    "dsq_rounding": "nearest",
-    "dsq_sign_bit": "counted",
-    "dsq_box_dim": "reduction",
-    "dsq_attention_matmul": "on",
-    "dsq_fixed_scale": "dynamic",
-    "dsq_skip": "",
-    "dsq_cost_profile": "paper",
+    flag: str(value)
+    for flag, value in {**DEFAULTS, PROFILE_FIELD: DEFAULT_PROFILE}.items()
+    if flag not in ("dsq_patience", "dsq_min_delta")
 }
 EXPECTED = (
     "expected a log of fairseq-train (--log-format json, simple or tqdm), "

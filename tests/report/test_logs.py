@@ -5,8 +5,6 @@ import json
 import pytest
 from report import samples
 
-from fairseq_dsq.criterions import dsq_criterion
-from fairseq_dsq.models import dsq
 from fairseq_dsq.report import logs
 from fairseq_dsq.report.logs import read_run
 
@@ -31,14 +29,6 @@ def simple(line):
     stats = " | ".join(f"{name.removeprefix(split + '_')} {value}" for name, value in record.items())
     subset = "" if split == "train" else f"valid on '{split}' subset | "
     return f"{head}epoch {epoch:03d} | {subset}{stats}\n"
-
-
-def test_names_are_those_that_the_criterion_and_the_architectures_define():
-    assert logs.RELATIVE == dsq_criterion.RELATIVE
-    flags = {**dsq.DEFAULTS, "dsq_cost_profile": getattr(dsq_criterion, "DEFAULT_PROFILE", "paper")}
-    assert {name: flags[name] for name in logs.DSQ_DEFAULTS} == logs.DSQ_DEFAULTS
-    # What the table does not show of a setup are numbers that change when a level rises, not what it is.
-    assert set(flags) - set(logs.DSQ_DEFAULTS) == {"dsq_patience", "dsq_min_delta"}
 
 
 def test_an_epoch_holds_what_was_logged(write):

@@ -1,0 +1,10 @@
+"""The names under which the criteria log levels and costs, and reports find them."""
+
+from __future__ import annotations
+
+LEVEL, STASH_BYTES = "dsq_level", "dsq_stash_bytes"
+# relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
+RELATIVE = {
+    "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),
+    "dsq_dram_relative": ("dsq_dram_bytes", "dsq_dram_baseline_bytes"),
+}
