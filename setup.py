@@ -1,11 +1,14 @@
 """Install fairseq_dsq: ``pip install .`` or ``pip install -e '.[dev]'``."""
 
 import os
+import platform
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +42,46 @@ class EditableWheel(editable_wheel):
         super().run()
 
 
+NATIVE = Path("fairseq_dsq", "quant", "native")
+SOURCES = [NATIVE / name for name in ("cpu.cpp", "kernels.cpp", "lanes.h")]
+# kernels.cpp is compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+# Results must equal torch's bit for bit: no fused multiply-add, no fast math.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+# GCC says so of the vectors' own operations, and of its own headers.
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+
+
+class BuildKernels(build_ext):
+    """Builds the CPU kernels, which the package can do without: a plain C library, loaded through ctypes."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext, ["-fopenmp"])
+        except Exception:
+            try:
+                self._build(ext, [])  # a compiler without OpenMP: one thread
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                self.warn(f"fairseq_dsq: no CPU kernels, quantization will run in plain (slow) torch: {reason}")
+
+    def _build(self, ext: Extension, openmp: list[str]) -> None:
+        number = zlib.crc32(b"".join((ROOT / source).read_bytes() for source in SOURCES))
+        flags = [*FLAGS, *openmp, f"-DDSQ_SOURCE={number}u"]
+        objects = self._compile("cpu.cpp", "cpu", flags)
+        for isa, isa_flags in INSTRUCTION_SETS.items():
+            objects += self._compile("kernels.cpp", isa, [*flags, *isa_flags, f"-DDSQ_ISA={isa}"])
+        library = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
+
+    def _compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
+        output_dir = os.path.join(self.build_temp, folder)
+        return self.compiler.compile([str(NATIVE / source)], output_dir=output_dir, extra_postargs=flags)
+
+
 setup(
     name="fairseq_dsq",
     version="0.1.0",
@@ -53,9 +96,18 @@ setup(
     package_data={
         "fairseq_dsq": ["py.typed"],
         "fairseq_dsq.configs": ["**/*.yaml"],
+        "fairseq_dsq.quant.native": ["*.cpp", "*.h"],
         "fairseq_dsq.report": ["*.jinja"],
     },
-    cmdclass={"editable_wheel": EditableWheel},
+    ext_modules=[
+        Extension(
+            "fairseq_dsq.quant.native._kernels",
+            [str(source) for source in SOURCES if source.suffix == ".cpp"],
+            depends=[str(source) for source in SOURCES],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "editable_wheel": EditableWheel},
     install_requires=[
         "torch>=2.6",
         f"ve-fairseq==0.12.3; {HAS_WHEEL}",

@@ -2,8 +2,8 @@
 
 A format is a frozen dataclass. All of them are *scaled integers*: ``value = code * scale``, where the
 power-of-two scale is shared by a box of values. What distinguishes one from another stands in its properties;
-:mod:`fairseq_dsq.quant` reads nothing else, so a new format of this kind is one dataclass and one
-:func:`register`.
+:mod:`fairseq_dsq.quant` reads nothing else (``reference.CodeSpec`` is the list), so a new format of this kind is one
+dataclass and one :func:`register`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,32 @@ def _largest_code(bits: int) -> int:
     """The largest magnitude ``bits`` bits with the sign hold *and* a float32 can have."""
     magnitude_bits = bits - 1
     return (1 << magnitude_bits) - (1 << max(0, magnitude_bits - SIGNIFICAND_BITS))
+
+
+def box_nbytes(values: int, bits: int) -> int:
+    """Bytes of a box's codes, its exponent not among them."""
+    return -(-values * bits // 8)
+
+
+def packed_nbytes(shape: Sequence[int], dim: int, bits: int, box_size: int | None) -> int:
+    """Bytes of a packed tensor: per box one exponent and its codes, rounded up to whole bytes.
+
+    Args:
+        shape: the tensor's shape.
+        dim: the dimension along which the boxes lie.
+        bits: bits of a code.
+        box_size: values that share an exponent; None makes the whole tensor one box, along any ``dim``.
+    """
+    count = math.prod(shape)
+    if count == 0:
+        return 0
+    length = shape[dim] if shape and box_size is not None else count
+    values = length if box_size is None else box_size
+    full, rest = length // values, length % values
+    per_fibre = full * (1 + box_nbytes(values, bits))
+    if rest:
+        per_fibre += 1 + box_nbytes(rest, bits)
+    return count // length * per_fibre
 
 
 @dataclass(frozen=True)
@@ -115,15 +141,7 @@ class BlockFloat:
             shape: the tensor's shape.
             dim: the dimension along which the boxes lie.
         """
-        if not shape:
-            shape = (1,)
-        length = shape[dim]
-        fibres = math.prod(shape) // length if length else 0
-        full, rest = divmod(length, self.box_size)
-        per_fibre = full * (1 + math.ceil(self.box_size * self.bits / 8))
-        if rest:
-            per_fibre += 1 + math.ceil(rest * self.bits / 8)
-        return fibres * per_fibre
+        return packed_nbytes(shape, dim, self.bits, self.box_size)
 
     def __str__(self) -> str:
         return f"bfp{self.bits}" if self.box_size == DEFAULT_BOX_SIZE else f"bfp{self.bits}x{self.box_size}"
@@ -184,8 +202,7 @@ class FixedPoint:
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor of ``shape``: one exponent and the codes; ``dim`` does not matter."""
-        count = math.prod(shape)
-        return 1 + math.ceil(count * self.bits / 8) if count else 0
+        return packed_nbytes(shape, dim, self.bits, None)
 
     def __str__(self) -> str:
         if self.fraction_bits is None:

@@ -1,19 +1,63 @@
-"""Quantizers: ``fake_quantize`` (float to float) and ``pack`` / ``unpack`` (float to bytes and back)."""
+"""Quantizers: ``fake_quantize`` (float to float), ``pack`` / ``unpack`` (float to bytes and back), and both at once."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import Float32, Format
-from fairseq_dsq.quant import reference
-from fairseq_dsq.quant.packing import Packed, pack_tensor
-from fairseq_dsq.quant.reference import Rounding
+from fairseq_dsq.quant import ops
+from fairseq_dsq.quant.ops import BFLOAT16_BITS
+from fairseq_dsq.quant.reference import code_spec
 
-__all__ = ["ROUNDINGS", "Packed", "Rounding", "fake_quantize", "pack"]
+__all__ = ["ROUNDINGS", "Packed", "Rounding", "fake_quantize", "pack", "quantize_and_pack"]
 
+Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor in packed form.
+
+    Attributes:
+        data: uint8 bytes, see :mod:`fairseq_dsq.quant.packing`; for :class:`Float32` the tensor itself, not a copy.
+        shape: shape of the tensor that was packed.
+        dtype: its dtype.
+        fmt: its format.
+        dim: the dimension along which the boxes lie.
+    """
+
+    data: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    fmt: Format
+    dim: int
+
+    @property
+    def spec(self) -> tuple[torch.Size, torch.dtype, Format, int]:
+        """All but the bytes: ``Packed(data, *spec)`` puts a tensor together again."""
+        return self.shape, self.dtype, self.fmt, self.dim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; equals ``fmt.nbytes(shape, dim)`` (for a half-precision tensor in Float32: its own size)."""
+        return self.data.numel() * self.data.element_size()
+
+    @torch.no_grad()
+    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, equal bit for bit to ``fake_quantize`` of what was packed.
+
+        ``dtype`` as for :func:`fake_quantize`.
+        """
+        dtype = _result_dtype(self.dtype, self.fmt, dtype)
+        if isinstance(self.fmt, Float32):
+            return self.data.to(dtype)
+        return ops.unpack(self.data, self.shape, self.dim, *code_spec(self.fmt), dtype)
 
 
 def _check(x: Tensor, dim: int, rounding: str) -> None:
@@ -25,6 +69,25 @@ def _check(x: Tensor, dim: int, rounding: str) -> None:
         raise ValueError(f"rounding: got {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
 
 
+def _result_dtype(own: torch.dtype, fmt: Format, wanted: torch.dtype | None) -> torch.dtype:
+    """The result's dtype: one that holds its values exactly."""
+    if wanted is None or wanted in (own, torch.float32):
+        return wanted or own
+    if wanted is torch.bfloat16 and fmt.bits <= BFLOAT16_BITS:
+        return wanted
+    raise ValueError(
+        f"dtype: got {wanted} for {own} in {fmt}, expected {own}, torch.float32,"
+        f" or torch.bfloat16 in a format of at most {BFLOAT16_BITS} bits"
+    )
+
+
+def _seed(rounding: Rounding, generator: torch.Generator | None) -> int | None:
+    """The one draw of a call; None where nothing is drawn."""
+    if rounding == "nearest":
+        return None
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+
+
 @torch.no_grad()
 def fake_quantize(
     x: Tensor,
@@ -32,6 +95,7 @@ def fake_quantize(
     dim: int = -1,
     rounding: Rounding = "nearest",
     generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Round ``x`` to the values that ``fmt`` can hold.
 
@@ -40,20 +104,30 @@ def fake_quantize(
         fmt: the number format.
         dim: the dimension along which the boxes lie: the reduction dimension of the GEMM that reads the result.
         rounding: ``nearest`` (ties to even) or ``stochastic`` (unbiased).
-        generator: draws for stochastic rounding; None takes torch's default.
+        generator: draws one seed a call for stochastic rounding; None takes torch's default.
+        dtype: of the result; None takes ``x``'s. float32, or bfloat16 for formats of up to 9 bits, whose values it
+            holds exactly.
 
     Returns:
-        A tensor of ``x``'s shape and dtype, without gradient; ``x`` itself for :class:`Float32`. A box that holds Inf
-        or NaN comes back as NaN throughout. Exact in each dtype: rounding to a coarser grid never needs more
-        significant bits than the input had.
+        A tensor of ``x``'s shape, without gradient; ``x`` itself for :class:`Float32`. A box that holds Inf or NaN
+        comes back as NaN throughout. Exact in each dtype: rounding to a coarser grid never needs more significant
+        bits than the input had. The result of a transposed matrix may be transposed in memory too.
 
     Raises:
         TypeError, IndexError, ValueError: a dtype, dim or rounding that is not supported.
     """
     _check(x, dim, rounding)
+    dtype = _result_dtype(x.dtype, fmt, dtype)
     if isinstance(fmt, Float32):
-        return x
-    return reference.fake_quantize(x, fmt, dim, rounding, generator)
+        return x.to(dtype)
+    seed = _seed(rounding, generator)
+    spec = code_spec(fmt)
+    # Stochastic rounding numbers the elements row by row; otherwise a transposed matrix is read as it lies.
+    if seed is None and not x.is_contiguous() and x.dim() >= 2 and x.mT.is_contiguous():
+        swapped = {-1: -2, -2: -1}
+        from_last = dim if dim < 0 else dim - x.dim()
+        return ops.fake_quantize(x.mT, swapped.get(from_last, dim), *spec, seed, dtype).mT
+    return ops.fake_quantize(x, dim, *spec, seed, dtype)
 
 
 @torch.no_grad()
@@ -70,4 +144,48 @@ def pack(
     with generators of equal state. Arguments and errors as for :func:`fake_quantize`.
     """
     _check(x, dim, rounding)
-    return pack_tensor(x, fmt, dim, rounding, generator)
+    if isinstance(fmt, Float32):
+        return Packed(x, x.shape, x.dtype, fmt, dim)
+    data = ops.pack(x, dim, *code_spec(fmt), _seed(rounding, generator))
+    return Packed(data, x.shape, x.dtype, fmt, dim)
+
+
+@torch.no_grad()
+def quantize_and_pack(
+    x: Tensor,
+    operand_fmt: Format,
+    stash_fmt: Format,
+    operand_dim: int = -1,
+    stash_dim: int = -2,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Packed]:
+    """A GEMM's operand and its stash from one tensor.
+
+    The same as ``fake_quantize(x, operand_fmt, operand_dim, ...)`` and then ``pack(x, stash_fmt, stash_dim, ...)``,
+    drawing in this order. With boxes in both formats, the operand's along the last dimension and the stash's along the
+    one before, ``x`` is read from memory once.
+
+    Args:
+        x: (..., M, K), as for :func:`fake_quantize`.
+        operand_fmt, operand_dim, dtype: of the operand.
+        stash_fmt, stash_dim: of the stash.
+        rounding, generator: of both.
+
+    Returns:
+        The operand and the stash.
+    """
+    axes = x.dim()
+    fused = axes >= 2 and (operand_dim - axes if operand_dim >= 0 else operand_dim) == -1
+    fused = fused and (stash_dim - axes if stash_dim >= 0 else stash_dim) == -2
+    # Where nothing is shared there is nothing to go box by box.
+    if not fused or operand_fmt.box_size is None or stash_fmt.box_size is None:
+        operand = fake_quantize(x, operand_fmt, operand_dim, rounding, generator, dtype)
+        return operand, pack(x, stash_fmt, stash_dim, rounding, generator)
+    _check(x, operand_dim, rounding)
+    dtype = _result_dtype(x.dtype, operand_fmt, dtype)
+    operand_seed, stash_seed = _seed(rounding, generator), _seed(rounding, generator)
+    specs = (*code_spec(operand_fmt), *code_spec(stash_fmt))
+    operand, data = ops.quantize_and_pack(x, *specs, operand_seed, stash_seed, dtype)
+    return operand, Packed(data, x.shape, x.dtype, stash_fmt, stash_dim)

@@ -2,84 +2,49 @@
 
 Layout of the byte buffer, for each part of :func:`fairseq_dsq.quant.reference.split_boxes` (full boxes, then short
 ones): one uint8 biased exponent per box (255: the box is NaN), then the boxes' codes, each box starting on a byte,
-little-endian. Sign-magnitude codes carry the sign in their highest bit.
+little-endian. Sign-magnitude codes carry the sign in their highest bit. This is the readable definition;
+``native/kernels.cpp`` writes the same bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import Float32, Format, ScaledInteger
+from fairseq_dsq.formats import box_nbytes
 from fairseq_dsq.quant import reference
-from fairseq_dsq.quant.reference import Rounding
+from fairseq_dsq.quant.reference import CodeSpec
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A tensor in packed form.
-
-    Attributes:
-        data: uint8 bytes; for :class:`Float32` the tensor itself, not a copy.
-        shape: shape of the tensor that was packed.
-        dtype: its dtype.
-        fmt: its format.
-        dim: the dimension along which the boxes lie.
-    """
-
-    data: Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    fmt: Format
-    dim: int
-
-    @property
-    def spec(self) -> tuple[torch.Size, torch.dtype, Format, int]:
-        """All but the bytes: ``Packed(data, *spec)`` puts a tensor together again."""
-        return self.shape, self.dtype, self.fmt, self.dim
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held; equals ``fmt.nbytes(shape, dim)`` (for a half-precision tensor in Float32: its own size)."""
-        return self.data.numel() * self.data.element_size()
-
-    def unpack(self) -> Tensor:
-        """The tensor, equal bit for bit to ``fake_quantize`` of what was packed."""
-        if isinstance(self.fmt, Float32):
-            return self.data
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.data.device)
-        start = 0
-        for part in reference.split_boxes(out, self.fmt.box_size, self.dim):
-            *outer, values = part.shape
-            boxes = part.numel() // values
-            box_bytes = _box_bytes(values, self.fmt.bits)
-            exponent = self.data[start : start + boxes].to(torch.int32).view(*outer, 1)
-            start += boxes
-            codes = self.data[start : start + boxes * box_bytes].view(*outer, box_bytes)
-            start += boxes * box_bytes
-            reference.decode(_from_bytes(codes, values, self.fmt), exponent, self.fmt, part)
-        return out
-
-
-def pack_tensor(x: Tensor, fmt: Format, dim: int, rounding: Rounding, generator: torch.Generator | None) -> Packed:
-    """See :func:`fairseq_dsq.quant.pack`."""
-    if isinstance(fmt, Float32):
-        return Packed(x, x.shape, x.dtype, fmt, dim)
+def pack(x: Tensor, spec: CodeSpec, dim: int, seed: int | None) -> Tensor:
+    """The uint8 bytes of ``x``; see :func:`fairseq_dsq.quant.pack`; ``seed`` None rounds to nearest."""
     pieces = []
-    for part in reference.split_boxes(x, fmt.box_size, dim):
+    parts = reference.split_boxes(x, spec.box_size, dim)
+    for part, random in zip(parts, reference.box_noise(x, spec, dim, seed), strict=True):
         boxes = part.float()
-        exponent = reference.box_exponent(boxes, fmt)
-        codes = reference.encode(boxes, exponent, fmt, rounding, generator)
+        exponent = reference.box_exponent(boxes, spec)
+        codes = reference.encode(boxes, exponent, spec, random)
         pieces.append(exponent.to(torch.uint8).flatten())
-        pieces.append(_to_bytes(codes, fmt).flatten())
-    data = torch.cat(pieces) if pieces else x.new_empty(0, dtype=torch.uint8)
-    return Packed(data, x.shape, x.dtype, fmt, dim)
+        pieces.append(_to_bytes(codes, spec).flatten())
+    return torch.cat(pieces) if pieces else x.new_empty(0, dtype=torch.uint8)
 
 
-def _box_bytes(values: int, bits: int) -> int:
-    return -(-values * bits // 8)
+def unpack(data: Tensor, shape: Sequence[int], spec: CodeSpec, dim: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`pack`, as a tensor of ``shape`` and ``dtype``."""
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    start = 0
+    for part in reference.split_boxes(out, spec.box_size, dim):
+        *outer, values = part.shape
+        boxes = part.numel() // values
+        box_bytes = box_nbytes(values, spec.bits)
+        exponent = data[start : start + boxes].to(torch.int32).view(*outer, 1)
+        start += boxes
+        codes = data[start : start + boxes * box_bytes].view(*outer, box_bytes)
+        start += boxes * box_bytes
+        reference.decode(_from_bytes(codes, values, spec), exponent, spec, part)
+    return out
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:
@@ -105,48 +70,48 @@ def _integer_dtype(bits: int) -> torch.dtype:
     return torch.int32 if bits <= 24 else torch.int64
 
 
-def _to_bytes(codes: Tensor, fmt: ScaledInteger) -> Tensor:
+def _to_bytes(codes: Tensor, spec: CodeSpec) -> Tensor:
     """float32 codes (..., values), which are overwritten, to uint8 (..., bytes); any strides."""
     values = codes.shape[-1]
-    dtype = _integer_dtype(fmt.bits)
+    dtype = _integer_dtype(spec.bits)
     codes = codes.nan_to_num_(0.0)  # a NaN box's codes: its exponent says NaN, its bytes are always the same
-    if fmt.signed_zero:
+    if spec.signed_zero:
         integers = codes.abs().to(dtype)
-        integers |= codes.signbit().to(dtype) << (fmt.bits - 1)
+        integers |= codes.signbit().to(dtype) << (spec.bits - 1)
     else:
         integers = codes.to(torch.int64).to(dtype)
     if values % 8:
         integers = torch.nn.functional.pad(integers, (0, -values % 8))
     lanes = integers.unflatten(-1, (-1, 8)).unbind(-1)
-    mask = (1 << fmt.bits) - 1
-    if not fmt.signed_zero:
+    mask = (1 << spec.bits) - 1
+    if not spec.signed_zero:
         lanes = tuple(lane & mask for lane in lanes)
-    columns: list[Tensor | None] = [None] * fmt.bits
-    for code, byte, shift in _overlaps(fmt.bits):
+    columns: list[Tensor | None] = [None] * spec.bits
+    for code, byte, shift in _overlaps(spec.bits):
         piece = (_shift(lanes[code], shift) & 0xFF).to(torch.uint8)
         column = columns[byte]
         columns[byte] = piece if column is None else column.bitwise_or_(piece)
     data = torch.stack([column for column in columns if column is not None], dim=-1).flatten(-2)
-    return data[..., : _box_bytes(values, fmt.bits)]
+    return data[..., : box_nbytes(values, spec.bits)]
 
 
-def _from_bytes(data: Tensor, values: int, fmt: ScaledInteger) -> Tensor:
+def _from_bytes(data: Tensor, values: int, spec: CodeSpec) -> Tensor:
     """uint8 (..., bytes) to float32 codes (..., values)."""
     groups = -(-values // 8)
-    padding = groups * fmt.bits - data.shape[-1]
+    padding = groups * spec.bits - data.shape[-1]
     if padding:
         data = torch.nn.functional.pad(data, (0, padding))
-    dtype = _integer_dtype(fmt.bits)
-    columns = [column.to(dtype) for column in data.unflatten(-1, (groups, fmt.bits)).unbind(-1)]
+    dtype = _integer_dtype(spec.bits)
+    columns = [column.to(dtype) for column in data.unflatten(-1, (groups, spec.bits)).unbind(-1)]
     lanes: list[Tensor | None] = [None] * 8
-    for code, byte, shift in _overlaps(fmt.bits):
+    for code, byte, shift in _overlaps(spec.bits):
         piece = _shift(columns[byte], -shift)
         lane = lanes[code]
         lanes[code] = piece if lane is None else lane.bitwise_or_(piece)
     integers = torch.stack([lane for lane in lanes if lane is not None], dim=-1).flatten(-2)[..., :values]
-    sign = 1 << (fmt.bits - 1)
-    if fmt.signed_zero:
+    sign = 1 << (spec.bits - 1)
+    if spec.signed_zero:
         codes = (integers & (sign - 1)).to(torch.float32)
         return codes.copysign_(0.5 - (integers & sign).bool().to(torch.float32))
-    wide = integers.to(torch.int32 if fmt.bits <= 24 else torch.int64) & (2 * sign - 1)
+    wide = integers.to(torch.int32 if spec.bits <= 24 else torch.int64) & (2 * sign - 1)
     return ((wide ^ sign) - sign).to(torch.float32)

@@ -8,14 +8,30 @@ the exponent each so that neither over- nor underflows, and no code has more sig
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import EXPONENT_BIAS, MIN_EXPONENT, NAN_EXPONENT, ScaledInteger
 
-Rounding = Literal["nearest", "stochastic"]
+
+class CodeSpec(NamedTuple):
+    """All that quantization reads of a format; see :mod:`fairseq_dsq.formats` for what each property means."""
+
+    bits: int
+    box_size: int | None
+    min_code: int
+    max_code: int
+    signed_zero: bool
+    fixed_exponent: int | None
+
+
+@cache
+def code_spec(fmt: ScaledInteger) -> CodeSpec:
+    """The spec of a format, registered by whomever."""
+    return CodeSpec(*(getattr(fmt, name) for name in CodeSpec._fields))
 
 
 def split_boxes(x: Tensor, box_size: int | None, dim: int) -> list[Tensor]:
@@ -50,12 +66,12 @@ def split_boxes(x: Tensor, box_size: int | None, dim: int) -> list[Tensor]:
     return parts
 
 
-def box_exponent(boxes: Tensor, fmt: ScaledInteger) -> Tensor:
+def box_exponent(boxes: Tensor, spec: CodeSpec) -> Tensor:
     """The biased exponent of each box.
 
     Args:
         boxes: float32 (..., values).
-        fmt: decides whether the exponent follows from the box.
+        spec: decides whether the exponent follows from the box.
 
     Returns:
         int32 (..., 1): 1 to 254, or 255 for a box that holds Inf or NaN. Read from the exponent field of the largest
@@ -64,9 +80,9 @@ def box_exponent(boxes: Tensor, fmt: ScaledInteger) -> Tensor:
     """
     largest = boxes.abs().amax(dim=-1, keepdim=True)
     exponent = (largest.view(torch.int32) >> 23) & NAN_EXPONENT
-    if fmt.fixed_exponent is None:
+    if spec.fixed_exponent is None:
         return exponent.clamp_(min=MIN_EXPONENT + EXPONENT_BIAS)
-    fixed = torch.full_like(exponent, fmt.fixed_exponent + EXPONENT_BIAS)
+    fixed = torch.full_like(exponent, spec.fixed_exponent + EXPONENT_BIAS)
     return torch.where(exponent == NAN_EXPONENT, exponent, fixed)
 
 
@@ -75,41 +91,64 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + EXPONENT_BIAS) << 23).view(torch.float32)
 
 
-def _round(x: Tensor, rounding: Rounding, generator: torch.Generator | None) -> Tensor:
-    """Round float32 ``x``, which is overwritten, to integers."""
-    if rounding == "nearest":
-        return x.round_()
-    if rounding == "stochastic":
-        # The fraction of a float32 is exact at any magnitude; draws are multiples of 2^-24, and so is the bias.
-        floor = x.floor()
-        draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        rounded = floor.add_(draw < x.sub_(floor))
-        return rounded
-    raise ValueError(f"rounding: got {rounding!r}, expected nearest or stochastic")
+def _mix(h: Tensor) -> Tensor:
+    """A permutation of the integers below 2^32 (int64 tensor) that changes half the bits when one bit changes.
+
+    Source: C. Wellons, "Prospecting for Hash Functions", 2018 (lowbias32). A product that overflows int64 is right
+    in its lower 32 bits.
+    """
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return h ^ (h >> 16)
 
 
-def encode(
-    boxes: Tensor, exponent: Tensor, fmt: ScaledInteger, rounding: Rounding, generator: torch.Generator | None
-) -> Tensor:
+def noise(index: Tensor, seed: int) -> Tensor:
+    """Uniform multiples of 2^-24 in [0, 1) for stochastic rounding.
+
+    Args:
+        index: int64, an element's place in the contiguous tensor. 2^32 elements apart the noise repeats.
+        seed: 0 to 2^62 - 1, of one call.
+
+    Returns:
+        float32 of ``index``'s shape: a function of the two alone, so that every implementation and any order of work
+        gives the same.
+    """
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return (_mix(_mix((index + low) & 0xFFFFFFFF) ^ high) >> 8).to(torch.float32).mul_(2.0**-24)
+
+
+def box_noise(x: Tensor, spec: CodeSpec, dim: int, seed: int | None) -> list[Tensor | None]:
+    """The noise of each part of ``split_boxes(x, ...)``; None where ``seed`` is None: nearest rounding."""
+    if seed is None:
+        return [None] * len(split_boxes(x, spec.box_size, dim))
+    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    return [noise(part, seed) for part in split_boxes(index, spec.box_size, dim)]
+
+
+def encode(boxes: Tensor, exponent: Tensor, spec: CodeSpec, noise: Tensor | None) -> Tensor:
     """Integer codes, as float32, of float32 ``boxes`` (..., values) under biased exponents (..., 1).
 
-    Codes of boxes marked NaN are unspecified.
+    Rounds to nearest even, or stochastically with the ``noise`` of each element. Codes of boxes marked NaN are
+    unspecified.
     """
-    shift = (fmt.bits - 2 + EXPONENT_BIAS) - exponent
+    shift = (spec.bits - 2 + EXPONENT_BIAS) - exponent
     half = shift >> 1
     codes = (boxes * _power_of_two(half)).mul_(_power_of_two(shift - half))
-    if fmt.signed_zero and rounding == "stochastic":
-        # floor and the draw lose the sign of what rounds up to zero.
-        codes = _round(codes, rounding, generator).copysign_(boxes)
+    if noise is None:
+        codes.round_()
     else:
-        codes = _round(codes, rounding, generator)
-    codes = codes.clamp_(fmt.min_code, fmt.max_code)
-    return codes if fmt.signed_zero else codes.add_(0.0)  # -0 + 0 = +0
+        # The fraction of a float32 is exact at any magnitude; noise comes in multiples of 2^-24, and so does the bias.
+        floor = codes.floor()
+        codes = floor.add_(noise < codes.sub_(floor))
+        if spec.signed_zero:
+            codes.copysign_(boxes)  # lost where a negative number rounds to zero
+    codes = codes.clamp_(spec.min_code, spec.max_code)
+    return codes if spec.signed_zero else codes.add_(0.0)  # -0 + 0 = +0
 
 
-def decode(codes: Tensor, exponent: Tensor, fmt: ScaledInteger, out: Tensor) -> None:
+def decode(codes: Tensor, exponent: Tensor, spec: CodeSpec, out: Tensor) -> None:
     """Write the values of float32 ``codes``, which are overwritten, to ``out``; boxes of exponent 255 become NaN."""
-    shift = exponent - (fmt.bits - 2 + EXPONENT_BIAS)
+    shift = exponent - (spec.bits - 2 + EXPONENT_BIAS)
     half = shift >> 1
     # NaN * anything is NaN: the mark needs no pass of its own.
     first = torch.where(exponent == NAN_EXPONENT, math.nan, _power_of_two(half))
@@ -120,13 +159,12 @@ def decode(codes: Tensor, exponent: Tensor, fmt: ScaledInteger, out: Tensor) -> 
         out.copy_(codes.mul_(first).mul_(second))
 
 
-def fake_quantize(
-    x: Tensor, fmt: ScaledInteger, dim: int, rounding: Rounding, generator: torch.Generator | None
-) -> Tensor:
-    """See :func:`fairseq_dsq.quant.fake_quantize`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for source, target in zip(split_boxes(x, fmt.box_size, dim), split_boxes(out, fmt.box_size, dim), strict=True):
+def fake_quantize(x: Tensor, spec: CodeSpec, dim: int, seed: int | None, dtype: torch.dtype) -> Tensor:
+    """See :func:`fairseq_dsq.quant.fake_quantize`; ``seed`` None rounds to nearest."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    sources, targets = split_boxes(x, spec.box_size, dim), split_boxes(out, spec.box_size, dim)
+    for source, target, random in zip(sources, targets, box_noise(x, spec, dim, seed), strict=True):
         boxes = source.float()
-        exponent = box_exponent(boxes, fmt)
-        decode(encode(boxes, exponent, fmt, rounding, generator), exponent, fmt, target)
+        exponent = box_exponent(boxes, spec)
+        decode(encode(boxes, exponent, spec, random), exponent, spec, target)
     return out

@@ -1,0 +1,195 @@
+"""The CPU kernels: loads the library that setup.py built of ``kernels.cpp`` and calls it through ctypes.
+
+``kernels`` are those of the best instruction set that this CPU has, or None; ``unavailable`` then says why, and
+:mod:`fairseq_dsq.quant.ops` takes the plain-torch path. The environment variable FAIRSEQ_DSQ_ISA forces one of
+``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_dsq.formats import EXPONENT_BIAS
+from fairseq_dsq.quant.reference import CodeSpec
+
+ISAS = ("avx512", "avx2", "baseline")
+NO_KERNELS = "torch"
+VARIABLE = "FAIRSEQ_DSQ_ISA"
+# Fewer values than this are not worth waking a thread for.
+VALUES_PER_THREAD = 1 << 16
+
+FOLDER = Path(__file__).parent
+SOURCES = ("cpu.cpp", "kernels.cpp", "lanes.h")
+
+Shape = tuple[int, int, int]
+_POINTER, _INT32, _INT64, _UINT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+_SHAPE = (_INT64, _INT64, _INT64)
+_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "fake_quantize": (_POINTER, _POINTER, _INT32, *_SHAPE, _POINTER, _INT32, _UINT64, _INT32),
+    "pack": (_POINTER, _POINTER, *_SHAPE, _POINTER, _INT32, _UINT64, _INT32),
+    "unpack": (_POINTER, _POINTER, _INT32, *_SHAPE, _POINTER, _INT32),
+    "quantize_and_pack": (
+        *(_POINTER, _POINTER, _INT32, _POINTER, *_SHAPE),
+        *(_POINTER, _POINTER, _INT32, _UINT64, _UINT64, _INT32),
+    ),
+}
+
+
+class _Format(ctypes.Structure):
+    """DsqFormat of kernels.cpp."""
+
+    _fields_ = (
+        ("bits", _INT32),
+        ("signed_zero", _INT32),
+        ("box_size", _INT64),
+        ("fixed_exponent", _INT32),
+        ("min_code", ctypes.c_float),
+        ("max_code", ctypes.c_float),
+    )
+
+
+@cache
+def _format(spec: CodeSpec) -> Any:
+    """A pointer to ``spec`` as the library reads it."""
+    exponent = 0 if spec.fixed_exponent is None else spec.fixed_exponent + EXPONENT_BIAS
+    box_size = spec.box_size or 0
+    return ctypes.pointer(_Format(spec.bits, spec.signed_zero, box_size, exponent, spec.min_code, spec.max_code))
+
+
+class Unavailable(Exception):
+    """Why the kernels cannot be used, in one line."""
+
+
+class Kernels:
+    """The kernels of one instruction set.
+
+    Their tensors are contiguous, on the CPU and not empty: ``x`` float32, ``out`` float32 or bfloat16, packed bytes
+    uint8; all seen as ``shape`` (before, length, after) with the boxes along ``length``. ``seed`` None rounds to
+    nearest.
+
+    Raises:
+        Unavailable: the library is missing, is not of these sources, or this CPU lacks the instructions.
+    """
+
+    def __init__(self, isa: str) -> None:
+        library = _library()
+        runs = getattr(library, f"dsq_{isa}_runs", None)
+        if runs is None or not hasattr(library, f"dsq_{isa}_pack"):
+            raise Unavailable(f"{isa}: no kernels were built for it")
+        if not runs():
+            raise Unavailable(f"{isa}: this CPU does not run it")
+        self.isa = isa
+        self.threaded = bool(library.dsq_openmp()) and _count_openmp_libraries() <= 1
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, f"dsq_{isa}_{name}")
+            function.argtypes, function.restype = arguments, None
+            setattr(self, f"_{name}", function)
+
+    _fake_quantize: Any
+    _pack: Any
+    _unpack: Any
+    _quantize_and_pack: Any
+
+    def _threads(self, x: Tensor) -> int:
+        most = x.numel() // VALUES_PER_THREAD
+        return min(most, torch.get_num_threads()) if self.threaded and most > 1 else 1
+
+    def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+        """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
+        self._fake_quantize(
+            *(x.data_ptr(), out.data_ptr(), out.dtype is torch.bfloat16, *shape, _format(spec)),
+            *(seed is not None, seed or 0, self._threads(x)),
+        )
+
+    def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+        """Write the packed bytes of ``x`` to ``data``."""
+        self._pack(
+            *(x.data_ptr(), data.data_ptr(), *shape, _format(spec)),
+            *(seed is not None, seed or 0, self._threads(x)),
+        )
+
+    def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
+        """Write the values of packed bytes to ``out``."""
+        self._unpack(
+            *(data.data_ptr(), out.data_ptr(), out.dtype is torch.bfloat16, *shape, _format(spec)),
+            self._threads(out),
+        )
+
+    def quantize_and_pack(
+        self,
+        x: Tensor,
+        operand: Tensor,
+        stash: Tensor,
+        shape: Shape,
+        operand_spec: CodeSpec,
+        stash_spec: CodeSpec,
+        seeds: tuple[int, int] | None,
+    ) -> None:
+        """Read ``x`` once for ``operand``, boxed along ``after``, and the packed ``stash``, boxed along ``length``."""
+        self._quantize_and_pack(
+            *(x.data_ptr(), operand.data_ptr(), operand.dtype is torch.bfloat16, stash.data_ptr(), *shape),
+            *(_format(operand_spec), _format(stash_spec)),
+            *(seeds is not None, *(seeds or (0, 0)), self._threads(x)),
+        )
+
+
+def source_number() -> int:
+    """Stands for the C++ sources beside this file."""
+    return zlib.crc32(b"".join((FOLDER / name).read_bytes() for name in SOURCES))
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    found = sorted(FOLDER.glob("_kernels*"))
+    if not found:
+        raise Unavailable("the kernels were not built: was there no C++ compiler when fairseq_dsq was installed?")
+    try:
+        library = ctypes.CDLL(str(found[-1]))
+        built_of = library.dsq_source() & 0xFFFFFFFF
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{found[-1].name} cannot be loaded: {error}") from None
+    if built_of != source_number():
+        raise Unavailable(f"{found[-1].name} was built of other sources: install fairseq_dsq again")
+    return library
+
+
+def _count_openmp_libraries() -> int:
+    """OpenMP runtimes in this process: a second one beside torch's would bring its own threads."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 2  # cannot tell
+    paths = {line.split()[-1] for line in lines}
+    return sum(any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp")) for path in paths)
+
+
+def _choose() -> tuple[Kernels | None, str]:
+    """The kernels to use, or None and why."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted == NO_KERNELS:
+        return None, f"{VARIABLE}={NO_KERNELS}"
+    if wanted and wanted not in ISAS:
+        raise ValueError(f"{VARIABLE}: got {wanted!r}, expected one of {', '.join((*ISAS, NO_KERNELS))}")
+    if wanted:
+        try:
+            return Kernels(wanted), ""
+        except Unavailable as error:
+            raise ValueError(f"{VARIABLE}={wanted}: {error}") from None
+    reason = ""
+    for isa in ISAS:
+        try:
+            return Kernels(isa), ""
+        except Unavailable as error:
+            reason = str(error)
+    return None, reason
+
+
+kernels, unavailable = _choose()

@@ -1,0 +1,28 @@
+// What the loader asks of the library before it calls a kernel. Compiled for any CPU of the architecture.
+
+#include <cstdint>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The sources that were compiled: setup.py and native/__init__.py compute the same number.
+EXPORT uint32_t dsq_source() { return DSQ_SOURCE; }
+
+EXPORT int32_t dsq_openmp() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Whether this CPU and its operating system run the kernels that were compiled for an instruction set.
+EXPORT int32_t dsq_baseline_runs() { return 1; }
+
+#if defined(__x86_64__)
+EXPORT int32_t dsq_avx2_runs() { return __builtin_cpu_supports("avx2") != 0; }
+
+EXPORT int32_t dsq_avx512_runs() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif

@@ -1,0 +1,174 @@
+// A vector of LANES float32 numbers, written once in the vector extension of GCC and Clang and compiled per
+// instruction set. Operators work lane by lane; comparisons give lanes of all ones or zeros.
+//
+//   F, U, I    LANES of float, uint32_t, int32_t; bits<V>(v) looks at the same bits as another of them
+//   load/store of `count` lanes (fewer than LANES at the edge of a tensor; lanes beyond read as zero)
+//
+// Everything here has internal linkage: the same name means other instructions in another translation unit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+template <class T>
+struct Vector {
+    typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+};
+using F = Vector<float>::type;
+using U = Vector<uint32_t>::type;
+using I = Vector<int32_t>::type;
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V, class W>
+INLINE V bits(W w) {
+    static_assert(sizeof(V) == sizeof(W), "as many bits");
+    V v;
+    memcpy(&v, &w, sizeof v);
+    return v;
+}
+
+INLINE F all(float a) { return a - F{}; }  // minus: a + 0 would lose the sign of -0
+INLINE U all(uint32_t a) { return a + U{}; }
+INLINE I all(int32_t a) { return a + I{}; }
+
+INLINE U lane_numbers() {
+    U v;
+    for (int lane = 0; lane < LANES; lane++) v[lane] = lane;
+    return v;
+}
+
+INLINE U choose(I condition, U yes, U no) {
+    U mask = bits<U>(condition);
+    return (yes & mask) | (no & ~mask);
+}
+INLINE F choose(I condition, F yes, F no) { return bits<F>(choose(condition, bits<U>(yes), bits<U>(no))); }
+
+// min and max give b where the two compare equal or one is NaN.
+#if defined(__AVX512F__)
+INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+INLINE U max(U a, U b) { return (U)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+INLINE F round_even(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif defined(__AVX2__)
+INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+INLINE U max(U a, U b) { return (U)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+INLINE F round_even(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+INLINE F min(F a, F b) { return choose(a < b, a, b); }
+INLINE F max(F a, F b) { return choose(a > b, a, b); }
+INLINE U max(U a, U b) { return choose((I)(a > b), a, b); }
+INLINE F round_even(F v) {
+    // Between 2^23 and 2^24 float32 holds integers alone, and the addition rounds to them.
+    U sign = bits<U>(v) & 0x80000000u;
+    F magnitude = bits<F>(bits<U>(v) ^ sign);
+    F rounded = (magnitude + 0x1p23f) - 0x1p23f;
+    rounded = choose((I)(magnitude < 0x1p23f), rounded, magnitude);
+    return bits<F>(bits<U>(rounded) | sign);
+}
+#endif
+
+INLINE F floor(F v) {
+    F rounded = round_even(v);
+    return rounded - bits<F>(bits<U>((I)(rounded > v)) & bits<U>(all(1.0f)));
+}
+
+#if defined(__clang__)
+#define SHUFFLE1(a, mask) shuffle_lanes(a, a, mask)
+#define SHUFFLE2(a, b, mask) shuffle_lanes(a, b, mask)
+INLINE U shuffle_lanes(U a, U b, U mask) {
+    U v;
+    for (int lane = 0; lane < LANES; lane++) v[lane] = mask[lane] < LANES ? a[mask[lane]] : b[mask[lane] - LANES];
+    return v;
+}
+#else
+#define SHUFFLE1(a, mask) __builtin_shuffle(a, mask)
+#define SHUFFLE2(a, b, mask) __builtin_shuffle(a, b, mask)
+#endif
+
+// The largest lane, in every lane.
+INLINE U largest_lane(U v) {
+    U lane = lane_numbers();
+#pragma GCC unroll 4
+    for (uint32_t step = LANES / 2; step; step /= 2) v = max(v, SHUFFLE1(v, lane ^ step));
+    return v;
+}
+
+// K vectors, lane after lane: v[0][0], v[1][0], ... v[K-1][0], v[0][1], ...; K a power of two.
+template <int K>
+INLINE void interleave(U (&v)[K]) {
+    U lane = lane_numbers(), low = (lane >> 1) + (lane & 1) * LANES, high = low + LANES / 2;
+#pragma GCC unroll 4
+    for (int round = 1; round < K; round *= 2) {
+        U w[K];
+#pragma GCC unroll 8
+        for (int k = 0; k < K / 2; k++) {
+            w[2 * k] = SHUFFLE2(v[k], v[k + K / 2], low);
+            w[2 * k + 1] = SHUFFLE2(v[k], v[k + K / 2], high);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < K; k++) v[k] = w[k];
+    }
+}
+
+// The inverse of interleave.
+template <int K>
+INLINE void separate(U (&v)[K]) {
+    U even = lane_numbers() * 2, odd = even + 1;
+#pragma GCC unroll 4
+    for (int round = 1; round < K; round *= 2) {
+        U w[K];
+#pragma GCC unroll 8
+        for (int k = 0; k < K / 2; k++) {
+            w[k] = SHUFFLE2(v[2 * k], v[2 * k + 1], even);
+            w[k + K / 2] = SHUFFLE2(v[2 * k], v[2 * k + 1], odd);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < K; k++) v[k] = w[k];
+    }
+}
+
+template <class V>
+INLINE V load(const void* from, int64_t count = LANES) {
+    V v{};
+    if (count >= LANES)
+        memcpy(&v, from, sizeof v);
+    else
+        memcpy(&v, from, count * (sizeof v / LANES));
+    return v;
+}
+
+template <class V>
+INLINE void store(void* to, V v, int64_t count = LANES) {
+    if (count >= LANES)
+        memcpy(to, &v, sizeof v);
+    else
+        memcpy(to, &v, count * (sizeof v / LANES));
+}
+
+// Integers of T, one after the other in memory, to and from lanes.
+template <class T>
+INLINE U load_integers(const T* from, int64_t count = LANES) {
+    return __builtin_convertvector(load<typename Vector<T>::type>(from, count), U);
+}
+template <class T>
+INLINE void store_integers(T* to, U v, int64_t count = LANES) {
+    store(to, __builtin_convertvector(v, typename Vector<T>::type), count);
+}
+
+}  // namespace
