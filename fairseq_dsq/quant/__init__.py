@@ -48,7 +48,6 @@ class Packed:
         """Bytes held; equals ``fmt.nbytes(shape, dim)`` (for a half-precision tensor in Float32: its own size)."""
         return self.data.numel() * self.data.element_size()
 
-    @torch.no_grad()
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, equal bit for bit to ``fake_quantize`` of what was packed.
 
@@ -81,6 +80,11 @@ def _result_dtype(own: torch.dtype, fmt: Format, wanted: torch.dtype | None) -> 
     )
 
 
+def _without_grad(x: Tensor) -> Tensor:
+    """Rounding has no gradient. Cheaper than a no_grad block around the call."""
+    return x.detach() if x.requires_grad else x
+
+
 def _seed(rounding: Rounding, generator: torch.Generator | None) -> int | None:
     """The one draw of a call; None where nothing is drawn."""
     if rounding == "nearest":
@@ -88,7 +92,6 @@ def _seed(rounding: Rounding, generator: torch.Generator | None) -> int | None:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
 
 
-@torch.no_grad()
 def fake_quantize(
     x: Tensor,
     fmt: Format,
@@ -122,6 +125,7 @@ def fake_quantize(
         return x.to(dtype)
     seed = _seed(rounding, generator)
     spec = code_spec(fmt)
+    x = _without_grad(x)
     # Stochastic rounding numbers the elements row by row; otherwise a transposed matrix is read as it lies.
     if seed is None and not x.is_contiguous() and x.dim() >= 2 and x.mT.is_contiguous():
         swapped = {-1: -2, -2: -1}
@@ -130,7 +134,6 @@ def fake_quantize(
     return ops.fake_quantize(x, dim, *spec, seed, dtype)
 
 
-@torch.no_grad()
 def pack(
     x: Tensor,
     fmt: Format,
@@ -146,11 +149,10 @@ def pack(
     _check(x, dim, rounding)
     if isinstance(fmt, Float32):
         return Packed(x, x.shape, x.dtype, fmt, dim)
-    data = ops.pack(x, dim, *code_spec(fmt), _seed(rounding, generator))
+    data = ops.pack(_without_grad(x), dim, *code_spec(fmt), _seed(rounding, generator))
     return Packed(data, x.shape, x.dtype, fmt, dim)
 
 
-@torch.no_grad()
 def quantize_and_pack(
     x: Tensor,
     operand_fmt: Format,
@@ -187,5 +189,5 @@ def quantize_and_pack(
     dtype = _result_dtype(x.dtype, operand_fmt, dtype)
     operand_seed, stash_seed = _seed(rounding, generator), _seed(rounding, generator)
     specs = (*code_spec(operand_fmt), *code_spec(stash_fmt))
-    operand, data = ops.quantize_and_pack(x, *specs, operand_seed, stash_seed, dtype)
+    operand, data = ops.quantize_and_pack(_without_grad(x), *specs, operand_seed, stash_seed, dtype)
     return operand, Packed(data, x.shape, x.dtype, stash_fmt, stash_dim)

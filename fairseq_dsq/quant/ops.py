@@ -72,7 +72,7 @@ def _fake_quantize_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     x = x.float().contiguous()
     out = torch.empty_like(x, dtype=_kernel_dtype(dtype, spec))
     kernels.fake_quantize(x, out, _shape_around(x.shape, dim), spec, seed)
-    return out.to(dtype)
+    return out if out.dtype is dtype else out.to(dtype)
 
 
 def _fake_quantize_fake(x: Tensor, dim: int, *arguments: Any) -> Tensor:
@@ -91,7 +91,7 @@ def _pack_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     *numbers, seed = arguments
     spec = CodeSpec._make(numbers)
     x = x.float().contiguous()
-    data = torch.empty(packed_nbytes(x.shape, dim, spec.bits, spec.box_size), dtype=torch.uint8)
+    data = x.new_empty(packed_nbytes(x.shape, dim, spec.bits, spec.box_size), dtype=torch.uint8)
     kernels.pack(x, data, _shape_around(x.shape, dim), spec, seed)
     return data
 
@@ -114,9 +114,9 @@ def _unpack_cpu(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -
     nbytes = packed_nbytes(shape, dim, spec.bits, spec.box_size)
     if data.dtype is not torch.uint8 or data.numel() != nbytes:
         raise ValueError(f"data: got {data.numel()} of {data.dtype}, expected {nbytes} of torch.uint8")
-    out = torch.empty(shape, dtype=_kernel_dtype(dtype, spec))
+    out = data.new_empty(shape, dtype=_kernel_dtype(dtype, spec))
     kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), spec)
-    return out.to(dtype)
+    return out if out.dtype is dtype else out.to(dtype)
 
 
 def _unpack_fake(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
@@ -142,10 +142,10 @@ def _quantize_and_pack_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("quantize_and_pack: expected formats with a box size: a whole tensor cannot go tile by tile")
     x = x.float().contiguous()
     operand = torch.empty_like(x, dtype=_kernel_dtype(dtype, operand_spec))
-    stash = torch.empty(packed_nbytes(x.shape, -2, stash_spec.bits, stash_spec.box_size), dtype=torch.uint8)
+    stash = x.new_empty(packed_nbytes(x.shape, -2, stash_spec.bits, stash_spec.box_size), dtype=torch.uint8)
     seeds = None if operand_seed is None else (operand_seed, stash_seed)
     kernels.quantize_and_pack(x, operand, stash, _shape_around(x.shape, -2), operand_spec, stash_spec, seeds)
-    return operand.to(dtype), stash
+    return operand if operand.dtype is dtype else operand.to(dtype), stash
 
 
 def _quantize_and_pack_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class Kernels:
         if not runs():
             raise Unavailable(f"{isa}: this CPU does not run it")
         self.isa = isa
-        self.threaded = bool(library.dsq_openmp()) and _count_openmp_libraries() <= 1
+        self.threaded = _openmp_is_torchs(library)
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"dsq_{isa}_{name}")
             function.argtypes, function.restype = arguments, None
@@ -104,24 +104,25 @@ class Kernels:
 
     def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
+        before, length, after = shape
+        bfloat16, stochastic, threads = out.dtype is torch.bfloat16, seed is not None, self._threads(x)
         self._fake_quantize(
-            *(x.data_ptr(), out.data_ptr(), out.dtype is torch.bfloat16, *shape, _format(spec)),
-            *(seed is not None, seed or 0, self._threads(x)),
+            x.data_ptr(), out.data_ptr(), bfloat16, before, length, after, _format(spec), stochastic, seed or 0, threads
         )
 
     def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
         """Write the packed bytes of ``x`` to ``data``."""
+        before, length, after = shape
+        stochastic, threads = seed is not None, self._threads(x)
         self._pack(
-            *(x.data_ptr(), data.data_ptr(), *shape, _format(spec)),
-            *(seed is not None, seed or 0, self._threads(x)),
+            x.data_ptr(), data.data_ptr(), before, length, after, _format(spec), stochastic, seed or 0, threads
         )
 
     def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
         """Write the values of packed bytes to ``out``."""
-        self._unpack(
-            *(data.data_ptr(), out.data_ptr(), out.dtype is torch.bfloat16, *shape, _format(spec)),
-            self._threads(out),
-        )
+        before, length, after = shape
+        bfloat16, threads = out.dtype is torch.bfloat16, self._threads(out)
+        self._unpack(data.data_ptr(), out.data_ptr(), bfloat16, before, length, after, _format(spec), threads)
 
     def quantize_and_pack(
         self,
@@ -154,6 +155,7 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(found[-1]))
         built_of = library.dsq_source() & 0xFFFFFFFF
+        library.dsq_openmp.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{found[-1].name} cannot be loaded: {error}") from None
     if built_of != source_number():
@@ -161,14 +163,15 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _count_openmp_libraries() -> int:
-    """OpenMP runtimes in this process: a second one beside torch's would bring its own threads."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 2  # cannot tell
-    paths = {line.split()[-1] for line in lines}
-    return sum(any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp")) for path in paths)
+def _openmp_is_torchs(library: ctypes.CDLL) -> bool:
+    """Whether the library's OpenMP runtime is torch's own: another one would start threads beside torch's.
+
+    torch's wheels bring theirs along; where there is none in torch's folder, both take the system's.
+    """
+    runtime = library.dsq_openmp()
+    folder = Path(torch.__file__).parent / "lib"
+    brought = [path.resolve() for name in ("libgomp*", "libomp*", "libiomp*") for path in folder.glob(name)]
+    return bool(runtime) and (not brought or Path(os.fsdecode(runtime)).resolve() in brought)
 
 
 def _choose() -> tuple[Kernels | None, str]:

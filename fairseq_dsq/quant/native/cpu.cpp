@@ -2,17 +2,23 @@
 
 #include <cstdint>
 
+#if defined(_OPENMP)
+#include <dlfcn.h>
+#include <omp.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The sources that were compiled: setup.py and native/__init__.py compute the same number.
 EXPORT uint32_t dsq_source() { return DSQ_SOURCE; }
 
-EXPORT int32_t dsq_openmp() {
+// The file of the OpenMP runtime that the kernels use; null without one.
+EXPORT const char* dsq_openmp() {
 #if defined(_OPENMP)
-    return 1;
-#else
-    return 0;
+    Dl_info info;
+    if (dladdr((void*)&omp_get_num_threads, &info)) return info.dli_fname;
 #endif
+    return nullptr;
 }
 
 // Whether this CPU and its operating system run the kernels that were compiled for an instruction set.
