@@ -9,9 +9,10 @@
 // order (before, boxes, after), then the boxes' codes in the same order, `bits` bits each, little-endian, a box
 // starting on a whole byte.
 //
-// Work is done in tiles of rows of LANES values. Boxes along the last dimension: the rows are a stretch of one box
-// (LAST). Boxes along another one: each lane is a box of its own, and a row is a step along it. Tensors are read where
-// they lie; nothing is transposed.
+// Boxes along the last dimension are worked on in runs of neighbours; the lanes of a vector hold a stretch of one box.
+// Boxes along another dimension are worked on in tiles of neighbouring columns; each lane is in a box of its own.
+// Tensors are read where they lie; nothing is transposed. First the largest magnitude of each box is found, then the
+// scales of all boxes of the run or tile, then its values are rounded, all within the caches.
 //
 // This file is compiled once per instruction set: DSQ_NAME(f) is the exported name. No fused multiply-add and no fast
 // math: each operation is rounded as PyTorch rounds it.
@@ -40,8 +41,10 @@ using Format = DsqFormat;
 constexpr int BIAS = 127;
 constexpr uint32_t NAN_EXPONENT = 255;
 constexpr uint32_t SIGN = 0x80000000u;
-// Values that are worked on together, in the first-level cache; a multiple of 8: whole bytes at every width.
+// Values of a run; a multiple of 8: whole bytes at every width.
 constexpr int CHUNK = 1024;
+// Boxes of a run, columns of a tile: a tile of 16 rows is as large as the first-level cache.
+constexpr int BOXES = 512;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t bytes_of(int64_t values, int bits) { return (values * bits + 7) / 8; }
@@ -58,29 +61,53 @@ void for_each(int64_t items, int threads, Body body) {
 
 // ---- Scales
 
-INLINE F power_of_two(I exponent) { return bits<F>((exponent + BIAS) << 23); }
-
 // A power of two as the product of two, so that neither over- nor underflows.
 struct Scale {
     F first, second;
 };
 
-INLINE U box_exponent(U largest, const Format& format) {
+// The scales of a run's or tile's boxes.
+struct Scales {
+    alignas(64) float first[BOXES], second[BOXES];
+
+    INLINE Scale of_box(int64_t box) const { return {all(first[box]), all(second[box])}; }
+    INLINE Scale of_columns(int64_t column) const { return {load<F>(first + column), load<F>(second + column)}; }
+};
+
+using Exponents = uint32_t[BOXES];
+
+INLINE F power_of_two(I exponent) { return bits<F>((exponent + BIAS) << 23); }
+
+// The biased exponent of boxes, given the magnitude bits of their largest values.
+INLINE U exponent_of(U largest, Format format) {
     U exponent = largest >> 23;
     if (!format.fixed_exponent) return max(exponent, all(1u));
     return choose((I)(exponent == NAN_EXPONENT), exponent, all((uint32_t)format.fixed_exponent));
 }
 
-INLINE Scale encode_scale(U exponent, const Format& format) {
+INLINE Scale encode_scale(U exponent, Format format) {
     I shift = (format.bits - 2 + BIAS) - (I)exponent, half = shift >> 1;
     return {power_of_two(half), power_of_two(shift - half)};
 }
 
-INLINE Scale decode_scale(U exponent, const Format& format) {
+INLINE Scale decode_scale(U exponent, Format format) {
     I shift = (I)exponent - (format.bits - 2 + BIAS), half = shift >> 1;
-    U nan = all(0x7fc00000u);
+    F nan = bits<F>(all(0x7fc00000u));
     // NaN times anything is NaN: the mark needs no pass of its own.
-    return {choose((I)(exponent == NAN_EXPONENT), bits<F>(nan), power_of_two(half)), power_of_two(shift - half)};
+    return {choose((I)(exponent == NAN_EXPONENT), nan, power_of_two(half)), power_of_two(shift - half)};
+}
+
+// The arrays have room for whole vectors.
+INLINE void exponents_of(Exponents& largest, int64_t boxes, Format format) {
+    for (int64_t i = 0; i < boxes; i += LANES) store(largest + i, exponent_of(load<U>(largest + i), format));
+}
+template <class ScaleOf>
+INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, Format format, ScaleOf scale_of) {
+    for (int64_t i = 0; i < boxes; i += LANES) {
+        Scale scale = scale_of(load<U>(exponents + i), format);
+        store(scales.first + i, scale.first);
+        store(scales.second + i, scale.second);
+    }
 }
 
 // ---- Rounding
@@ -98,7 +125,7 @@ INLINE F noise(U index, uint64_t seed) {
 
 // Codes, as float. `index` is the first lane's place in the tensor.
 template <bool STOCHASTIC>
-INLINE F encode(F x, Scale scale, const Format& format, uint32_t index, uint64_t seed) {
+INLINE F encode(F x, Scale scale, Format format, uint32_t index, uint64_t seed) {
     F code = x * scale.first * scale.second;
     if (STOCHASTIC) {
         F below = floor(code);
@@ -116,14 +143,14 @@ INLINE F encode(F x, Scale scale, const Format& format, uint32_t index, uint64_t
 INLINE F value_of(F code, Scale scale) { return code * scale.first * scale.second; }
 
 // Codes as they are stored: sign and magnitude, or two's complement.
-INLINE U to_field(F code, const Format& format) {
+INLINE U to_field(F code, Format format) {
     code = bits<F>(bits<U>(code) & bits<U>((I)(code == code)));  // a NaN is stored as 0
     if (!format.signed_zero) return (U)__builtin_convertvector(code, I) & (~0u >> (32 - format.bits));
     U sign = bits<U>(code) & SIGN;
     return (U)__builtin_convertvector(bits<F>(bits<U>(code) ^ sign), I) | sign >> (32 - format.bits);
 }
 
-INLINE F from_field(U field, const Format& format) {
+INLINE F from_field(U field, Format format) {
     U top = field << (32 - format.bits);
     if (!format.signed_zero) return __builtin_convertvector((I)top >> (32 - format.bits), F);
     U magnitude = (top & ~SIGN) >> (32 - format.bits);
@@ -134,50 +161,47 @@ INLINE void put(float* to, F value, int64_t count) { store(to, value, count); }
 // bfloat16 is float32's upper half; exact for formats of up to 9 bits.
 INLINE void put(uint16_t* to, F value, int64_t count) { store_integers(to, bits<U>(value) >> 16, count); }
 
-// ---- Tiles
+// ---- Largest magnitudes, as bits
 
-struct Tile {
-    int64_t rows;     // of LANES values, or less:
-    int64_t stride;   // from row to row
-    int64_t values;   // LAST: of the box; else columns: of each row
-    uint32_t index;   // the first value's place in the tensor, modulo 2^32
-};
+INLINE U magnitude(const float* x, int64_t count = LANES) { return load<U>(x, count) & ~SIGN; }
 
-// One box, or a stretch of one, along the last dimension.
-INLINE Tile stretch(int64_t values, int64_t index) {
-    return {(values + LANES - 1) / LANES, LANES, values, (uint32_t)index};
-}
-
-template <bool LAST>
-INLINE int64_t row_count(const Tile& tile, int64_t row) {
-    return smaller(LANES, LAST ? tile.values - row * LANES : tile.values);
-}
-
-// The magnitude bits of the largest value of each lane's box.
-template <bool LAST>
-INLINE U largest(const float* x, const Tile& tile) {
+INLINE uint32_t largest_of(const float* x, int64_t count) {
     U found{};
-    for (int64_t row = 0; row < tile.rows; row++)
-        found = max(found, load<U>(x + row * tile.stride, row_count<LAST>(tile, row)) & ~SIGN);
-    return LAST ? largest_lane(found) : found;
+    for (int64_t i = 0; i < count; i += LANES) found = max(found, magnitude(x + i, count - i));
+    return largest_lane(found);
 }
 
-// emit(row, count, code) for each row.
-template <bool LAST, bool STOCHASTIC, class Emit>
-INLINE void encode_tile(const float* x, const Tile& tile, U exponent, const Format& format, uint64_t seed, Emit emit) {
-    Scale scale = encode_scale(exponent, format);
-    for (int64_t row = 0; row < tile.rows; row++) {
-        int64_t count = row_count<LAST>(tile, row), offset = row * tile.stride;
-        emit(row, count, encode<STOCHASTIC>(load<F>(x + offset, count), scale, format, tile.index + offset, seed));
+// Of LANES boxes of 16 that follow on one another.
+INLINE U largest_of_sixteens(const float* x) {
+    U found[LANES];
+#pragma GCC unroll 16
+    for (int box = 0; box < LANES; box++) {
+        found[box] = magnitude(x + 16 * box);
+#pragma GCC unroll 4
+        for (int i = LANES; i < 16; i += LANES) found[box] = max(found[box], magnitude(x + 16 * box + i));
     }
+    return largest_of_each(found);
 }
 
-template <bool LAST, bool STOCHASTIC, class Out>
-INLINE void quantize_tile(const float* x, Out* out, const Tile& tile, U exponent, const Format& format, uint64_t seed) {
-    Scale scale = decode_scale(exponent, format);
-    encode_tile<LAST, STOCHASTIC>(x, tile, exponent, format, seed, [&](int64_t row, int64_t count, F code) __attribute__((always_inline)) {
-        put(out + row * tile.stride, value_of(code, scale), count);
-    });
+// Of boxes of n values that follow on one another.
+INLINE void largest_of_boxes(const float* x, int64_t boxes, int64_t n, Exponents& largest) {
+    int64_t box = 0;
+    if (n == 16)
+        for (; box + LANES <= boxes; box += LANES) store(largest + box, largest_of_sixteens(x + 16 * box));
+    for (; box < boxes; box++) largest[box] = largest_of(x + box * n, n);
+}
+
+// Of columns, row by row: that is how memory is read ahead.
+INLINE void largest_of_columns(const float* x, int64_t rows, int64_t stride, int64_t columns, Exponents& largest) {
+    memset(largest, 0, (columns + LANES - 1) / LANES * LANES * sizeof *largest);
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t column = 0;
+        for (; column + LANES <= columns; column += LANES)
+            store(largest + column, max(load<U>(largest + column), magnitude(x + row * stride + column)));
+        if (column < columns)
+            store(largest + column,
+                  max(load<U>(largest + column), magnitude(x + row * stride + column, columns - column)));
+    }
 }
 
 // ---- Bits
@@ -276,223 +300,291 @@ void read_bits(const uint8_t* from, int64_t count, int width, T* codes) {
     }
 }
 
-// ---- Boxes along the last dimension, packed
+// ---- Boxes along the last dimension
 
-// The T that holds a code: use(T()) for it.
-template <class Use>
-INLINE void with_code_type(int width, Use use) {
-    if (width <= 8)
-        use(uint8_t());
-    else if (width <= 16)
-        use(uint16_t());
-    else
-        use(uint32_t());
+// A stretch of one box. `index` is the first value's place in the tensor.
+template <bool STOCHASTIC, class Out>
+INLINE void quantize_stretch(const float* x, Out* out, int64_t count, uint32_t index, Scale down, Scale up,
+                             Format format, uint64_t seed) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        F code = encode<STOCHASTIC>(load<F>(x + i, count - i), down, format, index + i, seed);
+        put(out + i, value_of(code, up), count - i);
+    }
 }
 
-// A stretch of one box of any size, beginning on a whole byte.
 template <bool STOCHASTIC, class T>
-void pack_stretch(const float* x, int64_t count, int64_t index, U exponent, const Format& format, uint64_t seed,
-                  uint8_t* out) {
+INLINE void encode_stretch(const float* x, T* codes, int64_t count, uint32_t index, Scale down, Format format,
+                           uint64_t seed) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        F code = encode<STOCHASTIC>(load<F>(x + i, count - i), down, format, index + i, seed);
+        store_integers(codes + i, to_field(code, format), count - i);
+    }
+}
+
+template <class T, class Out>
+INLINE void decode_stretch(const T* codes, Out* out, int64_t count, Scale up, Format format) {
+    for (int64_t i = 0; i < count; i += LANES)
+        put(out + i, value_of(from_field(load_integers(codes + i, count - i), format), up), count - i);
+}
+
+// A stretch of any length that begins on a whole byte of the packed codes.
+template <bool STOCHASTIC, class T>
+void pack_stretch(const float* x, uint8_t* out, int64_t count, uint32_t index, Scale down, Format format,
+                  uint64_t seed) {
     T codes[CHUNK];
     for (int64_t start = 0; start < count; start += CHUNK) {
         int64_t part = smaller(CHUNK, count - start);
-        encode_tile<true, STOCHASTIC>(x + start, stretch(part, index + start), exponent, format, seed,
-                                      [&](int64_t row, int64_t lanes, F code) __attribute__((always_inline)) {
-                                          store_integers(codes + row * LANES, to_field(code, format), lanes);
-                                      });
+        encode_stretch<STOCHASTIC>(x + start, codes, part, index + start, down, format, seed);
         write_bits(codes, part, format.bits, out + start / 8 * format.bits);
     }
 }
-
 template <class T, class Out>
-void unpack_stretch(const uint8_t* from, int64_t count, U exponent, const Format& format, Out* out) {
+void unpack_stretch(const uint8_t* from, Out* out, int64_t count, Scale up, Format format) {
     T codes[CHUNK];
-    Scale scale = decode_scale(exponent, format);
     for (int64_t start = 0; start < count; start += CHUNK) {
         int64_t part = smaller(CHUNK, count - start);
         read_bits(from + start / 8 * format.bits, part, format.bits, codes);
-        for (int64_t i = 0; i < part; i += LANES) {
-            int64_t lanes = smaller(LANES, part - i);
-            put(out + start + i, value_of(from_field(load_integers(codes + i, lanes), format), scale), lanes);
-        }
+        decode_stretch(codes, out + start, part, up, format);
     }
 }
 
-// Boxes of 16, up to CHUNK values.
+// A run: boxes of n values that follow on one another, up to CHUNK values or one box. n = 16 is known when compiling.
+template <bool STOCHASTIC, class Out>
+void quantize_run(const float* x, Out* out, int64_t boxes, int64_t n, uint32_t index, Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down, up;
+    largest_of_boxes(x, boxes, n, exponents);
+    exponents_of(exponents, boxes, format);
+    fill(down, exponents, boxes, format, encode_scale);
+    fill(up, exponents, boxes, format, decode_scale);
+    auto quantize = [&](int64_t values) __attribute__((always_inline)) {
+        for (int64_t box = 0; box < boxes; box++) {
+            int64_t at = box * values;
+            quantize_stretch<STOCHASTIC>(x + at, out + at, values, index + at, down.of_box(box), up.of_box(box), format,
+                                         seed);
+        }
+    };
+    n == 16 ? quantize(16) : quantize(n);
+}
+
 template <bool STOCHASTIC, class T>
-void pack_sixteens(const float* x, int64_t boxes, int64_t index, const Format& format, uint64_t seed,
-                   uint8_t* exponents, uint8_t* out) {
-    T codes[CHUNK];
-    for (int64_t box = 0; box < boxes; box++) {
-        const float* values = x + 16 * box;
-        T* box_codes = codes + 16 * box;
-        Tile tile = stretch(16, index + 16 * box);
-        U exponent = box_exponent(largest<true>(values, tile), format);
-        exponents[box] = (uint8_t)exponent[0];
-        encode_tile<true, STOCHASTIC>(values, tile, exponent, format, seed,
-                                      [&](int64_t row, int64_t lanes, F code) __attribute__((always_inline)) {
-                                          store_integers(box_codes + row * LANES, to_field(code, format), lanes);
-                                      });
+void pack_run(const float* x, uint8_t* exponent_bytes, uint8_t* out, int64_t boxes, int64_t n, uint32_t index,
+              Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down;
+    largest_of_boxes(x, boxes, n, exponents);
+    exponents_of(exponents, boxes, format);
+    fill(down, exponents, boxes, format, encode_scale);
+    for (int64_t box = 0; box < boxes; box++) exponent_bytes[box] = (uint8_t)exponents[box];
+    if (n == 16) {
+        T codes[CHUNK];
+        for (int64_t box = 0; box < boxes; box++)
+            encode_stretch<STOCHASTIC>(x + 16 * box, codes + 16 * box, 16, index + 16 * box, down.of_box(box), format,
+                                       seed);
+        return write_bits(codes, 16 * boxes, format.bits, out);
     }
-    write_bits(codes, 16 * boxes, format.bits, out);
+    for (int64_t box = 0; box < boxes; box++)
+        pack_stretch<STOCHASTIC, T>(x + box * n, out + box * bytes_of(n, format.bits), n, index + box * n,
+                                    down.of_box(box), format, seed);
 }
 
 template <class T, class Out>
-void unpack_sixteens(const uint8_t* exponents, const uint8_t* from, int64_t boxes, const Format& format, Out* out) {
-    T codes[CHUNK];
-    read_bits(from, 16 * boxes, format.bits, codes);
-    for (int64_t box = 0; box < boxes; box++) {
-        Scale scale = decode_scale(all((uint32_t)exponents[box]), format);
-#pragma GCC unroll 4
-        for (int i = 16 * box; i < 16 * box + 16; i += LANES)
-            put(out + i, value_of(from_field(load_integers(codes + i), format), scale), LANES);
+void unpack_run(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, int64_t boxes, int64_t n, Format format) {
+    Exponents exponents;
+    Scales up;
+    for (int64_t box = 0; box < boxes; box++) exponents[box] = exponent_bytes[box];
+    fill(up, exponents, boxes, format, decode_scale);
+    if (n == 16) {
+        T codes[CHUNK];
+        read_bits(from, 16 * boxes, format.bits, codes);
+        for (int64_t box = 0; box < boxes; box++)
+            decode_stretch(codes + 16 * box, out + 16 * box, 16, up.of_box(box), format);
+        return;
     }
+    for (int64_t box = 0; box < boxes; box++)
+        unpack_stretch<T>(from + box * bytes_of(n, format.bits), out + box * n, n, up.of_box(box), format);
 }
 
-// ---- Boxes along another dimension, packed: up to LANES columns
+// ---- Boxes along another dimension
 
-// Codes of a width that divides 16, in boxes of 16: the codes of a column are WIDTH / 2 whole words of 32 bits.
+// A tile: one box of each of up to BOXES neighbouring columns.
+struct Tile {
+    int64_t rows, columns;
+    int64_t stride;  // from row to row
+    uint32_t index;  // the first value's place in the tensor
+};
+
+// Full vectors of columns, then the rest: work(column, count).
+template <class Work>
+INLINE void for_columns(int64_t columns, Work work) {
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) work(column, (int64_t)LANES);
+    if (column < columns) work(column, columns - column);
+}
+
+template <bool STOCHASTIC, class Out>
+void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down, up;
+    largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
+    exponents_of(exponents, tile.columns, format);
+    fill(down, exponents, tile.columns, format, encode_scale);
+    fill(up, exponents, tile.columns, format, decode_scale);
+    for (int64_t row = 0; row < tile.rows; row++)
+        for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            int64_t at = row * tile.stride + column;
+            F value = load<F>(x + at, count);
+            F code = encode<STOCHASTIC>(value, down.of_columns(column), format, tile.index + at, seed);
+            put(out + at, value_of(code, up.of_columns(column)), count);
+        });
+}
+
+// Boxes of 16 codes of a width that divides 16: the codes of a column are WIDTH / 2 whole words of 32 bits.
 template <int WIDTH, bool STOCHASTIC>
-INLINE void pack_column_words(const float* x, const Tile& tile, U exponent, const Format& format, uint64_t seed,
-                              uint8_t* out) {
+void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     constexpr int WORDS = WIDTH / 2;
-    U words[WORDS]{};
-    Scale scale = encode_scale(exponent, format);
+    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        U words[WORDS]{};
+        Scale scale = down.of_columns(column);
 #pragma GCC unroll 16
-    for (int row = 0; row < 16; row++) {
-        int64_t offset = row * tile.stride;
-        F code = encode<STOCHASTIC>(load<F>(x + offset, tile.values), scale, format, tile.index + offset, seed);
-        words[row * WIDTH / 32] |= to_field(code, format) << (row * WIDTH % 32);
-    }
-    interleave<WORDS>(words);
-    if (tile.values >= LANES) {
-#pragma GCC unroll 8
-        for (int k = 0; k < WORDS; k++) store(out + k * LANES * 4, words[k]);
-    } else {
-        memcpy(out, words, tile.values * WORDS * 4);
-    }
+        for (int row = 0; row < 16; row++) {
+            int64_t at = row * tile.stride + column;
+            F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
+            words[row * WIDTH / 32] |= to_field(code, format) << (row * WIDTH % 32);
+        }
+        interleave<WORDS>(words);
+        memcpy(out + column * WORDS * 4, words, (count == LANES ? LANES : count) * WORDS * 4);
+    });
 }
-
 template <int WIDTH, class Out>
-INLINE void unpack_column_words(const uint8_t* from, const Tile& tile, U exponent, const Format& format, Out* out) {
+void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     constexpr int WORDS = WIDTH / 2;
-    U words[WORDS]{};
-    if (tile.values >= LANES) {
-#pragma GCC unroll 8
-        for (int k = 0; k < WORDS; k++) words[k] = load<U>(from + k * LANES * 4);
-    } else {
-        memcpy(words, from, tile.values * WORDS * 4);
-    }
-    separate<WORDS>(words);
-    Scale scale = decode_scale(exponent, format);
+    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        U words[WORDS]{};
+        memcpy(words, from + column * WORDS * 4, (count == LANES ? LANES : count) * WORDS * 4);
+        separate<WORDS>(words);
+        Scale scale = up.of_columns(column);
 #pragma GCC unroll 16
-    for (int row = 0; row < 16; row++) {
-        U field = words[row * WIDTH / 32] >> (row * WIDTH % 32) & (~0u >> (32 - WIDTH));
-        put(out + row * tile.stride, value_of(from_field(field, format), scale), tile.values);
-    }
+        for (int row = 0; row < 16; row++) {
+            U field = words[row * WIDTH / 32] >> (row * WIDTH % 32) & (~0u >> (32 - WIDTH));
+            put(out + row * tile.stride + column, value_of(from_field(field, format), scale), count);
+        }
+    });
 }
 
-// Any width and box size: through codes in memory, column by column.
+// Any width and box size: codes go through memory, where those of a column lie together.
+constexpr int ROWS = 64;  // a multiple of 8: whole bytes at every width
+
 template <bool STOCHASTIC>
-void pack_columns_slowly(const float* x, const Tile& tile, U exponent, const Format& format, uint64_t seed,
-                         uint8_t* out) {
-    constexpr int ROWS = 64;  // a multiple of 8: whole bytes at every width
+void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     uint32_t codes[LANES][ROWS];
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
-    for (int64_t start = 0; start < tile.rows; start += ROWS) {
-        int64_t offset = start * tile.stride;
-        Tile part{smaller(ROWS, tile.rows - start), tile.stride, tile.values, (uint32_t)(tile.index + offset)};
-        encode_tile<false, STOCHASTIC>(x + offset, part, exponent, format, seed, [&](int64_t row, int64_t, F code) {
-            U field = to_field(code, format);
-            for (int lane = 0; lane < LANES; lane++) codes[lane][row] = field[lane];
-        });
-        for (int64_t column = 0; column < tile.values; column++)
-            write_bits(codes[column], part.rows, format.bits, out + column * box_bytes + start / 8 * format.bits);
-    }
+    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+        Scale scale = down.of_columns(column);
+        for (int64_t start = 0; start < tile.rows; start += ROWS) {
+            int64_t rows = smaller(ROWS, tile.rows - start);
+            for (int64_t row = 0; row < rows; row++) {
+                int64_t at = (start + row) * tile.stride + column;
+                F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
+                U field = to_field(code, format);
+                for (int lane = 0; lane < LANES; lane++) codes[lane][row] = field[lane];
+            }
+            for (int64_t lane = 0; lane < count; lane++)
+                write_bits(codes[lane], rows, format.bits,
+                           out + (column + lane) * box_bytes + start / 8 * format.bits);
+        }
+    });
 }
-
 template <class Out>
-void unpack_columns_slowly(const uint8_t* from, const Tile& tile, U exponent, const Format& format, Out* out) {
-    constexpr int ROWS = 64;
+void unpack_codes(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     uint32_t codes[LANES][ROWS]{};
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
-    Scale scale = decode_scale(exponent, format);
-    for (int64_t start = 0; start < tile.rows; start += ROWS) {
-        int64_t rows = smaller(ROWS, tile.rows - start);
-        for (int64_t column = 0; column < tile.values; column++)
-            read_bits(from + column * box_bytes + start / 8 * format.bits, rows, format.bits, codes[column]);
-        for (int64_t row = 0; row < rows; row++) {
-            U field;
-            for (int lane = 0; lane < LANES; lane++) field[lane] = codes[lane][row];
-            put(out + (start + row) * tile.stride, value_of(from_field(field, format), scale), tile.values);
+    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+        Scale scale = up.of_columns(column);
+        for (int64_t start = 0; start < tile.rows; start += ROWS) {
+            int64_t rows = smaller(ROWS, tile.rows - start);
+            for (int64_t lane = 0; lane < count; lane++)
+                read_bits(from + (column + lane) * box_bytes + start / 8 * format.bits, rows, format.bits, codes[lane]);
+            for (int64_t row = 0; row < rows; row++) {
+                U field;
+                for (int lane = 0; lane < LANES; lane++) field[lane] = codes[lane][row];
+                put(out + (start + row) * tile.stride + column, value_of(from_field(field, format), scale), count);
+            }
         }
-    }
+    });
 }
 
 template <bool STOCHASTIC>
-INLINE void pack_columns(const float* x, const Tile& tile, U exponent, const Format& format, uint64_t seed,
-                         uint8_t* out) {
-    if (tile.rows == 16 && format.bits == 2) return pack_column_words<2, STOCHASTIC>(x, tile, exponent, format, seed, out);
-    if (tile.rows == 16 && format.bits == 4) return pack_column_words<4, STOCHASTIC>(x, tile, exponent, format, seed, out);
-    if (tile.rows == 16 && format.bits == 8) return pack_column_words<8, STOCHASTIC>(x, tile, exponent, format, seed, out);
-    if (tile.rows == 16 && format.bits == 16)
-        return pack_column_words<16, STOCHASTIC>(x, tile, exponent, format, seed, out);
-    pack_columns_slowly<STOCHASTIC>(x, tile, exponent, format, seed, out);
+void pack_tile(const float* x, uint8_t* exponent_bytes, uint8_t* out, Tile tile, Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down;
+    largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
+    exponents_of(exponents, tile.columns, format);
+    fill(down, exponents, tile.columns, format, encode_scale);
+    for (int64_t column = 0; column < tile.columns; column++) exponent_bytes[column] = (uint8_t)exponents[column];
+    bool words = tile.rows == 16;
+    if (words && format.bits == 2) return pack_words<2, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 4) return pack_words<4, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 8) return pack_words<8, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 16) return pack_words<16, STOCHASTIC>(x, out, tile, down, format, seed);
+    pack_codes<STOCHASTIC>(x, out, tile, down, format, seed);
 }
-
 template <class Out>
-INLINE void unpack_columns(const uint8_t* from, const Tile& tile, U exponent, const Format& format, Out* out) {
-    if (tile.rows == 16 && format.bits == 2) return unpack_column_words<2>(from, tile, exponent, format, out);
-    if (tile.rows == 16 && format.bits == 4) return unpack_column_words<4>(from, tile, exponent, format, out);
-    if (tile.rows == 16 && format.bits == 8) return unpack_column_words<8>(from, tile, exponent, format, out);
-    if (tile.rows == 16 && format.bits == 16) return unpack_column_words<16>(from, tile, exponent, format, out);
-    unpack_columns_slowly(from, tile, exponent, format, out);
+void unpack_tile(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, Tile tile, Format format) {
+    Exponents exponents;
+    Scales up;
+    for (int64_t column = 0; column < tile.columns; column++) exponents[column] = exponent_bytes[column];
+    fill(up, exponents, tile.columns, format, decode_scale);
+    bool words = tile.rows == 16;
+    if (words && format.bits == 2) return unpack_words<2>(from, out, tile, up, format);
+    if (words && format.bits == 4) return unpack_words<4>(from, out, tile, up, format);
+    if (words && format.bits == 8) return unpack_words<8>(from, out, tile, up, format);
+    if (words && format.bits == 16) return unpack_words<16>(from, out, tile, up, format);
+    unpack_codes(from, out, tile, up, format);
 }
 
 // ---- Tensors
 
 struct Shape {
     int64_t before, length, after;
+
+    int64_t count() const { return before * length * after; }
 };
 
 // Boxes of equal size: all full ones, or all short ones.
 struct Part {
-    int64_t start;      // of the first box along the length
-    int64_t boxes, n;   // per fibre
-    int64_t exponents;  // where they lie in the packed bytes
-    int64_t codes;
-    int64_t box_bytes;
+    int64_t start;         // of the first box along the length
+    int64_t boxes, n;      // of a fibre, of a box
+    int64_t exponents_at;  // where they lie in the packed bytes
+    int64_t codes_at, box_bytes;
 };
 
-struct Parts {
-    Part part[2];
-    int count = 0;
-};
+// work(part) for each part of a packed tensor.
+template <class Work>
+INLINE void for_parts(Shape shape, Format format, Work work) {
+    int64_t n = format.box_size, full = shape.length / n, rest = shape.length % n, at = 0;
+    const Part parts[] = {{0, full, n, 0, 0, 0}, {full * n, 1, rest, 0, 0, 0}};
+    for (Part part : parts) {
+        int64_t boxes = shape.before * part.boxes * shape.after;
+        if (!boxes || !part.n) continue;
+        part.exponents_at = at;
+        part.codes_at = at + boxes;
+        part.box_bytes = bytes_of(part.n, format.bits);
+        at += boxes * (1 + part.box_bytes);
+        work(part);
+    }
+}
 
 // Fibres without a short box follow on one another: they are one long one.
-INLINE Shape joined(Shape shape, const Format& format) {
-    if (shape.after == 1 && shape.length % format.box_size == 0) return {1, shape.before * shape.length, 1};
-    return shape;
+INLINE Shape joined(Shape shape, Format format) {
+    return shape.after == 1 && shape.length % format.box_size == 0 ? Shape{1, shape.before * shape.length, 1} : shape;
 }
 
-Parts parts_of(Shape shape, const Format& format) {
-    Parts parts;
-    int64_t n = format.box_size, full = shape.length / n, bytes = 0;
-    auto add = [&](int64_t start, int64_t boxes, int64_t values) {
-        int64_t all_boxes = shape.before * boxes * shape.after, box_bytes = bytes_of(values, format.bits);
-        parts.part[parts.count++] = {start, boxes, values, bytes, bytes + all_boxes, box_bytes};
-        bytes += all_boxes * (1 + box_bytes);
-    };
-    if (full) add(0, full, n);
-    if (shape.length % n) add(full * n, 1, shape.length % n);
-    return parts;
-}
-
-// Boxes along the last dimension, in runs of whole boxes of up to CHUNK values (or of one box, if larger):
-// work(first value, place of the first box among the part's, boxes).
+// Boxes along the last dimension: work(place of the first value, place of the first box in its part, boxes).
 template <class Work>
-void for_runs(Shape shape, const Part& part, int threads, Work work) {
-    int64_t per_run = part.n < CHUNK ? CHUNK / part.n : 1, runs = (part.boxes + per_run - 1) / per_run;
+INLINE void for_runs(Shape shape, const Part& part, int threads, Work work) {
+    int64_t per_run = part.n < CHUNK ? smaller(CHUNK / part.n, BOXES) : 1;
+    int64_t runs = (part.boxes + per_run - 1) / per_run;
     for_each(shape.before * runs, threads, [&](int64_t item) {
         int64_t fibre = item / runs, box = item % runs * per_run;
         work(fibre * shape.length + part.start + box * part.n, fibre * part.boxes + box,
@@ -500,197 +592,159 @@ void for_runs(Shape shape, const Part& part, int threads, Work work) {
     });
 }
 
-// Boxes along another dimension, in tiles of LANES neighbours: work(tile, place of its first box among the part's).
+// One row of boxes along another dimension: work(tile, place of its first value, place of its first box in its part).
 template <class Work>
 INLINE void for_tiles(Shape shape, const Part& part, int64_t row_of_boxes, Work work) {
     int64_t fibre = row_of_boxes / part.boxes, box = row_of_boxes % part.boxes;
-    int64_t first = (fibre * shape.length + part.start + box * part.n) * shape.after;
-    for (int64_t column = 0; column < shape.after; column += LANES) {
-        int64_t columns = smaller(LANES, shape.after - column);
-        work(Tile{part.n, shape.after, columns, (uint32_t)(first + column)}, first + column,
-             row_of_boxes * shape.after + column);
+    for (int64_t column = 0; column < shape.after; column += BOXES) {
+        int64_t at = (fibre * shape.length + part.start + box * part.n) * shape.after + column;
+        Tile tile{part.n, smaller(BOXES, shape.after - column), shape.after, (uint32_t)at};
+        work(tile, at, row_of_boxes * shape.after + column);
     }
 }
 
-// The largest magnitude bits of a contiguous tensor.
-uint32_t largest_of_all(const float* x, int64_t count, int threads) {
-    int64_t runs = (count + CHUNK - 1) / CHUNK, shares = smaller(runs, threads < 1 ? 1 : threads);
-    uint32_t found = 0;
-    auto share_of = [&](int64_t share) {
-        U v{};
-        int64_t end = smaller(count, runs * (share + 1) / shares * CHUNK);
-        for (int64_t i = runs * share / shares * CHUNK; i < end; i += LANES)
-            v = max(v, load<U>(x + i, end - i) & ~SIGN);
-        return largest_lane(v)[0];
-    };
-    if (shares == 1) return share_of(0);
-#pragma omp parallel for num_threads(threads) reduction(max : found)
-    for (int64_t share = 0; share < shares; share++) {
-        uint32_t its = share_of(share);
-        found = its > found ? its : found;
-    }
-    return found;
+// A tensor that is one box: work(place of the first value, values).
+template <class Work>
+INLINE void for_chunks(Shape shape, int threads, Work work) {
+    int64_t count = shape.count();
+    for_each((count + CHUNK - 1) / CHUNK, threads,
+             [&](int64_t chunk) { work(chunk * CHUNK, smaller(CHUNK, count - chunk * CHUNK)); });
 }
 
+U exponent_of_all(const float* x, Shape shape, Format format, int threads) {
+    int64_t count = shape.count(), shares = threads < 1 ? 1 : threads;
+    int64_t share = (count / shares / CHUNK + 1) * CHUNK;
+    uint32_t largest = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : largest) if (threads > 1)
+    for (int64_t start = 0; start < count; start += share) {
+        uint32_t found = largest_of(x + start, smaller(share, count - start));
+        largest = found > largest ? found : largest;
+    }
+    return exponent_of(all(largest), format);
+}
+
+// `index` is the place of x's first value in the tensor.
 template <bool STOCHASTIC, class Out>
-INLINE void quantize_run(const float* x, Out* out, int64_t first, int64_t boxes, int64_t n, const Format& format,
-                         uint64_t seed) {
-    for (int64_t at = first; at < first + boxes * n; at += n) {
-        Tile tile = stretch(n, at);
-        U exponent = box_exponent(largest<true>(x + at, tile), format);
-        quantize_tile<true, STOCHASTIC>(x + at, out + at, tile, exponent, format, seed);
-    }
-}
-
-// Boxes along the last dimension of fibres that begin at `start`.
-template <bool STOCHASTIC, class Out>
-void quantize_fibres(const float* x, Out* out, int64_t start, Shape shape, const Format& format, uint64_t seed,
-                     int threads) {
+void quantize_fibres(const float* x, Out* out, int64_t index, Shape shape, Format format, uint64_t seed, int threads) {
     shape = joined(shape, format);
-    Parts parts = parts_of(shape, format);
-    for (int p = 0; p < parts.count; p++) {
-        int64_t n = parts.part[p].n;
-        for_runs(shape, parts.part[p], threads, [&](int64_t first, int64_t, int64_t boxes) {
-            if (n == 16)
-                quantize_run<STOCHASTIC>(x, out, start + first, boxes, 16, format, seed);
-            else
-                quantize_run<STOCHASTIC>(x, out, start + first, boxes, n, format, seed);
+    for_parts(shape, format, [&](const Part& part) {
+        for_runs(shape, part, threads, [&](int64_t at, int64_t, int64_t boxes) {
+            quantize_run<STOCHASTIC>(x + at, out + at, boxes, part.n, (uint32_t)(index + at), format, seed);
         });
-    }
+    });
 }
 
 template <bool STOCHASTIC, class Out>
-void fake_quantize(const float* x, Out* out, Shape shape, const Format& format, uint64_t seed, int threads) {
+void fake_quantize(const float* x, Out* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
-        int64_t count = shape.before * shape.length * shape.after, runs = (count + CHUNK - 1) / CHUNK;
-        U exponent = box_exponent(all(largest_of_all(x, count, threads)), format);
-        for_each(runs, threads, [&](int64_t run) {
-            int64_t at = run * CHUNK;
-            Tile tile = stretch(smaller(CHUNK, count - at), at);
-            quantize_tile<true, STOCHASTIC>(x + at, out + at, tile, exponent, format, seed);
+        U exponent = exponent_of_all(x, shape, format, threads);
+        Scale down = encode_scale(exponent, format), up = decode_scale(exponent, format);
+        for_chunks(shape, threads, [&](int64_t at, int64_t count) {
+            quantize_stretch<STOCHASTIC>(x + at, out + at, count, (uint32_t)at, down, up, format, seed);
         });
         return;
     }
     if (shape.after == 1) return quantize_fibres<STOCHASTIC>(x, out, 0, shape, format, seed, threads);
-    Parts parts = parts_of(shape, format);
-    for (int p = 0; p < parts.count; p++) {
-        const Part& part = parts.part[p];
+    for_parts(shape, format, [&](const Part& part) {
         for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
-            for_tiles(shape, part, row_of_boxes, [&](const Tile& tile, int64_t at, int64_t) {
-                U exponent = box_exponent(largest<false>(x + at, tile), format);
-                quantize_tile<false, STOCHASTIC>(x + at, out + at, tile, exponent, format, seed);
+            for_tiles(shape, part, row_of_boxes, [&](Tile tile, int64_t at, int64_t) {
+                quantize_tile<STOCHASTIC>(x + at, out + at, tile, format, seed);
             });
         });
-    }
-}
-
-// One row of boxes along another dimension than the last.
-template <bool STOCHASTIC>
-void pack_row_of_boxes(const float* x, uint8_t* out, Shape shape, const Part& part, int64_t row_of_boxes,
-                       const Format& format, uint64_t seed) {
-    for_tiles(shape, part, row_of_boxes, [&](const Tile& tile, int64_t at, int64_t box) {
-        U exponent = box_exponent(largest<false>(x + at, tile), format);
-        store_integers(out + part.exponents + box, exponent, tile.values);
-        pack_columns<STOCHASTIC>(x + at, tile, exponent, format, seed, out + part.codes + box * part.box_bytes);
     });
 }
 
 template <bool STOCHASTIC>
-void pack(const float* x, uint8_t* out, Shape shape, const Format& format, uint64_t seed, int threads) {
+void pack_row_of_boxes(const float* x, uint8_t* out, Shape shape, const Part& part, int64_t row_of_boxes, Format format,
+                       uint64_t seed) {
+    for_tiles(shape, part, row_of_boxes, [&](Tile tile, int64_t at, int64_t box) {
+        pack_tile<STOCHASTIC>(x + at, out + part.exponents_at + box, out + part.codes_at + box * part.box_bytes, tile,
+                              format, seed);
+    });
+}
+
+// use(T()) with the T that holds a code.
+template <class Use>
+INLINE void with_code_type(Format format, Use use) {
+    if (format.bits <= 8)
+        use(uint8_t());
+    else if (format.bits <= 16)
+        use(uint16_t());
+    else
+        use(uint32_t());
+}
+
+template <bool STOCHASTIC>
+void pack(const float* x, uint8_t* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
-        int64_t count = shape.before * shape.length * shape.after, runs = (count + CHUNK - 1) / CHUNK;
-        U exponent = box_exponent(all(largest_of_all(x, count, threads)), format);
-        out[0] = (uint8_t)exponent[0];
-        with_code_type(format.bits, [&](auto type) {
-            for_each(runs, threads, [&](int64_t run) {
-                int64_t at = run * CHUNK;
-                pack_stretch<STOCHASTIC, decltype(type)>(x + at, smaller(CHUNK, count - at), at, exponent, format, seed,
-                                                         out + 1 + at / 8 * format.bits);
+        U exponent = exponent_of_all(x, shape, format, threads);
+        Scale down = encode_scale(exponent, format);
+        *out = (uint8_t)exponent[0];
+        return with_code_type(format, [&](auto type) {
+            for_chunks(shape, threads, [&](int64_t at, int64_t count) {
+                uint8_t* codes = out + 1 + at / 8 * format.bits;
+                pack_stretch<STOCHASTIC, decltype(type)>(x + at, codes, count, (uint32_t)at, down, format, seed);
             });
         });
-        return;
     }
     shape = joined(shape, format);
-    Parts parts = parts_of(shape, format);
-    for (int p = 0; p < parts.count; p++) {
-        const Part& part = parts.part[p];
-        if (shape.after > 1) {
-            for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
+    for_parts(shape, format, [&](const Part& part) {
+        if (shape.after > 1)
+            return for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
                 pack_row_of_boxes<STOCHASTIC>(x, out, shape, part, row_of_boxes, format, seed);
             });
-            continue;
-        }
-        with_code_type(format.bits, [&](auto type) {
-            using T = decltype(type);
-            for_runs(shape, part, threads, [&](int64_t first, int64_t box, int64_t boxes) {
-                uint8_t *exponents = out + part.exponents + box, *codes = out + part.codes + box * part.box_bytes;
-                if (part.n == 16) return pack_sixteens<STOCHASTIC, T>(x + first, boxes, first, format, seed, exponents, codes);
-                for (int64_t i = 0; i < boxes; i++) {
-                    int64_t at = first + i * part.n;
-                    U exponent = box_exponent(largest<true>(x + at, stretch(part.n, at)), format);
-                    exponents[i] = (uint8_t)exponent[0];
-                    pack_stretch<STOCHASTIC, T>(x + at, part.n, at, exponent, format, seed, codes + i * part.box_bytes);
-                }
+        with_code_type(format, [&](auto type) {
+            for_runs(shape, part, threads, [&](int64_t at, int64_t box, int64_t boxes) {
+                uint8_t *exponents = out + part.exponents_at + box, *codes = out + part.codes_at + box * part.box_bytes;
+                pack_run<STOCHASTIC, decltype(type)>(x + at, exponents, codes, boxes, part.n, (uint32_t)at, format,
+                                                     seed);
             });
         });
-    }
+    });
 }
 
 template <class Out>
-void unpack(const uint8_t* data, Out* out, Shape shape, const Format& format, int threads) {
+void unpack(const uint8_t* data, Out* out, Shape shape, Format format, int threads) {
     if (!format.box_size) {
-        int64_t count = shape.before * shape.length * shape.after, runs = (count + CHUNK - 1) / CHUNK;
-        with_code_type(format.bits, [&](auto type) {
-            for_each(runs, threads, [&](int64_t run) {
-                int64_t at = run * CHUNK;
-                unpack_stretch<decltype(type)>(data + 1 + at / 8 * format.bits, smaller(CHUNK, count - at),
-                                               all((uint32_t)data[0]), format, out + at);
+        Scale up = decode_scale(all((uint32_t)*data), format);
+        return with_code_type(format, [&](auto type) {
+            for_chunks(shape, threads, [&](int64_t at, int64_t count) {
+                unpack_stretch<decltype(type)>(data + 1 + at / 8 * format.bits, out + at, count, up, format);
             });
         });
-        return;
     }
     shape = joined(shape, format);
-    Parts parts = parts_of(shape, format);
-    for (int p = 0; p < parts.count; p++) {
-        const Part& part = parts.part[p];
-        const uint8_t *exponents = data + part.exponents, *codes = data + part.codes;
-        if (shape.after > 1) {
-            for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
-                for_tiles(shape, part, row_of_boxes, [&](const Tile& tile, int64_t at, int64_t box) {
-                    U exponent = load_integers(exponents + box, tile.values);
-                    unpack_columns(codes + box * part.box_bytes, tile, exponent, format, out + at);
+    for_parts(shape, format, [&](const Part& part) {
+        const uint8_t *exponents = data + part.exponents_at, *codes = data + part.codes_at;
+        if (shape.after > 1)
+            return for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
+                for_tiles(shape, part, row_of_boxes, [&](Tile tile, int64_t at, int64_t box) {
+                    unpack_tile(exponents + box, codes + box * part.box_bytes, out + at, tile, format);
                 });
             });
-            continue;
-        }
-        with_code_type(format.bits, [&](auto type) {
-            using T = decltype(type);
-            for_runs(shape, part, threads, [&](int64_t first, int64_t box, int64_t boxes) {
-                const uint8_t* from = codes + box * part.box_bytes;
-                if (part.n == 16) return unpack_sixteens<T>(exponents + box, from, boxes, format, out + first);
-                for (int64_t i = 0; i < boxes; i++)
-                    unpack_stretch<T>(from + i * part.box_bytes, part.n, all((uint32_t)exponents[box + i]), format,
-                                      out + first + i * part.n);
+        with_code_type(format, [&](auto type) {
+            for_runs(shape, part, threads, [&](int64_t at, int64_t box, int64_t boxes) {
+                unpack_run<decltype(type)>(exponents + box, codes + box * part.box_bytes, out + at, boxes, part.n,
+                                           format);
             });
         });
-    }
+    });
 }
 
 // x as (before, length, after) once for two readers: the operand has its boxes along `after`, the stash along
-// `length`. A row of the stash's boxes is quantized for the operand first and packed while it is in the cache.
+// `length`. Each row of the stash's boxes is quantized for the operand, and packed while it is in the cache.
 template <bool STOCHASTIC, class Out>
-void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape, const Format& operand_format,
-                       uint64_t operand_seed, const Format& stash_format, uint64_t stash_seed, int threads) {
-    Parts parts = parts_of(shape, stash_format);
-    for (int p = 0; p < parts.count; p++) {
-        const Part& part = parts.part[p];
+void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape, Format operand_format,
+                       uint64_t operand_seed, Format stash_format, uint64_t stash_seed, int threads) {
+    for_parts(shape, stash_format, [&](const Part& part) {
         for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
             int64_t fibre = row_of_boxes / part.boxes, box = row_of_boxes % part.boxes;
-            int64_t first = (fibre * shape.length + part.start + box * part.n) * shape.after;
-            quantize_fibres<STOCHASTIC>(x, operand, first, {part.n, shape.after, 1}, operand_format, operand_seed, 1);
+            int64_t at = (fibre * shape.length + part.start + box * part.n) * shape.after;
+            quantize_fibres<STOCHASTIC>(x + at, operand + at, at, {part.n, shape.after, 1}, operand_format,
+                                        operand_seed, 1);
             pack_row_of_boxes<STOCHASTIC>(x, stash, shape, part, row_of_boxes, stash_format, stash_seed);
         });
-    }
+    });
 }
 
 }  // namespace

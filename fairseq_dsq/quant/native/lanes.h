@@ -89,7 +89,6 @@ INLINE F floor(F v) {
 }
 
 #if defined(__clang__)
-#define SHUFFLE1(a, mask) shuffle_lanes(a, a, mask)
 #define SHUFFLE2(a, b, mask) shuffle_lanes(a, b, mask)
 INLINE U shuffle_lanes(U a, U b, U mask) {
     U v;
@@ -97,16 +96,26 @@ INLINE U shuffle_lanes(U a, U b, U mask) {
     return v;
 }
 #else
-#define SHUFFLE1(a, mask) __builtin_shuffle(a, mask)
 #define SHUFFLE2(a, b, mask) __builtin_shuffle(a, b, mask)
 #endif
 
-// The largest lane, in every lane.
-INLINE U largest_lane(U v) {
+INLINE uint32_t largest_lane(U v) {
+    uint32_t found = 0;
+    for (int lane = 0; lane < LANES; lane++) found = v[lane] > found ? v[lane] : found;
+    return found;
+}
+
+// The largest lane of v[0], of v[1], ...: each round halves the lanes that a vector's maximum is spread over.
+INLINE U largest_of_each(U (&v)[LANES]) {
     U lane = lane_numbers();
 #pragma GCC unroll 4
-    for (uint32_t step = LANES / 2; step; step /= 2) v = max(v, SHUFFLE1(v, lane ^ step));
-    return v;
+    for (uint32_t step = LANES / 2; step; step /= 2) {
+        U half = lane & step;  // lanes with this bit: for v[k + step], the others for v[k]
+        U here = lane + choose((I)(half != 0), all((uint32_t)LANES), all(0u)), there = here ^ step;
+#pragma GCC unroll 8
+        for (uint32_t k = 0; k < step; k++) v[k] = max(SHUFFLE2(v[k], v[k + step], here), SHUFFLE2(v[k], v[k + step], there));
+    }
+    return v[0];
 }
 
 // K vectors, lane after lane: v[0][0], v[1][0], ... v[K-1][0], v[0][1], ...; K a power of two.
