@@ -165,7 +165,7 @@ for _name, (_any_device, _cpu, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.impl(_name, _cpu, "CPU")
     torch.library.register_fake(f"fairseq_dsq::{_name}", _fake, lib=_LIBRARY)
 
-fake_quantize = torch.ops.fairseq_dsq.fake_quantize.default
-pack = torch.ops.fairseq_dsq.pack.default
-unpack = torch.ops.fairseq_dsq.unpack.default
-quantize_and_pack = torch.ops.fairseq_dsq.quantize_and_pack.default
+fake_quantize: Callable[..., Tensor] = torch.ops.fairseq_dsq.fake_quantize.default
+pack: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack.default
+unpack: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack.default
+quantize_and_pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_and_pack.default

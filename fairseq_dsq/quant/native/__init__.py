@@ -114,9 +114,7 @@ class Kernels:
         """Write the packed bytes of ``x`` to ``data``."""
         before, length, after = shape
         stochastic, threads = seed is not None, self._threads(x)
-        self._pack(
-            x.data_ptr(), data.data_ptr(), before, length, after, _format(spec), stochastic, seed or 0, threads
-        )
+        self._pack(x.data_ptr(), data.data_ptr(), before, length, after, _format(spec), stochastic, seed or 0, threads)
 
     def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
         """Write the values of packed bytes to ``out``."""

@@ -430,13 +430,14 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
     exponents_of(exponents, tile.columns, format);
     fill(down, exponents, tile.columns, format, encode_scale);
     fill(up, exponents, tile.columns, format, decode_scale);
-    for (int64_t row = 0; row < tile.rows; row++)
-        for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
+        for (int64_t row = 0; row < tile.rows; row++) {
             int64_t at = row * tile.stride + column;
-            F value = load<F>(x + at, count);
-            F code = encode<STOCHASTIC>(value, down.of_columns(column), format, tile.index + at, seed);
-            put(out + at, value_of(code, up.of_columns(column)), count);
-        });
+            F code = encode<STOCHASTIC>(load<F>(x + at, count), down_here, format, tile.index + at, seed);
+            put(out + at, value_of(code, up_here), count);
+        }
+    });
 }
 
 // Boxes of 16 codes of a width that divides 16: the codes of a column are WIDTH / 2 whole words of 32 bits.

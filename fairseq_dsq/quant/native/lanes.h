@@ -170,14 +170,59 @@ INLINE void store(void* to, V v, int64_t count = LANES) {
         memcpy(to, &v, count * (sizeof v / LANES));
 }
 
-// Integers of T, one after the other in memory, to and from lanes.
+// Integers of T, one after the other in memory, to and from lanes (of which the lower bits are stored). The compilers
+// take detours to other widths than their own.
+template <class T>
+INLINE typename Vector<T>::type narrow(U v) {
+    return __builtin_convertvector(v, typename Vector<T>::type);
+}
+template <class T>
+INLINE U widen(typename Vector<T>::type v) {
+    return __builtin_convertvector(v, U);
+}
+#if defined(__AVX512F__)
+template <>
+INLINE Vector<uint8_t>::type narrow<uint8_t>(U v) {
+    return (Vector<uint8_t>::type)_mm512_cvtepi32_epi8((__m512i)v);
+}
+template <>
+INLINE Vector<uint16_t>::type narrow<uint16_t>(U v) {
+    return (Vector<uint16_t>::type)_mm512_cvtepi32_epi16((__m512i)v);
+}
+template <>
+INLINE U widen<uint8_t>(Vector<uint8_t>::type v) {
+    return (U)_mm512_cvtepu8_epi32((__m128i)v);
+}
+#elif defined(__AVX2__)
+template <>
+INLINE Vector<uint16_t>::type narrow<uint16_t>(U v) {
+    __m256i words = _mm256_shuffle_epi8((__m256i)v, _mm256_set_epi64x(-1, 0x0d0c090805040100, -1, 0x0d0c090805040100));
+    return (Vector<uint16_t>::type)_mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+}
+template <>
+INLINE Vector<uint8_t>::type narrow<uint8_t>(U v) {
+    __m128i words = (__m128i)narrow<uint16_t>(v & 0xff);
+    return bits<Vector<uint8_t>::type>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+}
+template <>
+INLINE U widen<uint8_t>(Vector<uint8_t>::type v) {
+    int64_t bytes;
+    memcpy(&bytes, &v, sizeof bytes);
+    return (U)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+}
+template <>
+INLINE U widen<uint16_t>(Vector<uint16_t>::type v) {
+    return (U)_mm256_cvtepu16_epi32((__m128i)v);
+}
+#endif
+
 template <class T>
 INLINE U load_integers(const T* from, int64_t count = LANES) {
-    return __builtin_convertvector(load<typename Vector<T>::type>(from, count), U);
+    return widen<T>(load<typename Vector<T>::type>(from, count));
 }
 template <class T>
 INLINE void store_integers(T* to, U v, int64_t count = LANES) {
-    store(to, __builtin_convertvector(v, typename Vector<T>::type), count);
+    store(to, narrow<T>(v), count);
 }
 
 }  // namespace

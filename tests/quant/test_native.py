@@ -1,0 +1,343 @@
+"""The CPU kernels against the plain-torch definition, bit for bit, under each instruction set of this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quant.common import (
+    BLOCK_FLOATS,
+    DYNAMIC_FIXED,
+    SCALED_INTEGERS,
+    SHAPES_AND_DIMS,
+    STATIC_FIXED,
+    WIDTHS,
+    assert_equal_bits,
+    awkward_tensor,
+    property_test,
+    seeded,
+)
+
+from fairseq_dsq.formats import BlockFloat, FixedPoint
+from fairseq_dsq.quant import BFLOAT16_BITS, ROUNDINGS, fake_quantize, native, ops, pack, packing, quantize_and_pack
+from fairseq_dsq.quant.reference import CodeSpec, code_spec, noise
+from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
+
+SEEDS = (None, 123456789 << 32 | 987654321)
+# Both sides of every edge: of a vector, of a box of 16, of a run of 64 boxes and of a tile of 512 columns.
+EDGES = [
+    ((3, 1040), 1),
+    ((5, 1024), 1),
+    ((33, 40), 0),
+    ((2, 33, 17), 1),
+    ((16, 515), 0),
+    ((2, 48, 16), 1),
+    ((32, 7), 0),
+    ((3000,), 0),
+    ((1, 64, 1), 1),
+]
+AWKWARD_BOXES = [BlockFloat(bits, box_size) for bits in (2, 4, 5, 8, 16, 25) for box_size in (1, 3, 8, 32, 100)]
+
+
+def runs_here():
+    found = []
+    for isa in native.ISAS:
+        try:
+            native.Kernels(isa)
+        except native.Unavailable:
+            continue
+        found.append(isa)
+    return found
+
+
+HERE = runs_here()
+needs_kernels = pytest.mark.skipif(not HERE, reason=f"no kernels: {native.unavailable}")
+
+
+@pytest.fixture(params=HERE)
+def isa(request, monkeypatch):
+    monkeypatch.setattr(native, "kernels", native.Kernels(request.param))
+    return request.param
+
+
+def assert_equals_definition(x, fmt, dim, seed):
+    """The operators against the functions that define them."""
+    spec = code_spec(fmt)
+    expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
+    assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.float32), expected)
+    data = packing.pack(x, spec, dim, seed)
+    assert torch.equal(ops.pack(x, dim, *spec, seed), data)
+    assert_equal_bits(ops.unpack(data, x.shape, dim, *spec, torch.float32), expected)
+    if fmt.bits <= BFLOAT16_BITS:
+        assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
+        assert_equal_bits(ops.unpack(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
+
+
+# Bit for bit
+
+
+@pytest.mark.parametrize("fmt", SCALED_INTEGERS, ids=str)
+def test_every_width_equals_the_definition(isa, fmt):
+    for index, (shape, dim) in enumerate(EDGES):
+        x = awkward_tensor(shape, seed=index, finite=isinstance(fmt, FixedPoint) and index > 0)
+        assert_equals_definition(x, fmt, dim, SEEDS[(index + fmt.bits) % 2])
+
+
+@pytest.mark.parametrize("fmt", AWKWARD_BOXES, ids=str)
+def test_every_box_size_equals_the_definition(isa, fmt):
+    for index, (shape, dim) in enumerate([*EDGES, *SHAPES_AND_DIMS]):
+        assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, SEEDS[index % 2])
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_fast_widths_equal_the_definition_on_a_large_matrix(isa, dim, seed):
+    x = awkward_tensor((320, 560), seed=3)
+    x[:, 5] *= 0.0
+    x[7] = 0.0
+    for bits in (2, 4, 8, 16):
+        assert_equals_definition(x, BlockFloat(bits), dim, seed)
+        assert_equals_definition(x.nan_to_num(0.0, 1.0, -1.0), FixedPoint(bits), dim, seed)
+
+
+@needs_kernels
+@property_test
+@given(
+    shape=st.lists(st.integers(0, 70), min_size=1, max_size=3).filter(lambda shape: torch.Size(shape).numel() < 9000),
+    data=st.data(),
+    bits=st.sampled_from(WIDTHS),
+    box_size=st.sampled_from([1, 7, 16, 16, 16, 17, 64]),
+    seed=st.none() | st.integers(0, 2**62 - 1),
+    which=st.integers(0, 999),
+)
+def test_any_shape_equals_the_definition(shape, data, bits, box_size, seed, which):
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1), label="dim")
+    x = awkward_tensor(tuple(shape), seed=which)
+    for fmt in (BlockFloat(bits, box_size), FixedPoint(bits), FixedPoint(bits, bits // 2)):
+        assert_equals_definition(x, fmt, dim, seed)
+
+
+@pytest.mark.parametrize("box_size", [1, 5, 16])
+def test_a_format_nobody_here_knows(isa, box_size):
+    # Non-negative codes; a lopsided range with a signed zero; a scale far off.
+    for spec in (
+        CodeSpec(5, box_size, 0, 15, False, None),
+        CodeSpec(6, box_size, -3, 31, True, None),
+        CodeSpec(7, box_size, -64, 63, False, -40),
+    ):
+        for seed in SEEDS:
+            for shape, dim in EDGES[:5]:
+                x = awkward_tensor(shape, seed=1)
+                expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
+                assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.float32), expected)
+                data = packing.pack(x, spec, dim, seed)
+                assert torch.equal(ops.pack(x, dim, *spec, seed), data)
+                assert_equal_bits(ops.unpack(data, shape, dim, *spec, torch.float32), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_matter(isa, threads):
+    x = awkward_tensor((260, 1031), seed=5)
+    assert x.numel() > 2 * native.VALUES_PER_THREAD
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for fmt in (BlockFloat(4), BlockFloat(16), BlockFloat(6), FixedPoint(8)):
+            for dim in (0, 1):
+                assert_equals_definition(x if isinstance(fmt, BlockFloat) else x.nan_to_num(), fmt, dim, SEEDS[1])
+        x[201, 517] = torch.nan
+        assert_equals_definition(x, FixedPoint(8), 0, None)
+        operand, stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
+        assert_equal_bits(operand, reference_fake_quantize(x, code_spec(BlockFloat(4)), 1, None, torch.float32))
+        assert torch.equal(stash.data, packing.pack(x, code_spec(BlockFloat(2)), 0, None))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_threads_are_two_of_torchs_own():
+    kernels = native.kernels
+    if kernels is None or not kernels.threaded:
+        pytest.skip("the kernels run in one thread here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert kernels._threads(torch.empty(2 * native.VALUES_PER_THREAD)) == 2
+        assert kernels._threads(torch.empty(2 * native.VALUES_PER_THREAD - 1)) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+# The operand and the stash at once
+
+
+FUSED = [(BlockFloat(4), BlockFloat(4)), (BlockFloat(2), BlockFloat(16)), (BlockFloat(7, 5), BlockFloat(3, 20))]
+NOT_FUSED = [(BlockFloat(4), FixedPoint(4)), (FixedPoint(4, 2), BlockFloat(4))]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("formats", FUSED + NOT_FUSED, ids=str)
+def test_operand_and_stash_are_those_of_two_calls(isa, formats, rounding):
+    operand_fmt, stash_fmt = formats
+    for shape in [(48, 40), (35, 37), (3, 33, 20), (2, 0, 5), (1, 1), (20, 600)]:
+        x = awkward_tensor(shape, seed=4)
+        for dims in [(-1, -2), (x.dim() - 1, x.dim() - 2), (-2, -1)]:
+            for dtype in (None, torch.bfloat16):
+                generator, same = seeded(6), seeded(6)
+                operand, stash = quantize_and_pack(x, operand_fmt, stash_fmt, *dims, rounding, generator, dtype)
+                assert_equal_bits(operand, fake_quantize(x, operand_fmt, dims[0], rounding, same, dtype))
+                expected = pack(x, stash_fmt, dims[1], rounding, same)
+                assert torch.equal(stash.data, expected.data)
+                assert stash.spec == expected.spec
+
+
+# dtypes and strides
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fmt", [*BLOCK_FLOATS[::5], DYNAMIC_FIXED[6], STATIC_FIXED[14]], ids=str)
+def test_half_precision_equals_the_definition(isa, fmt, dtype):
+    x = awkward_tensor((35, 40), dtype, seed=8, finite=isinstance(fmt, FixedPoint))
+    for dim in (0, 1):
+        for rounding in ROUNDINGS:
+            seed = None if rounding == "nearest" else int(torch.randint(2**62, (), generator=seeded(5)))
+            expected = reference_fake_quantize(x, code_spec(fmt), dim, seed, dtype)
+            assert_equal_bits(fake_quantize(x, fmt, dim, rounding, seeded(5)), expected)
+            assert_equal_bits(pack(x, fmt, dim, rounding, seeded(5)).unpack(), expected)
+
+
+@pytest.mark.parametrize("bits", range(2, BFLOAT16_BITS + 1))
+def test_bfloat16_holds_up_to_nine_bits_exactly(bits):
+    x = awkward_tensor((64, 48), seed=bits)
+    for fmt in (BlockFloat(bits), FixedPoint(bits), FixedPoint(bits, bits // 2)):
+        expected = fake_quantize(x, fmt)
+        assert_equal_bits(fake_quantize(x, fmt, dtype=torch.bfloat16).float(), expected)
+        assert_equal_bits(pack(x, fmt).unpack(torch.bfloat16).float(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dtype_that_would_round_again_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype: got {dtype} for torch.float32 in bfp10, expected torch.float32"):
+        fake_quantize(torch.zeros(16), BlockFloat(10), dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype: got torch\.float16"):
+        pack(torch.zeros(16), BlockFloat(4)).unpack(torch.float16)
+
+
+def test_a_transposed_matrix_is_read_as_it_lies(isa):
+    x = awkward_tensor((3, 40, 33), seed=2)
+    for dim in (0, 1, 2, -1, -2, -3):
+        result = fake_quantize(x.mT, BlockFloat(4), dim)
+        assert_equal_bits(result, fake_quantize(x.mT.contiguous(), BlockFloat(4), dim))
+        assert result.mT.is_contiguous()
+
+
+# Noise
+
+
+def test_noise_is_uniform_and_independent_of_its_neighbours():
+    count = 1 << 20
+    draws = [noise(torch.arange(count), seed).double() for seed in (0, 1, 1 << 61)]
+    for draw in draws:
+        assert draw.min() >= 0 and draw.max() < 1
+        assert torch.equal(draw * 2**24, (draw * 2**24).round())
+        tens = torch.histc(draw, 16, 0, 1) - count / 16
+        assert (tens**2).sum() / (count / 16) < 45  # chi-squared, 15 degrees: 1e-4
+        for lag in (1, 2, 16, 512):
+            correlation = ((draw[lag:] - 0.5) * (draw[:-lag] - 0.5)).mean() * 12
+            assert abs(correlation) < 4 / count**0.5
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert abs(((draws[first] - 0.5) * (draws[second] - 0.5)).mean() * 12) < 4 / count**0.5
+
+
+def test_noise_of_known_elements():
+    # By hand with Python integers: the definition is part of the checkpointed result of a seed.
+    def mix(h):
+        h = (h ^ h >> 16) * 0x7FEB352D % 2**32
+        h = (h ^ h >> 15) * 0x846CA68B % 2**32
+        return h ^ h >> 16
+
+    seed = (0x2BCDEF01 << 32) | 0xFFFFFFF0
+    index = [0, 1, 15, 16, 17, 2**31, 2**32 - 1, 2**32 + 5]
+    expected = [(mix(mix((i + 0xFFFFFFF0) % 2**32) ^ 0x2BCDEF01) >> 8) / 2**24 for i in index]
+    assert noise(torch.tensor(index), seed).tolist() == expected
+
+
+# The operators
+
+
+@pytest.mark.parametrize("fmt", [BlockFloat(4), BlockFloat(5, 3), FixedPoint(8), FixedPoint(6, 3)], ids=str)
+def test_operators_are_registered_as_torch_wants_them(fmt):
+    spec = code_spec(fmt)
+    x = awkward_tensor((33, 20), seed=1, finite=True)
+    for seed in SEEDS:
+        torch.library.opcheck(ops.fake_quantize, (x, 0, *spec, seed, torch.float32))
+        torch.library.opcheck(ops.pack, (x, -1, *spec, seed))
+    torch.library.opcheck(ops.fake_quantize, (x, 1, *spec, None, torch.bfloat16))
+    torch.library.opcheck(ops.unpack, (ops.pack(x, 0, *spec, None), [33, 20], 0, *spec, torch.float32))
+    if spec.box_size:
+        for seed in SEEDS:
+            torch.library.opcheck(ops.quantize_and_pack, (x, *spec, *spec, seed, seed, torch.float32))
+
+
+def test_bytes_that_do_not_fit_the_shape_are_refused(isa):
+    spec = code_spec(BlockFloat(4))
+    with pytest.raises(ValueError, match=r"data: got 9 of torch.uint8, expected 18 of torch.uint8"):
+        ops.unpack(torch.zeros(9, dtype=torch.uint8), [32], 0, *spec, torch.float32)
+
+
+def test_without_kernels_the_definition_runs(monkeypatch):
+    x = torch.randn(20, 40, generator=seeded(0))
+    operand, stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
+    monkeypatch.setattr(native, "kernels", None)
+    again, again_stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
+    assert_equal_bits(again, operand)
+    assert torch.equal(again_stash.data, stash.data)
+    assert_equal_bits(again_stash.unpack(), stash.unpack())
+
+
+# Choosing an instruction set
+
+
+def test_the_best_instruction_set_is_taken(monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    kernels, unavailable = native._choose()
+    assert (kernels and kernels.isa) == (HERE[0] if HERE else None)
+    assert bool(unavailable) == (kernels is None)
+
+
+def test_the_variable_forces_an_instruction_set_or_torch(monkeypatch):
+    for isa in HERE:
+        monkeypatch.setenv(native.VARIABLE, isa)
+        kernels, _ = native._choose()
+        assert kernels is not None and kernels.isa == isa
+    monkeypatch.setenv(native.VARIABLE, "torch")
+    assert native._choose() == (None, "FAIRSEQ_DSQ_ISA=torch")
+
+
+def test_a_wrong_value_of_the_variable_is_refused(monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, "sse")
+    with pytest.raises(
+        ValueError, match=r"^FAIRSEQ_DSQ_ISA: got 'sse', expected one of avx512, avx2, baseline, torch$"
+    ):
+        native._choose()
+
+
+def test_an_instruction_set_that_cannot_run_is_refused(monkeypatch):
+    def without(isa):
+        raise native.Unavailable(f"{isa}: this CPU does not run it")
+
+    monkeypatch.setenv(native.VARIABLE, "avx512")
+    monkeypatch.setattr(native, "Kernels", without)
+    with pytest.raises(ValueError, match=r"^FAIRSEQ_DSQ_ISA=avx512: avx512: this CPU does not run it$"):
+        native._choose()
+
+
+@needs_kernels
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "source_number", lambda: 1)
+    native._library.cache_clear()
+    try:
+        with pytest.raises(native.Unavailable, match="was built of other sources: install fairseq_dsq again"):
+            native.Kernels(HERE[0])
+    finally:
+        native._library.cache_clear()
