@@ -58,6 +58,9 @@ FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option
 class BuildKernels(build_ext):
     """Builds the CPU kernels, which the package can do without: a plain C library, loaded through ctypes."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # not Python's suffix: any Python loads it
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext, ["-fopenmp"])
@@ -65,8 +68,8 @@ class BuildKernels(build_ext):
             try:
                 self._build(ext, [])  # a compiler without OpenMP: one thread
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                self.warn(f"fairseq_dsq: no CPU kernels, quantization will run in plain (slow) torch: {reason}")
+                reason = str(error).strip().splitlines()[0][:100]
+                self.warn(f"no CPU kernels, quantization will run in plain, slow torch: {reason}")
 
     def _build(self, ext: Extension, openmp: list[str]) -> None:
         number = zlib.crc32(b"".join((ROOT / source).read_bytes() for source in SOURCES))

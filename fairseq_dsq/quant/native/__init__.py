@@ -27,6 +27,7 @@ VARIABLE = "FAIRSEQ_DSQ_ISA"
 VALUES_PER_THREAD = 1 << 16
 
 FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "_kernels.so"
 SOURCES = ("cpu.cpp", "kernels.cpp", "lanes.h")
 
 Shape = tuple[int, int, int]
@@ -147,17 +148,16 @@ def source_number() -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = sorted(FOLDER.glob("_kernels*"))
-    if not found:
+    if not LIBRARY.exists():
         raise Unavailable("the kernels were not built: was there no C++ compiler when fairseq_dsq was installed?")
     try:
-        library = ctypes.CDLL(str(found[-1]))
+        library = ctypes.CDLL(str(LIBRARY))
         built_of = library.dsq_source() & 0xFFFFFFFF
         library.dsq_openmp.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"{found[-1].name} cannot be loaded: {error}") from None
+        raise Unavailable(f"{LIBRARY.name} cannot be loaded: {error}") from None
     if built_of != source_number():
-        raise Unavailable(f"{found[-1].name} was built of other sources: install fairseq_dsq again")
+        raise Unavailable(f"{LIBRARY.name} was built of other sources: install fairseq_dsq again")
     return library
 
 
