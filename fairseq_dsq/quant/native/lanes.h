@@ -113,7 +113,10 @@ INLINE U largest_of_each(U (&v)[LANES]) {
         U half = lane & step;  // lanes with this bit: for v[k + step], the others for v[k]
         U here = lane + choose((I)(half != 0), all((uint32_t)LANES), all(0u)), there = here ^ step;
 #pragma GCC unroll 8
-        for (uint32_t k = 0; k < step; k++) v[k] = max(SHUFFLE2(v[k], v[k + step], here), SHUFFLE2(v[k], v[k + step], there));
+        for (uint32_t k = 0; k < step; k++) {
+            U a = v[k], b = v[k + step];
+            v[k] = max(SHUFFLE2(a, b, here), SHUFFLE2(a, b, there));
+        }
     }
     return v[0];
 }
