@@ -43,16 +43,20 @@ class EditableWheel(editable_wheel):
 
 
 NATIVE = Path("fairseq_dsq", "quant", "native")
-SOURCES = [NATIVE / name for name in ("cpu.cpp", "kernels.cpp", "lanes.h")]
+SOURCES = [NATIVE / name for name in ("cpu.cpp", "gemm.cpp", "kernels.cpp", "lanes.h")]
 # kernels.cpp is compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+# gemm.cpp needs multipliers of 16 bits; without them, or with a compiler that does not know them, it is left empty.
+GEMM_FLAGS = []
+if "avx512" in INSTRUCTION_SETS:
+    GEMM_FLAGS = ["-mavx2", "-mfma", *INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 # Results must equal torch's bit for bit: no fused multiply-add, no fast math.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # GCC says so of the vectors' own operations, and of its own headers.
-FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
 
 
 class BuildKernels(build_ext):
@@ -77,6 +81,10 @@ class BuildKernels(build_ext):
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
             objects += self._compile("kernels.cpp", isa, [*flags, *isa_flags, f"-DDSQ_ISA={isa}"])
+        try:
+            objects += self._compile("gemm.cpp", "gemm", [*flags, *GEMM_FLAGS])
+        except Exception:
+            objects += self._compile("gemm.cpp", "gemm", flags)
         library = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
 

@@ -11,6 +11,8 @@ from fairseq_dsq.quant import Rounding
 
 BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
+GemmMode = Literal["auto", "float32"]
+GEMM_MODES: tuple[GemmMode, ...] = ("auto", "float32")
 
 FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
 
@@ -99,11 +101,14 @@ class GemmConfig:
         rounding: ``nearest`` or ``stochastic``.
         box_dim: ``reduction`` lays boxes along the reduction dimension of the GEMM that reads the operand; ``last``
             along the stored tensor's last dimension.
+        gemm: ``auto`` multiplies on the cheapest arithmetic that is exact, see :mod:`fairseq_dsq.nn.gemm`; ``float32``
+            on that.
     """
 
     precision: PrecisionConfig
     rounding: Rounding = "nearest"
     box_dim: BoxDim = "reduction"
+    gemm: GemmMode = "auto"
 
     def dim(self, reduction_dim: int) -> int:
         """The dimension along which the boxes of an operand lie."""

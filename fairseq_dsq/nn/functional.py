@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import Format
+from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.nn.context import GemmConfig, Ledger
+from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, rounds_on_the_way
 from fairseq_dsq.precision import StashRole
-from fairseq_dsq.quant import Packed, fake_quantize, pack
+from fairseq_dsq.quant import Packed, fake_quantize, pack, quantize_and_pack
+
+# What is added to a call's seed for those who draw beside the forward's operands.
+_BACKWARD, _STASH = 1, 2
 
 
 def _draw_seed(config: GemmConfig) -> int | None:
@@ -36,42 +40,76 @@ def _draw_seed(config: GemmConfig) -> int | None:
 
 
 class _Quantizer:
-    """Quantizes the operands of one call's forward or backward, drawing from one generator."""
+    """Quantizes the operands of one call's forward or backward.
 
-    def __init__(self, config: GemmConfig, seed: int | None, device: torch.device) -> None:
+    Stashes draw from a generator of their own: a forward without grad, which keeps none, must draw for its operands
+    what one under grad does.
+    """
+
+    def __init__(self, config: GemmConfig, seed: int | None) -> None:
         self.config = config
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.generator = self.stash_generator = None
+        if seed is not None:
+            self.generator = torch.Generator().manual_seed(seed)
+            self.stash_generator = torch.Generator().manual_seed(seed + _STASH)
 
-    def quantize(self, x: Tensor, fmt: Format, reduction_dim: int) -> Tensor:
-        return fake_quantize(x, fmt, self.config.dim(reduction_dim), self.config.rounding, self.generator)
+    def _boxed(self, reduction: int) -> bool:
+        return self.generator is None and self.config.dim(reduction) == reduction
+
+    def operand(self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
+        """An operand of a GEMM that sums over ``reduction``; left to the GEMM if that rounds on the way."""
+        boxed = self._boxed(reduction)
+        if not (boxed and rounds_on_the_way(fmt, how)):
+            x = fake_quantize(x, fmt, self.config.dim(reduction), self.config.rounding, self.generator)
+        return Operand(x, fmt, reduction, boxed)
+
+    def stashed(self, stash: Packed | None, fmt: Format, reduction: int) -> Operand | None:
+        """A stash as an operand."""
+        return None if stash is None else Operand(stash.unpack(), fmt, reduction, self._boxed(reduction))
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> Packed:
         precision, dim = self.config.precision, self.config.dim(reduction_dim)
-        packed = pack(x, precision.stash_format(role), dim, self.config.rounding, self.generator)
+        packed = pack(x, precision.stash_format(role), dim, self.config.rounding, self.stash_generator)
         if ledger is not None:
             ledger.record_stash(role, tuple(x.shape), dim, precision, packed.nbytes)
         return packed
 
-    def grad_outputs(self, grad: Tensor, need_first: bool, need_second: bool) -> tuple[Tensor, Tensor]:
-        """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight).
+    def operand_and_stash(
+        self, x: Tensor, stash: bool, how: Arithmetic, ledger: Ledger | None
+    ) -> tuple[Operand, Packed | None]:
+        """A GEMM's first operand (..., M, K), and what is kept of it for grad_weight if ``stash``; read together."""
+        precision = self.config.precision
+        fmt = precision.output_operands
+        left_to_gemm = self._boxed(-1) and rounds_on_the_way(fmt, how)
+        if left_to_gemm or not stash or isinstance(fmt, Float32) or self.generator is not None:
+            operand = self.operand(x, fmt, -1, how)
+            return operand, self.pack(x, "input", -2, ledger) if stash else None
+        dims = self.config.dim(-1), self.config.dim(-2)
+        rounded, packed = quantize_and_pack(x, fmt, precision.stash, *dims)
+        if ledger is not None:
+            ledger.record_stash("input", tuple(x.shape), dims[1], precision, packed.nbytes)
+        return Operand(rounded, fmt, -1, self._boxed(-1)), packed
 
-        What is not needed comes back unquantized.
-        """
+    def grad_outputs(
+        self, grad: Tensor, need: tuple[bool, bool], how: tuple[Arithmetic, Arithmetic]
+    ) -> tuple[Operand | None, Operand | None]:
+        """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight), as needed."""
         fmt = self.config.precision.grad_output
-        along_n = self.quantize(grad, fmt, -1) if need_first else grad
-        if not need_second:
-            return along_n, grad
-        if need_first and (self.config.box_dim == "last" or fmt.box_size is None):
-            return along_n, along_n  # no boxes, or the same ones
-        return along_n, self.quantize(grad, fmt, -2)
+        along_n = self.operand(grad, fmt, -1, how[0]) if need[0] else None
+        if not need[1]:
+            return along_n, None
+        same_boxes = self.config.box_dim == "last" or fmt.box_size is None
+        if same_boxes and along_n is not None and along_n.tensor is not grad:
+            return along_n, Operand(along_n.tensor, fmt, -2, self._boxed(-2))
+        return along_n, self.operand(grad, fmt, -2, how[1])
 
 
 def _backward_seed(seed: int | None) -> int | None:
-    return None if seed is None else seed + 1
+    return None if seed is None else seed + _BACKWARD
 
 
-def _unpack(data: Tensor | None, spec: Any) -> Tensor | None:
-    return None if data is None else Packed(data, *spec).unpack()
+def _packed(data: Tensor | None, spec: Any) -> Packed | None:
+    return None if data is None else Packed(data, *spec)
 
 
 class _Linear(torch.autograd.Function):
@@ -87,18 +125,18 @@ class _Linear(torch.autograd.Function):
         needs_x = grad_enabled and ctx.needs_input_grad[3]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[4::2]]
         seed = _draw_seed(config)
-        quantizer = _Quantizer(config, seed, x.device)
-        quantized = quantizer.quantize(rows, precision.output_operands, -1)
+        quantizer = _Quantizer(config, seed)
+        fmt = precision.output_operands
+        how = arithmetic(x, fmt, fmt, config.gemm)
+        operand, stash = quantizer.operand_and_stash(rows, any(needs_weight), how, ledger)
         outputs = []
         for weight, bias, needs in zip(weights, biases, needs_weight, strict=True):
             assert weight is not None
             # output: MxK @ KxN => MxN
-            operand = quantizer.quantize(weight, precision.output_operands, -1)
-            y = torch.nn.functional.linear(quantized, operand, bias)
+            y = multiply(operand, quantizer.operand(weight, fmt, -1, how), config.gemm, bias)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x or needs)
-        stash = quantizer.pack(rows, "input", -2, ledger) if any(needs_weight) else None
         ctx.config, ctx.seed, ctx.x_shape = config, seed, x.shape
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
@@ -114,8 +152,13 @@ class _Linear(torch.autograd.Function):
         precision = config.precision
         ledger: Ledger | None = ctx.ledger
         data, *weights = ctx.saved_tensors
-        stashed = _unpack(data, ctx.stash_spec)
-        quantizer = _Quantizer(config, _backward_seed(ctx.seed), weights[0].device)
+        quantizer = _Quantizer(config, _backward_seed(ctx.seed))
+        stashed = quantizer.stashed(_packed(data, ctx.stash_spec), precision.stash, -2)
+        fmt, weight_fmt = precision.grad_output, precision.grad_input_weight
+        how = (
+            arithmetic(weights[0], fmt, weight_fmt, config.gemm),
+            arithmetic(weights[0], fmt, precision.stash, config.gemm),
+        )
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -125,19 +168,20 @@ class _Linear(torch.autograd.Function):
             if grad is not None:
                 rows = grad.reshape(-1, grad.shape[-1])
                 m, n, k = *rows.shape, weight.shape[1]
-                along_n, along_m = quantizer.grad_outputs(rows, ctx.needs_input_grad[3], needs_weight)
-                if ctx.needs_input_grad[3]:
+                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[3], needs_weight), how)
+                if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
-                    part = along_n @ quantizer.quantize(weight, precision.grad_input_weight, -2)
-                    grad_x = part if grad_x is None else grad_x.add_(part)
-                if needs_weight:
+                    grad_x = multiply(
+                        along_n, quantizer.operand(weight, weight_fmt, -2, how[0]), config.gemm, add_to=grad_x
+                    )
+                if along_m is not None:
                     assert stashed is not None
                     # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
                     if ledger is not None:
                         ledger.record("grad_weight", k, m, n, 1, precision, True, ctx.scope)
-                    grad_weight = along_m.t() @ stashed
+                    grad_weight = multiply(along_m, stashed, config.gemm)
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
@@ -210,12 +254,12 @@ class _Matmul(torch.autograd.Function):
             n = b.shape[n_dim]
             ledger.record("output", m, k, n, batch, precision, needs_a or needs_b)
         seed = _draw_seed(config)
-        quantizer = _Quantizer(config, seed, a.device)
+        quantizer = _Quantizer(config, seed)
         # output: MxK @ KxN => MxN
-        operand_a = quantizer.quantize(a, precision.output_operands, -1)
-        operand_b = quantizer.quantize(b, precision.output_operands, k_dim)
-        y = torch.bmm(operand_a, operand_b.transpose(1, 2) if transpose_b else operand_b)
-        stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
+        fmt = precision.output_operands
+        how = arithmetic(a, fmt, fmt, config.gemm)
+        operand_a, stash_a = quantizer.operand_and_stash(a, needs_b, how, ledger)
+        y = multiply(operand_a, quantizer.operand(b, fmt, k_dim, how), config.gemm)
         stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
         ctx.config, ctx.seed, ctx.transpose_b = config, seed, transpose_b
@@ -227,24 +271,32 @@ class _Matmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b = (_unpack(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True))
-        quantizer = _Quantizer(ctx.config, _backward_seed(ctx.seed), grad.device)
-        along_n, along_m = quantizer.grad_outputs(grad, b is not None, a is not None)
-        precision, ledger = ctx.config.precision, ctx.ledger
+        config, ledger = ctx.config, ctx.ledger
+        precision = config.precision
+        quantizer = _Quantizer(config, _backward_seed(ctx.seed))
+        stashes = [_packed(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
+        n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
+        a = quantizer.stashed(stashes[0], precision.stash, -2)
+        b = quantizer.stashed(stashes[1], precision.grad_input_weight, n_dim)
+        fmt = precision.grad_output
+        how = (
+            arithmetic(grad, fmt, precision.grad_input_weight, config.gemm),
+            arithmetic(grad, fmt, precision.stash, config.gemm),
+        )
+        along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), how)
         batch, m, n = grad.shape
         grad_a = grad_b = None
-        if b is not None:
+        if along_n is not None and b is not None:
             # grad_input: MxN @ NxK => MxK
             if ledger is not None:
-                k = b.shape[2 if ctx.transpose_b else 1]
-                ledger.record("grad_input", m, n, k, batch, precision, True, ctx.scope)
-            grad_a = torch.bmm(along_n, b if ctx.transpose_b else b.transpose(1, 2))
-        if a is not None:
-            # grad_weight: KxM @ MxN => KxN, or its transpose
+                ledger.record("grad_input", m, n, b.rows.shape[-2], batch, precision, True, ctx.scope)
+            grad_a = multiply(along_n, b, config.gemm)
+        if along_m is not None and a is not None:
+            # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
             if ledger is not None:
-                ledger.record("grad_weight", a.shape[2], m, n, batch, precision, True, ctx.scope)
-            first, second = (along_m, a) if ctx.transpose_b else (a, along_m)
-            grad_b = torch.bmm(first.transpose(1, 2), second)
+                ledger.record("grad_weight", a.rows.shape[-2], m, n, batch, precision, True, ctx.scope)
+            transposed = multiply(along_m, a, config.gemm)
+            grad_b = transposed if ctx.transpose_b else transposed.mT
         return None, None, None, None, grad_a, grad_b
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import packed_nbytes
+from fairseq_dsq.formats import BlockFloat, packed_nbytes
 from fairseq_dsq.quant import native, packing, reference
 from fairseq_dsq.quant.reference import CodeSpec
 
@@ -36,6 +36,9 @@ _SCHEMAS = {
     "quantize_and_pack": (
         f"(Tensor x, {_spec_schema('operand_')}, {_spec_schema('stash_')},"
         " int? operand_seed, int? stash_seed, ScalarType dtype) -> (Tensor, Tensor)"
+    ),
+    "gemm": (
+        "(Tensor(a!) out, Tensor a, Tensor b, int a_bits, int b_bits, int terms, Tensor? bias, bool accumulate) -> ()"
     ),
 }
 
@@ -153,11 +156,45 @@ def _quantize_and_pack_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     return _fake_quantize_fake(x, -1, *arguments), _pack_fake(x, -2, bits, box_size)
 
 
+def _gemm(
+    out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, bias: Tensor | None, accumulate: bool
+) -> None:
+    if a_bits:
+        a = reference.fake_quantize(a, reference.code_spec(BlockFloat(a_bits)), -1, None, a.dtype)
+    if b_bits:
+        b = reference.fake_quantize(b, reference.code_spec(BlockFloat(b_bits)), -1, None, b.dtype)
+    product = a @ b.mT
+    if bias is not None:
+        product += bias
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)
+
+
+def _gemm_cpu(out: Tensor, a: Tensor, b: Tensor, *arguments: Any) -> None:
+    kernels = native.kernels
+    if kernels is None or not kernels.has_gemm or out.stride(-1) != 1:
+        return _gemm(out, a, b, *arguments)
+    a_bits, b_bits, terms, bias, accumulate = arguments
+    kernels.gemm(out, _matrix(a), _matrix(b), (a_bits, b_bits), terms, bias, accumulate)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """``x``, contiguous along one of its last two dimensions."""
+    return x if x.stride(-1) == 1 or x.stride(-2) == 1 else x.contiguous()
+
+
+def _gemm_fake(out: Tensor, *arguments: Any) -> None:
+    pass
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fake_quantize": (_fake_quantize, _fake_quantize_cpu, _fake_quantize_fake),
     "pack": (_pack, _pack_cpu, _pack_fake),
     "unpack": (_unpack, _unpack_cpu, _unpack_fake),
     "quantize_and_pack": (_quantize_and_pack, _quantize_and_pack_cpu, _quantize_and_pack_fake),
+    "gemm": (_gemm, _gemm_cpu, _gemm_fake),
 }
 for _name, (_any_device, _cpu, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
@@ -169,3 +206,4 @@ fake_quantize: Callable[..., Tensor] = torch.ops.fairseq_dsq.fake_quantize.defau
 pack: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack.default
 unpack: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack.default
 quantize_and_pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_and_pack.default
+gemm: Callable[..., None] = torch.ops.fairseq_dsq.gemm.default

@@ -28,7 +28,7 @@ VALUES_PER_THREAD = 1 << 16
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
-SOURCES = ("cpu.cpp", "kernels.cpp", "lanes.h")
+SOURCES = ("cpu.cpp", "gemm.cpp", "kernels.cpp", "lanes.h")
 
 Shape = tuple[int, int, int]
 _POINTER, _INT32, _INT64, _UINT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
@@ -65,6 +65,27 @@ def _format(spec: CodeSpec) -> Any:
     return ctypes.pointer(_Format(spec.bits, spec.signed_zero, box_size, exponent, spec.min_code, spec.max_code))
 
 
+class _Operand(ctypes.Structure):
+    """dsq_operand of gemm.cpp."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        ("row_stride", _INT64),
+        ("batch_stride", _INT64),
+        ("k_outer", _INT32),
+        ("bits", _INT32),
+        ("terms", _INT32),
+    )
+
+
+_GEMM_ARGUMENTS = (
+    *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32),
+    *(_INT64, _INT64, _INT64, _INT64, _INT32),
+)
+# A GEMM of fewer MACs is not worth waking a thread for.
+MACS_PER_THREAD = 1 << 21
+
+
 class Unavailable(Exception):
     """Why the kernels cannot be used, in one line."""
 
@@ -93,6 +114,9 @@ class Kernels:
             function = getattr(library, f"dsq_{isa}_{name}")
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
+        self.has_gemm = isa == "avx512" and bool(library.dsq_gemm_runs())
+        self._gemm = library.dsq_gemm
+        self._gemm.argtypes, self._gemm.restype = _GEMM_ARGUMENTS, _INT32
 
     _fake_quantize: Any
     _pack: Any
@@ -100,8 +124,42 @@ class Kernels:
     _quantize_and_pack: Any
 
     def _threads(self, x: Tensor) -> int:
-        most = x.numel() // VALUES_PER_THREAD
+        return self._threads_for(x.numel() // VALUES_PER_THREAD)
+
+    def _threads_for(self, most: int) -> int:
         return min(most, torch.get_num_threads()) if self.threaded and most > 1 else 1
+
+    def gemm(
+        self,
+        out: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bits: tuple[int, int],
+        terms: int,
+        bias: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        """Write ``a @ b^T``, plus ``bias``, to ``out``, or add it to what is there.
+
+        Args:
+            out: batch x M x N, contiguous along N.
+            a, b: batch x M x K, batch x N x K; float32, each contiguous along either of its last two dimensions.
+            bits: of each operand's block floating point, rounded on the way; 0 where its values need no rounding.
+            terms: bfloat16 terms that a value of ``a`` needs, where its bits are 0.
+            bias: N values.
+
+        Raises:
+            MemoryError: no room for the packed operands.
+        """
+        batch, m, k = a.shape
+        n = b.shape[1]
+        code = self._gemm(
+            *(_operand(a, bits[0], terms), _operand(b, bits[1], 1)),
+            *(out.data_ptr(), out.stride(1), out.stride(0), None if bias is None else bias.data_ptr(), accumulate),
+            *(batch, m, n, k, self._threads_for(batch * m * n * k // MACS_PER_THREAD)),
+        )
+        if code:
+            raise MemoryError(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
 
     def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
@@ -139,6 +197,13 @@ class Kernels:
             *(_format(operand_spec), _format(stash_spec)),
             *(seeds is not None, *(seeds or (0, 0)), self._threads(x)),
         )
+
+
+def _operand(x: Tensor, bits: int, terms: int) -> Any:
+    """A pointer to a batch of matrices, seen as rows along the reduction dimension, the last one."""
+    batch_stride, row_stride, inner_stride = x.stride()
+    outer = inner_stride != 1
+    return ctypes.byref(_Operand(x.data_ptr(), inner_stride if outer else row_stride, batch_stride, outer, bits, terms))
 
 
 def source_number() -> int:
