@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "dsq_attention_matmul": "on",
     "dsq_fixed_scale": "dynamic",
     "dsq_skip": "",
+    "dsq_gemm": "auto",
 }
 # The criterion's own flag.
 PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"

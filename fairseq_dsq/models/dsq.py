@@ -17,7 +17,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.heads import convert_heads
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, GemmConfig, convert
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GEMM_MODES, DSQContext, GemmConfig, convert
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -103,6 +103,11 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction",
     ),
     "dsq_skip": (str, "PATTERNS", "space-separated shell-style patterns of module names whose GEMMs stay float32"),
+    "dsq_gemm": (
+        _choice(*GEMM_MODES),
+        "MODE",
+        "arithmetic of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; float32",
+    ),
 }
 
 
@@ -236,7 +241,8 @@ def attach(model: nn.Module, args: Any, task: Any) -> None:
             )
             break
     context = DSQContext(
-        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim), attention_matmul=args.dsq_attention_matmul == "on"
+        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm),
+        attention_matmul=args.dsq_attention_matmul == "on",
     )
     schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
     try:

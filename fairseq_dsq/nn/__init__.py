@@ -1,7 +1,18 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
 from fairseq_dsq.nn.attention import DSQMultiheadAttention
-from fairseq_dsq.nn.context import BOX_DIMS, FLOAT32, BoxDim, DSQContext, GemmConfig, Ledger, LedgerKey, StashKey, Work
+from fairseq_dsq.nn.context import (
+    BOX_DIMS,
+    FLOAT32,
+    GEMM_MODES,
+    BoxDim,
+    DSQContext,
+    GemmConfig,
+    Ledger,
+    LedgerKey,
+    StashKey,
+    Work,
+)
 from fairseq_dsq.nn.convert import convert
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQLinear
@@ -9,6 +20,7 @@ from fairseq_dsq.nn.linear import DSQLinear
 __all__ = [
     "BOX_DIMS",
     "FLOAT32",
+    "GEMM_MODES",
     "BoxDim",
     "DSQContext",
     "DSQLinear",

@@ -121,7 +121,7 @@ def multiply(
     how = arithmetic(a.tensor, a.fmt, b.fmt, mode)
     if how is Arithmetic.KERNEL:
         return _kernel(a, b, bias, add_to)
-    if how is Arithmetic.FLOAT32 and bias is not None and add_to is None:
+    if how is Arithmetic.FLOAT32 and bias is not None and add_to is None and b.tensor.dim() == 2:
         return torch.nn.functional.linear(a.rows, b.rows, bias)  # half precision rounds once
     product = _PRODUCTS[how](a.rows, b.rows.mT, _terms(a.fmt) or 1)
     if bias is not None:

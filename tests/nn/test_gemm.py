@@ -1,0 +1,118 @@
+"""Which arithmetic a product runs on, and that all of them are exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nn.common import normal
+
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
+from fairseq_dsq.nn import GemmConfig, gemm, linear, matmul
+from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, split
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.quant import fake_quantize, native
+
+HAS_KERNEL = native.kernels is not None and native.kernels.has_gemm
+needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no GEMM kernel: the CPU lacks AVX512-BF16")
+
+
+@pytest.fixture
+def no_amx(monkeypatch):
+    monkeypatch.setattr(gemm, "_has_amx", lambda: False)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("bfp2", "bfp9", Arithmetic.KERNEL),
+        ("bfp16", "bfp4", Arithmetic.KERNEL),
+        ("bfp4", "bfp16", Arithmetic.FLOAT32),
+        ("bfp16", "bfp16", Arithmetic.FLOAT32),
+        ("bfp17", "bfp2", Arithmetic.FLOAT32),
+        ("fixed8", "fixed8", Arithmetic.KERNEL),
+        ("float32", "float32", Arithmetic.FLOAT32),
+        ("bfp4", "float32", Arithmetic.FLOAT32),
+    ],
+)
+def test_a_cpu_takes_the_kernel_where_it_is_exact(no_amx, a, b, expected):
+    assert arithmetic(torch.zeros(1), parse(a), parse(b), "auto") is expected
+    assert arithmetic(torch.zeros(1), parse(a), parse(b), "float32") is Arithmetic.FLOAT32
+    assert arithmetic(torch.zeros(1).bfloat16(), parse(a), parse(b), "auto") is Arithmetic.FLOAT32
+
+
+def test_without_the_kernel_products_are_float32(no_amx, monkeypatch):
+    monkeypatch.setattr(native, "kernels", None)
+    assert arithmetic(torch.zeros(1), BlockFloat(2), BlockFloat(2), "auto") is Arithmetic.FLOAT32
+
+
+def test_amx_comes_first(monkeypatch):
+    monkeypatch.setattr(gemm, "_has_amx", lambda: True)
+    assert arithmetic(torch.zeros(1), BlockFloat(16), BlockFloat(9), "auto") is Arithmetic.INTERNAL_BFLOAT16
+    assert arithmetic(torch.zeros(1), BlockFloat(16), BlockFloat(10), "auto") is Arithmetic.FLOAT32
+
+
+@pytest.mark.parametrize("how", [None, Arithmetic.INTERNAL_BFLOAT16, Arithmetic.FLOAT32], ids=str)
+@pytest.mark.parametrize(
+    ("a_fmt", "b_fmt"), [("bfp4", "bfp8"), ("bfp16", "bfp2"), ("fixed12", "fixed9"), ("bfp9x8", "bfp4x32")]
+)
+@pytest.mark.parametrize("reductions", [(-1, -1), (-1, -2), (-2, -2), (-2, -1)], ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_every_arithmetic_multiplies_exactly(monkeypatch, how, a_fmt, b_fmt, reductions, batched):
+    if how is not None:
+        monkeypatch.setattr(gemm, "arithmetic", lambda *_: how)
+    a_fmt, b_fmt = parse(a_fmt), parse(b_fmt)
+    m, n, k = 13, 35, 53
+    shapes = [(m, k) if reductions[0] == -1 else (k, m), (n, k) if reductions[1] == -1 else (k, n)]
+    tensors = [
+        fake_quantize(normal(*((2,) if batched else ()), *shape, seed=seed), fmt, reduction)
+        for seed, (shape, fmt, reduction) in enumerate(zip(shapes, (a_fmt, b_fmt), reductions, strict=True))
+    ]
+    a, b = (
+        Operand(tensor, fmt, reduction, True)
+        for tensor, fmt, reduction in zip(tensors, (a_fmt, b_fmt), reductions, strict=True)
+    )
+    bias, before = normal(n, seed=7), normal(*((2,) if batched else ()), m, n, seed=8)
+    exact = a.rows.double() @ b.rows.double().mT
+    for bias_or_none, add_to in ((None, None), (bias, None), (None, before.clone())):
+        expected = exact if bias_or_none is None else exact + bias
+        expected = expected if add_to is None else expected + before
+        actual = multiply(a, b, "auto", bias_or_none, add_to)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4 * exact.abs().max().item() / 10)
+        assert add_to is None or actual is add_to
+
+
+def test_two_bfloat16_terms_hold_sixteen_bits():
+    x = fake_quantize(normal(64, 64) * 100, BlockFloat(16))
+    x[0, 0], x[0, 1], x[0, 2] = torch.inf, -torch.inf, torch.nan
+    high, low = split(x)
+    for term in (high, low):
+        assert torch.equal(term.bfloat16().float().nan_to_num(), term.nan_to_num())
+    assert torch.equal((high + low).nan_to_num(), x.nan_to_num())
+    assert (low != 0).any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("box_dim", ["reduction", "last"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("fmt", ["bfp", "fixed"])
+@pytest.mark.parametrize("q", [(2, 2, 2, 16), (16, 4, 4, 16), (8, 8, 8, 8), (4, 16, 16, 4), (9, 10, 3, 12)], ids=str)
+def test_a_step_is_the_same_on_either_arithmetic(no_amx, q, fmt, rounding, box_dim):
+    results = []
+    for mode in ("auto", "float32"):
+        config = GemmConfig(PrecisionConfig(q, fmt), rounding, box_dim, mode)
+        torch.manual_seed(5)
+        x, weight, bias = normal(37, 21, seed=1).requires_grad_(), normal(18, 21, seed=2).requires_grad_(), normal(18)
+        y = linear(x, weight, bias, config)
+        y.backward(normal(37, 18, seed=3))
+        a, b = normal(3, 33, 20, seed=4).requires_grad_(), normal(3, 20, 17, seed=5).requires_grad_()
+        z = matmul(a, b, config)
+        z.backward(normal(3, 33, 17, seed=6))
+        results.append([y, z, x.grad, weight.grad, a.grad, b.grad])
+    for auto, float32 in zip(*results, strict=True):
+        torch.testing.assert_close(auto, float32, rtol=1e-5, atol=2e-5)
+
+
+def test_formats_of_more_bits_than_two_terms_are_left_to_float32():
+    assert gemm._terms(Float32()) is None
+    assert [gemm._terms(FixedPoint(bits)) for bits in (9, 10, 16, 17)] == [1, 2, 2, None]
