@@ -2,6 +2,7 @@
 
 All of them multiply the operands' values exactly and accumulate in float32; they differ in speed::
 
+    8 bits and less, one scale per tensor, both:    8-bit integers, sums in 32-bit integers
     9 bits and less (8 significant ones), both:     bfloat16 multipliers
     10 to 16 bits times 9 and less:                 two bfloat16 terms, or 16-bit integers within a box
     else:                                           float32
@@ -14,6 +15,7 @@ and TF32 tensor cores do (written to be right by construction: it has not run on
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache
@@ -22,13 +24,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat, Float32, Format
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, MIN_EXPONENT, BlockFloat, FixedPoint, Float32, Format
 from fairseq_dsq.nn.context import GemmMode
 from fairseq_dsq.quant import native, ops
 from fairseq_dsq.quant.ops import BFLOAT16_BITS
 
 # Sign and significand of two bfloat16 terms; of TF32, which has 10 stored and one implicit bit.
 TWO_TERM_BITS, TF32_BITS = 16, 12
+INT8_BITS = 8
+# Below this many rows, columns or summands, converting to integers and back takes what they save.
+INT8_LEAST = 128
+# So many products of 8-bit numbers fit a 32-bit sum.
+INT8_MOST_SUMMANDS = 2**31 // 2**14 - 1
 
 
 class Operand(NamedTuple):
@@ -98,6 +105,46 @@ def arithmetic(x: Tensor, a: Format, b: Format, mode: GemmMode) -> Arithmetic:
     return Arithmetic.FLOAT32
 
 
+def _takes_int8(a: Operand, b: Operand) -> bool:
+    """Whether two operands of one scale each go through 8-bit integers, and fast."""
+    if not all(isinstance(each.fmt, FixedPoint) and each.fmt.bits <= INT8_BITS for each in (a, b)):
+        return False
+    sizes = (*a.rows.shape, *b.rows.shape)
+    return (
+        a.tensor.device.type == "cpu"
+        and a.tensor.dtype is torch.float32
+        and len(sizes) == 4
+        and min(sizes) >= INT8_LEAST
+        and a.rows.shape[-1] <= INT8_MOST_SUMMANDS
+        and bool(torch.cpu._is_vnni_supported())
+    )
+
+
+def _codes(x: Tensor) -> tuple[Tensor, float] | None:
+    """int8 codes and their scale of a tensor in fixed point of at most 8 bits; None where it has no such scale.
+
+    The scale is found from the largest magnitude; where the format's own is larger, the codes are multiples.
+    """
+    low, high = (float(value) for value in torch.aminmax(x))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        return None
+    # -128 * scale is the one value whose magnitude is a power of two beyond the codes.
+    exponent = math.frexp(largest if -low < high else math.nextafter(largest, 0.0))[1] - (INT8_BITS - 1)
+    if exponent < MIN_EXPONENT and largest > 0:
+        return None
+    scale = 2.0 ** max(exponent, MIN_EXPONENT)
+    return (x * (1 / scale)).to(torch.int8), scale
+
+
+def _int8(a: Operand, b: Operand) -> Tensor | None:
+    """The product in integers; None where an operand is not finite, or next to nothing."""
+    codes_a, codes_b = _codes(a.rows), _codes(b.rows)
+    if codes_a is None or codes_b is None:
+        return None
+    return torch._int_mm(codes_a[0], codes_b[0].mT).to(torch.float32).mul_(codes_a[1]).mul_(codes_b[1])
+
+
 def rounds_on_the_way(fmt: Format, how: Arithmetic) -> bool:
     """Whether the product itself rounds an operand of this format, to nearest, in boxes along the reduction."""
     return how is Arithmetic.KERNEL and isinstance(fmt, BlockFloat) and fmt.box_size == DEFAULT_BOX_SIZE
@@ -119,11 +166,18 @@ def multiply(
         (batch,) M x N.
     """
     how = arithmetic(a.tensor, a.fmt, b.fmt, mode)
+    if mode == "auto" and _takes_int8(a, b):
+        product = _int8(a, b)
+        if product is not None:
+            return _finish(product, bias, add_to)
     if how is Arithmetic.KERNEL:
         return _kernel(a, b, bias, add_to)
     if how is Arithmetic.FLOAT32 and bias is not None and add_to is None and b.tensor.dim() == 2:
         return torch.nn.functional.linear(a.rows, b.rows, bias)  # half precision rounds once
-    product = _PRODUCTS[how](a.rows, b.rows.mT, _terms(a.fmt) or 1)
+    return _finish(_PRODUCTS[how](a.rows, b.rows.mT, _terms(a.fmt) or 1), bias, add_to)
+
+
+def _finish(product: Tensor, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
     if bias is not None:
         product += bias
     return product if add_to is None else add_to.add_(product)

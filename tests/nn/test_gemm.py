@@ -116,3 +116,44 @@ def test_a_step_is_the_same_on_either_arithmetic(no_amx, q, fmt, rounding, box_d
 def test_formats_of_more_bits_than_two_terms_are_left_to_float32():
     assert gemm._terms(Float32()) is None
     assert [gemm._terms(FixedPoint(bits)) for bits in (9, 10, 16, 17)] == [1, 2, 2, None]
+
+
+@pytest.mark.parametrize(("a_fmt", "b_fmt"), [("fixed8", "fixed8"), ("fixed3", "fixed8"), ("fixed8.4", "fixed6.3")])
+@pytest.mark.parametrize("reductions", [(-1, -1), (-2, -2)], ids=str)
+def test_integers_give_what_float32_gives(a_fmt, b_fmt, reductions):
+    sizes = (130, 150, 200)
+    tensors = [
+        fake_quantize(normal(*((rows, 200) if reduction == -1 else (200, rows)), seed=rows) * 3, parse(fmt), reduction)
+        for rows, fmt, reduction in zip(sizes, (a_fmt, b_fmt), reductions, strict=False)
+    ]
+    a, b = (
+        Operand(tensor, parse(fmt), reduction, True)
+        for tensor, fmt, reduction in zip(tensors, (a_fmt, b_fmt), reductions, strict=True)
+    )
+    product = gemm._int8(a, b)
+    # Sums of so few 8-bit products are integers that a float32 holds.
+    assert torch.equal(product, (a.rows.double() @ b.rows.double().mT).float())
+    assert torch.equal(multiply(a, b, "auto", add_to=product.clone()), 2 * product)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_integers_do_not_hide_inf_and_nan(value):
+    fmt = FixedPoint(8)
+    x = torch.ones(128, 128)
+    x[3, 5] = value
+    x = fake_quantize(x, fmt)
+    product = multiply(Operand(x, fmt, -1, True), Operand(torch.ones(128, 128), fmt, -1, True), "auto")
+    assert product.isnan().all()  # fixed point with one scale: all of it is NaN
+
+
+def test_the_code_that_two_s_complement_has_on_one_side_alone_survives():
+    fmt = FixedPoint(8, 4)
+    x = torch.full((128, 128), -8.0)  # code -128
+    product = multiply(Operand(x, fmt, -1, True), Operand(x, fmt, -1, True), "auto")
+    assert torch.equal(product, torch.full((128, 128), 64.0 * 128))
+
+
+def test_zeros_have_a_scale_too():
+    fmt = FixedPoint(8)
+    zeros = torch.zeros(128, 128)
+    assert torch.equal(multiply(Operand(zeros, fmt, -1, True), Operand(zeros, fmt, -1, True), "auto"), zeros)
