@@ -17,7 +17,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.heads import convert_heads
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GEMM_MODES, DSQContext, GemmConfig, convert
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GEMM_MODES, STASH_SCOPES, DSQContext, GemmConfig, convert, log_softmax
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -101,6 +101,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         _choice("dynamic", "static"),
         "MODE",
         "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction",
+    ),
+    "dsq_stash_scope": (
+        _choice(*STASH_SCOPES),
+        "SCOPE",
+        "what is packed for backward: gemm, what GEMMs keep; all, also what LayerNorm, softmax, activation functions "
+        "and dropout keep",
     ),
     "dsq_skip": (str, "PATTERNS", "space-separated shell-style patterns of module names whose GEMMs stay float32"),
     "dsq_gemm": (
@@ -216,6 +222,19 @@ class DSQState(nn.Module):
             state_dict.setdefault(f"{name}.{buffer}", value)
 
 
+class DSQModelMixin:
+    """For the model classes: the criterion's log-probabilities, tokens x vocabulary, under the stash scope ``all``."""
+
+    def get_normalized_probs(self, net_output: Any, log_probs: bool, sample: Any = None) -> Tensor:
+        """As fairseq's; ``net_output`` begins with the logits, (..., vocabulary)."""
+        context: DSQContext = self.dsq.context  # type: ignore[attr-defined]
+        # With adaptive softmax the decoder's output is features.
+        adaptive = getattr(getattr(self, "decoder", None), "adaptive_softmax", None)
+        if log_probs and adaptive is None and context.packs_everything:
+            return log_softmax(net_output[0], context)
+        return super().get_normalized_probs(net_output, log_probs, sample)  # type: ignore[misc,no-any-return]
+
+
 def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> None:
     """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
     convert(model, context, skip)
@@ -243,6 +262,7 @@ def attach(model: nn.Module, args: Any, task: Any) -> None:
     context = DSQContext(
         GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm),
         attention_matmul=args.dsq_attention_matmul == "on",
+        stash_scope=args.dsq_stash_scope,
     )
     schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
     try:

@@ -17,7 +17,7 @@ from fairseq_dsq.models import dsq
 
 
 @register_model("transformer_dsq")
-class TransformerDSQModel(TransformerModel):
+class TransformerDSQModel(dsq.DSQModelMixin, TransformerModel):
     """fairseq's ``transformer`` under dynamic stashing quantization; parameter names and shapes are the same."""
 
     @classmethod

@@ -5,33 +5,42 @@ from fairseq_dsq.nn.context import (
     BOX_DIMS,
     FLOAT32,
     GEMM_MODES,
+    STASH_SCOPES,
     BoxDim,
     DSQContext,
     GemmConfig,
     Ledger,
     LedgerKey,
     StashKey,
+    StashScope,
     Work,
 )
 from fairseq_dsq.nn.convert import convert
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQLinear
+from fairseq_dsq.nn.log_softmax import log_softmax
+from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
 
 __all__ = [
     "BOX_DIMS",
     "FLOAT32",
     "GEMM_MODES",
+    "STASH_SCOPES",
     "BoxDim",
     "DSQContext",
+    "DSQDropout",
+    "DSQLayerNorm",
     "DSQLinear",
     "DSQMultiheadAttention",
     "GemmConfig",
     "Ledger",
     "LedgerKey",
     "StashKey",
+    "StashScope",
     "Work",
     "convert",
     "linear",
     "linear_group",
+    "log_softmax",
     "matmul",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import matmul
 from fairseq_dsq.nn.linear import DSQLinear, forward_group
+from fairseq_dsq.nn.saved import softmax
 
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
@@ -174,7 +175,7 @@ class DSQMultiheadAttention(nn.Module):
             scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], float("-inf"))
         if before_softmax:
             return scores.transpose(1, 2).reshape(-1, tgt_len, src_len), v.flatten(0, 1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        weights = softmax(scores, self.context)
         probs = self.dropout_module(weights.to(scores.dtype))
         heads = self._matmul(probs.view(kv_batch * self.num_heads, -1, src_len), v.flatten(0, 1))
         heads = heads.view(kv_batch, self.num_heads, beam, tgt_len, self.head_dim)

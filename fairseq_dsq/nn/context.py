@@ -13,6 +13,8 @@ BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
 GemmMode = Literal["auto", "float32"]
 GEMM_MODES: tuple[GemmMode, ...] = ("auto", "float32")
+StashScope = Literal["gemm", "all"]
+STASH_SCOPES: tuple[StashScope, ...] = ("gemm", "all")
 
 FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
 
@@ -123,11 +125,24 @@ class DSQContext:
         config: the level in force and how it is applied.
         attention_matmul: quantize attention's two batched products too.
         ledger: counts what runs.
+        stash_scope: ``gemm`` packs what GEMMs keep for backward; ``all`` also what LayerNorm, softmax, activation
+            functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
     """
 
     config: GemmConfig
     attention_matmul: bool = True
     ledger: Ledger = field(default_factory=Ledger)
+    stash_scope: StashScope = "gemm"
+
+    @property
+    def packs(self) -> bool:
+        """Whether the level in force packs anything."""
+        return self.config.precision.format_name != FLOAT32.format_name
+
+    @property
+    def packs_everything(self) -> bool:
+        """Whether operations other than GEMMs are to keep less too."""
+        return self.stash_scope == "all" and self.packs
 
     def set_precision(self, precision: PrecisionConfig) -> None:
         """Put a level in force."""

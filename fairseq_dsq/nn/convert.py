@@ -5,18 +5,28 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from fairseq_dsq.nn.attention import DSQMultiheadAttention
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.linear import DSQLinear
+from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, is_known_activation
 
 
 def _is_fairseq_attention(module: nn.Module) -> bool:
     """By name, since only the registrations import fairseq; a subclass may have a path of its own."""
     kind = type(module)
     return (kind.__module__, kind.__qualname__) == ("fairseq.modules.multihead_attention", "MultiheadAttention")
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.Dropout or (kind.__module__, kind.__qualname__) == (
+        "fairseq.modules.fairseq_dropout",
+        "FairseqDropout",
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -57,10 +67,41 @@ def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modul
             yield from _convertible(child, f"{name}.")
 
 
+def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """(parent, attribute, full name) of the layers, other than GEMMs, that can keep less for backward."""
+    for attribute, child in module._modules.items():
+        if child is None or isinstance(child, DSQDropout):
+            continue
+        name = f"{prefix}{attribute}"
+        if type(child) is nn.LayerNorm or _is_dropout(child):
+            if not _has_hooks(child):
+                yield module, attribute, name
+        else:
+            yield from _keepers(child, f"{name}.")
+
+
+def _keep_less(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> None:
+    """Have what runs between a converted model's GEMMs keep what the context's stash scope says."""
+    if context.stash_scope == "all":
+        for parent, attribute, name in list(_keepers(model)):
+            if not _matching(skip, _names(name)):
+                child = parent.get_submodule(attribute)
+                twin = DSQLayerNorm.from_float(child, context) if isinstance(child, nn.LayerNorm) else None
+                setattr(parent, attribute, twin or DSQDropout(child, context))
+    module: Any
+    for module in model.modules():
+        # fairseq's layers call their activation between fc1 and fc2, which packs the same values for its own gradient.
+        function, fc1, fc2 = (getattr(module, name, None) for name in ("activation_fn", "fc1", "fc2"))
+        if isinstance(fc1, DSQLinear) and isinstance(fc2, DSQLinear) and is_known_activation(function):
+            module.activation_fn = Activation(function, fc2.context)
+
+
 def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> nn.Module:
     """Replace every nn.Linear and fairseq attention of ``model`` by its quantized twin.
 
-    Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist already.
+    Under the stash scope ``all``, every nn.LayerNorm and dropout too; activation functions between fairseq's fc1 and
+    fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
+    already.
 
     Args:
         model: any torch module, changed in place; itself an nn.Linear or attention, its twin is returned.
@@ -104,11 +145,15 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
             if matching:
                 layer.context = float_context
         twins.append((parent, attribute, attention))
+    if context.stash_scope == "all":
+        for _, _, name in _keepers(model):
+            unused -= _matching(skip, _names(name))
     if unused:
         patterns = ", ".join(sorted(map(repr, unused)))
         raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")
     for parent, attribute, twin in twins:
         setattr(parent, attribute, twin)
+    _keep_less(model, context, skip)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights

@@ -1,4 +1,4 @@
-"""The quantizers as torch.library operators, ``torch.ops.fairseq_dsq.*``.
+"""The quantizers, dropout and bit masks as torch.library operators, ``torch.ops.fairseq_dsq.*``.
 
 On the CPU they run the native kernels, or plain torch where those are not available; on other devices plain torch.
 A format comes as the numbers of :class:`~fairseq_dsq.quant.reference.CodeSpec`: one that nobody here knows runs as
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import BlockFloat, packed_nbytes
-from fairseq_dsq.quant import native, packing, reference
+from fairseq_dsq.quant import masks, native, packing, reference
 from fairseq_dsq.quant.reference import CodeSpec
 
 # What bfloat16 holds exactly: a sign and 8 significant bits.
@@ -40,6 +40,9 @@ _SCHEMAS = {
     "gemm": (
         "(Tensor(a!) out, Tensor a, Tensor b, int a_bits, int b_bits, int terms, Tensor? bias, bool accumulate) -> ()"
     ),
+    "dropout": "(Tensor x, float p, float scale, int seed) -> Tensor",
+    "pack_positive": "(Tensor x) -> Tensor",
+    "mask": "(Tensor x, Tensor data) -> Tensor",
 }
 
 
@@ -189,12 +192,59 @@ def _gemm_fake(out: Tensor, *arguments: Any) -> None:
     pass
 
 
+def _dropout_cpu(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
+    kernels = native.kernels
+    if kernels is None or x.numel() == 0:
+        return masks.dropout(x, p, scale, seed)
+    values = x.float().contiguous()
+    out = torch.empty_like(values)
+    kernels.dropout(values, out, p, scale, seed)
+    return out.to(x.dtype)
+
+
+def _dropout_fake(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _pack_positive_cpu(x: Tensor) -> Tensor:
+    kernels = native.kernels
+    if kernels is None or x.numel() == 0:
+        return masks.pack_positive(x)
+    data = _pack_positive_fake(x)
+    kernels.pack_positive(x.float().contiguous(), data)
+    return data
+
+
+def _pack_positive_fake(x: Tensor) -> Tensor:
+    return x.new_empty(masks.nbytes(x.numel()), dtype=torch.uint8)
+
+
+def _mask_cpu(x: Tensor, data: Tensor) -> Tensor:
+    kernels = native.kernels
+    if kernels is None or x.numel() == 0:
+        return masks.mask(x, data)
+    if data.dtype is not torch.uint8 or data.numel() != masks.nbytes(x.numel()):
+        expected = masks.nbytes(x.numel())
+        raise ValueError(f"data: got {data.numel()} of {data.dtype}, expected {expected} of torch.uint8")
+    values = x.float().contiguous()
+    out = torch.empty_like(values)
+    kernels.mask(values, data.contiguous(), out)
+    return out.to(x.dtype)
+
+
+def _mask_fake(x: Tensor, data: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "fake_quantize": (_fake_quantize, _fake_quantize_cpu, _fake_quantize_fake),
     "pack": (_pack, _pack_cpu, _pack_fake),
     "unpack": (_unpack, _unpack_cpu, _unpack_fake),
     "quantize_and_pack": (_quantize_and_pack, _quantize_and_pack_cpu, _quantize_and_pack_fake),
     "gemm": (_gemm, _gemm_cpu, _gemm_fake),
+    "dropout": (masks.dropout, _dropout_cpu, _dropout_fake),
+    "pack_positive": (masks.pack_positive, _pack_positive_cpu, _pack_positive_fake),
+    "mask": (masks.mask, _mask_cpu, _mask_fake),
 }
 for _name, (_any_device, _cpu, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
@@ -207,3 +257,6 @@ pack: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack.default
 unpack: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack.default
 quantize_and_pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_and_pack.default
 gemm: Callable[..., None] = torch.ops.fairseq_dsq.gemm.default
+dropout: Callable[..., Tensor] = torch.ops.fairseq_dsq.dropout.default
+pack_positive: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack_positive.default
+mask: Callable[..., Tensor] = torch.ops.fairseq_dsq.mask.default

@@ -20,7 +20,17 @@ from quant.common import (
 )
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import BFLOAT16_BITS, ROUNDINGS, fake_quantize, native, ops, pack, packing, quantize_and_pack
+from fairseq_dsq.quant import (
+    BFLOAT16_BITS,
+    ROUNDINGS,
+    fake_quantize,
+    masks,
+    native,
+    ops,
+    pack,
+    packing,
+    quantize_and_pack,
+)
 from fairseq_dsq.quant.reference import CodeSpec, code_spec, noise
 from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
 
@@ -262,6 +272,63 @@ def test_noise_of_known_elements():
     assert noise(torch.tensor(index), seed).tolist() == expected
 
 
+# Dropout and masks of one bit
+
+MASKED_SHAPES = [(1,), (7,), (8,), (33, 40), (1023,), (1025,), (3, 1031), (2, 0), ()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dropout_and_masks_equal_the_definition(isa, dtype):
+    for index, shape in enumerate(MASKED_SHAPES):
+        x = awkward_tensor(shape, dtype, seed=index)
+        for seed in (0, 2**62 - 1, SEEDS[1]):
+            assert_equal_bits(ops.dropout(x, 0.3, 1 / 0.7, seed), masks.dropout(x, 0.3, 1 / 0.7, seed))
+        data = masks.pack_positive(x)
+        assert torch.equal(ops.pack_positive(x), data)
+        assert_equal_bits(ops.mask(x, data), masks.mask(x, data))
+
+
+def test_masks_of_a_transposed_matrix_and_of_two_threads(isa):
+    x = awkward_tensor((260, 1031), seed=5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for y in (x, x.t()):
+            data = masks.pack_positive(y)
+            assert torch.equal(ops.pack_positive(y), data)
+            assert_equal_bits(ops.mask(y, data), masks.mask(y, data))
+            assert_equal_bits(ops.dropout(y, 0.1, 2.0, 3), masks.dropout(y, 0.1, 2.0, 3))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_mask_has_one_bit_per_value_of_which_nan_is_positive():
+    x = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, 2.0])
+    assert masks.pack_positive(x).tolist() == [0b10110001, 0b1]
+    assert ops.mask(x.nan_to_num(5.0), ops.pack_positive(x)).tolist()[:5] == [1.0, 0.0, 0.0, 0.0, 5.0]
+
+
+def test_bytes_that_are_no_mask_of_the_shape_are_refused(isa):
+    with pytest.raises(ValueError, match=r"data: got 2 of torch.uint8, expected 3 of torch.uint8"):
+        ops.mask(torch.zeros(17), torch.zeros(2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_dropout_keeps_its_share_and_the_mean(p):
+    x = torch.randn(1 << 20, generator=seeded(1)).abs() + 0.1
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    y = ops.dropout(x, p, scale, 77 << 32 | 5)
+    deviation = (p * (1 - p) / len(x)) ** 0.5
+    assert abs((y != 0).double().mean() - (1 - p)) <= 4 * deviation
+    spread = (scale * (p * (1 - p)) ** 0.5) * x.double().norm() / len(x)
+    assert abs((y.double() - x).mean()) <= 4 * spread + 1e-9 or p == 1
+    kept = y != 0
+    assert torch.equal(y[kept], (x * scale)[kept])
+    other = ops.dropout(x, p, scale, 77 << 32 | 6) != 0
+    correlation = ((kept.double() - (1 - p)) * (other.double() - (1 - p))).mean()
+    assert abs(correlation) <= 4 * p * (1 - p) / len(x) ** 0.5 + 1e-9
+
+
 # The operators
 
 
@@ -277,6 +344,13 @@ def test_operators_are_registered_as_torch_wants_them(fmt):
     if spec.box_size:
         for seed in SEEDS:
             torch.library.opcheck(ops.quantize_and_pack, (x, *spec, *spec, seed, seed, torch.float32))
+
+
+def test_dropout_and_masks_are_registered_as_torch_wants_them():
+    x = torch.randn(33, 20, generator=seeded(1))
+    torch.library.opcheck(ops.dropout, (x, 0.3, 2.0, 5))
+    torch.library.opcheck(ops.pack_positive, (x,))
+    torch.library.opcheck(ops.mask, (x, ops.pack_positive(x)))
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused(isa):

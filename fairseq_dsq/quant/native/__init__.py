@@ -41,6 +41,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *(_POINTER, _POINTER, _INT32, _POINTER, *_SHAPE),
         *(_POINTER, _POINTER, _INT32, _UINT64, _UINT64, _INT32),
     ),
+    "dropout": (_POINTER, _POINTER, _INT64, ctypes.c_float, ctypes.c_float, _UINT64, _INT32),
+    "pack_positive": (_POINTER, _POINTER, _INT64, _INT32),
+    "mask": (_POINTER, _POINTER, _POINTER, _INT64, _INT32),
 }
 
 
@@ -122,6 +125,9 @@ class Kernels:
     _pack: Any
     _unpack: Any
     _quantize_and_pack: Any
+    _dropout: Any
+    _pack_positive: Any
+    _mask: Any
 
     def _threads(self, x: Tensor) -> int:
         return self._threads_for(x.numel() // VALUES_PER_THREAD)
@@ -197,6 +203,18 @@ class Kernels:
             *(_format(operand_spec), _format(stash_spec)),
             *(seeds is not None, *(seeds or (0, 0)), self._threads(x)),
         )
+
+    def dropout(self, x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
+        """Write ``x * scale`` where the noise of ``seed`` is at least ``p``, else 0, to ``out``."""
+        self._dropout(x.data_ptr(), out.data_ptr(), x.numel(), p, scale, seed, self._threads(x))
+
+    def pack_positive(self, x: Tensor, data: Tensor) -> None:
+        """Write a bit per value to ``data``: 0 where ``x <= 0``."""
+        self._pack_positive(x.data_ptr(), data.data_ptr(), x.numel(), self._threads(x))
+
+    def mask(self, x: Tensor, data: Tensor, out: Tensor) -> None:
+        """Write ``x`` to ``out``, or 0 where its bit in ``data`` is 0."""
+        self._mask(x.data_ptr(), data.data_ptr(), out.data_ptr(), x.numel(), self._threads(x))
 
 
 def _operand(x: Tensor, bits: int, terms: int) -> Any:
