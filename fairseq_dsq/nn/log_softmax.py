@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.nn.context import DSQContext
-from fairseq_dsq.nn.saved import KEPT, needs_gradient
-from fairseq_dsq.quant import Packed, pack
+from fairseq_dsq.nn.saved import needs_gradient, pack_probabilities, unpack_probabilities
+from fairseq_dsq.quant import Packed
 
 # Rows go through the caches in pieces of about so many values: a second float copy would show in the peak.
 VALUES_PER_PIECE = 1 << 18
@@ -27,25 +27,25 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         y = torch.log_softmax(logits, -1)
-        rows = y.flatten(0, -2)
-        packed = [pack(piece.exp(), KEPT) for piece in _pieces(rows)]
-        ctx.save_for_backward(*(piece.data for piece in packed))
-        ctx.specs = [piece.spec for piece in packed]
+        pieces = [pack_probabilities(piece.exp()) for piece in _pieces(y)]
+        ctx.save_for_backward(*(tensor for packed, *largest in pieces for tensor in (packed.data, *largest)))
+        ctx.specs = [packed.spec for packed, *_ in pieces]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad_logits: Tensor = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        targets, sources = _pieces(grad_logits.flatten(0, -2)), _pieces(grad.flatten(0, -2))
-        for data, spec, target, source in zip(ctx.saved_tensors, ctx.specs, targets, sources, strict=True):
-            probabilities = Packed(data, *spec).unpack()
+        saved = iter(ctx.saved_tensors)
+        for spec, target, source in zip(ctx.specs, _pieces(grad_logits), _pieces(grad), strict=True):
+            probabilities = unpack_probabilities(Packed(next(saved), *spec), next(saved), next(saved))
             torch.sub(source, probabilities.mul_(source.sum(-1, keepdim=True)), out=target)
         return grad_logits
 
 
-def _pieces(rows: Tensor) -> Sequence[Tensor]:
-    pieces: Sequence[Tensor] = rows.split(max(1, VALUES_PER_PIECE // max(1, rows.shape[-1])))
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    """Rows of a tensor (..., N); views of a contiguous one."""
+    pieces: Sequence[Tensor] = x.flatten(0, -2).split(max(1, VALUES_PER_PIECE // max(1, x.shape[-1])))
     return pieces
 
 

@@ -8,7 +8,8 @@ operation          kept                                       gradient
 ReLU               one bit per value                          exact
 other activations  the input at 8 bits                        of the rounded input
 LayerNorm          the input at 8 bits, mean and 1/deviation  of the rounded input
-softmax            the probabilities at 8 bits                of these
+softmax            the probabilities at 8 bits but for the    of these
+                   largest of each row
 dropout            a seed                                     exact
 =================  =========================================  ====================
 
@@ -93,22 +94,40 @@ class _LayerNorm(torch.autograd.Function):
         return None, None, *torch.ops.aten.native_layer_norm_backward(*arguments)
 
 
+def pack_probabilities(probabilities: Tensor) -> tuple[Packed, Tensor, Tensor]:
+    """Probabilities (..., N), which are changed, at 8 bits but for the largest of each row.
+
+    Where one probability is nearly 1, the gradient is made of what it lacks and of the small ones beside it, all less
+    than an eighth bit of 1: the largest is kept as it is, and does not share a box with the others.
+
+    Returns:
+        The others packed, the largest, and their places (int32), both (..., 1).
+    """
+    largest, place = probabilities.max(-1, keepdim=True)
+    return pack(probabilities.scatter_(-1, place, 0.0), KEPT), largest, place.int()
+
+
+def unpack_probabilities(packed: Packed, largest: Tensor, place: Tensor) -> Tensor:
+    """What :func:`pack_probabilities` packed."""
+    return packed.unpack().scatter_(-1, place.long(), largest)
+
+
 class _Softmax(torch.autograd.Function):
     """Along the last dimension, float32."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
         probabilities = torch.softmax(scores, -1)
-        packed = pack(probabilities, KEPT)
-        ctx.save_for_backward(packed.data)
+        packed, *largest = pack_probabilities(probabilities.clone())
+        ctx.save_for_backward(packed.data, *largest)
         ctx.spec = packed.spec
         return probabilities
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (data,) = ctx.saved_tensors
-        probabilities = Packed(data, *ctx.spec).unpack()
+        data, *largest = ctx.saved_tensors
+        probabilities = unpack_probabilities(Packed(data, *ctx.spec), *largest)
         grad_scores: Tensor = torch.ops.aten._softmax_backward_data(grad, probabilities, -1, torch.float32)
         return grad_scores
 
@@ -189,10 +208,10 @@ class DSQLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         tensors: list[Tensor | None] = [input, self.weight, self.bias]
-        if not self.context.packs_everything or not needs_gradient(*tensors):
+        # Autocast may have the operation run in another dtype: that differs from device to device.
+        autocast = torch.is_autocast_enabled(autocast_device(input))
+        if autocast or not self.context.packs_everything or not needs_gradient(*tensors):
             return super().forward(input)
-        if torch.is_autocast_enabled(autocast_device(input)):  # which has layer_norm run in float32
-            tensors = [None if tensor is None else tensor.float() for tensor in tensors]
         return _LayerNorm.apply(self.normalized_shape, self.eps, *tensors)  # type: ignore[no-any-return]
 
 
