@@ -21,7 +21,7 @@ class DSQMultiheadAttention(nn.Module):
 
     fairseq's own training path hands raw weights to ``F.multi_head_attention_forward``, so swapped projections would
     never be called; this module runs its own path. q, k and v projections of one input share one stash. Softmax and
-    dropout stay float32.
+    dropout compute in float32.
 
     Args:
         embed_dim: C of queries and of the output.

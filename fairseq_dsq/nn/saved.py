@@ -97,8 +97,8 @@ class _LayerNorm(torch.autograd.Function):
 def pack_probabilities(probabilities: Tensor) -> tuple[Packed, Tensor, Tensor]:
     """Probabilities (..., N), which are changed, at 8 bits but for the largest of each row.
 
-    Where one probability is nearly 1, the gradient is made of what it lacks and of the small ones beside it, all less
-    than an eighth bit of 1: the largest is kept as it is, and does not share a box with the others.
+    Where one probability is nearly 1, the gradient is made of what it lacks and of the small ones beside it, all finer
+    than the steps of 8 bits near 1: the largest is kept as it is, and does not share a box with the others.
 
     Returns:
         The others packed, the largest, and their places (int32), both (..., 1).

@@ -20,7 +20,7 @@ def test_two_workers_agree_on_level_and_add_up_costs(cli, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = (*LEVELS, "--max-epoch", 2, "--dropout", 0, "--dsq-cost-profile", "operands")
+    flags = (*LEVELS, "--max-epoch", 2, "--dropout", 0, "--dsq-cost-profile", "operands", "--dsq-stash-scope", "all")
     workers = [
         cli.start(
             *cli.train_command(tmp_path / f"two{rank}", *flags),

@@ -86,4 +86,5 @@ def test_adaptive_softmax_stays_fairseqs():
     spec, model = build("all", flags="--adaptive-softmax-cutoff 1000,2000")
     output = model(**probe.sample(model, spec)["net_input"])
     log_probs = model.get_normalized_probs(output, True)
+    assert log_probs.shape[-1] == SIZES["vocabulary"]
     assert torch.allclose(log_probs.exp().sum(-1), torch.ones(8, 32), atol=1e-4)
