@@ -1,0 +1,75 @@
+"""fairseq-dsq bench: its rows and what they hold; the ratios themselves are measured elsewhere."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_dsq.cli import bench, main
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_of(capsys, *argv):
+    assert main(["bench", *map(str, argv), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["machine"]["threads"] == 1 and result["machine"]["processor"]
+    return {row["name"]: row for row in result["rows"]}
+
+
+def test_quantize_and_linear_have_the_rows_that_are_tracked(capsys):
+    rows = rows_of(capsys, "quantize", "--rounds", 2)
+    wanted = {f"quantize bfp{bits} {way}" for bits in (4, 8) for way in ("last", "first")}
+    wanted |= {f"{verb} bfp{bits}" for verb in ("pack", "unpack") for bits in (2, 4, 8, 16)}
+    assert wanted | {"quantize bfp4 last, naive torch", "quantize bfp4 last, microxcaling-style"} <= set(rows)
+    layers = rows_of(capsys, "linear", "--rounds", 1)
+    assert {"[2,2,2,16]", "[16,4,4,16]", "[8,8,8,8]", "[8,8,8,8], naive torch"} <= set(layers)
+    for row in (*rows.values(), *layers.values()):
+        assert row["ratio_min"] == pytest.approx(row["seconds_min"] / row["over_seconds_min"])
+        assert row["ratio_median"] > 0
+
+
+def test_ratios_are_of_the_fastest_rounds_and_of_the_median_round():
+    pauses = {"twice": iter([0, 0.02, 0.04, 0.06]), "": iter([0, 0.02, 0.01, 0.02])}
+
+    def pause(name):
+        return lambda: time.sleep(next(pauses[name]))
+
+    (row,) = bench.interleave({"twice": pause("twice")}, pause(""), "nothing", 3)
+    assert row["over"] == "nothing"
+    assert row["ratio_min"] == pytest.approx(2, rel=0.3)
+    assert row["ratio_median"] == pytest.approx(3, rel=0.3)
+
+
+def test_peers_round_as_the_format_does_where_nothing_is_at_the_edge():
+    from fairseq_dsq.formats import BlockFloat
+    from fairseq_dsq.quant import fake_quantize
+
+    x = torch.linspace(-1.99, 1.93, 160).reshape(10, 16)
+    for peer in (bench.naive, bench.microxcaling_style):
+        assert torch.equal(peer(x, 8), fake_quantize(x, BlockFloat(8)))
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters():
+    layer = nn.Linear(8, 4, bias=False)
+    x = torch.randn(16, 8)
+
+    def run():
+        y = layer(x)
+        return (y.relu() + layer(x)).sum()
+
+    # x, which both products keep, and the output of relu.
+    assert bench.saved_bytes(run) == x.nbytes + 16 * 4 * 4
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--rounds", 0), ("--threads", -1)])
+def test_bad_input_gets_one_line(capsys, flag, value):
+    assert main(["bench", "quantize", flag, str(value)]) == 2
+    assert f"{flag}: got {value}, expected an integer >= 1" in capsys.readouterr().err
