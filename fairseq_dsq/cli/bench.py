@@ -191,7 +191,7 @@ def _linear(rounds: int) -> list[Row]:
     return interleave(runs, step(nn.Linear(k, n, bias=False)), "float32", rounds)
 
 
-def _step(flags: str | None, tokens: int) -> Callable[[], object]:
+def _step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Module]:
     """A training step of the model: forward with its criterion, backward, clipping, Adam; float32 without flags."""
     from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
     from fairseq.data import Dictionary
@@ -219,7 +219,7 @@ def _step(flags: str | None, tokens: int) -> Callable[[], object]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    return step, model
 
 
 def _train_step(rounds: int) -> list[Row]:
@@ -227,23 +227,23 @@ def _train_step(rounds: int) -> list[Row]:
     for scope in ("gemm", "all"):
         for text in LEVELS:
             name = text if scope == "gemm" else f"{text} scope all"
-            runs[name] = _step(f"--dsq-levels {text} --dsq-stash-scope {scope}", TOKENS)
-    return interleave(runs, _step(None, TOKENS), "float32", rounds)
+            runs[name] = _step(f"--dsq-levels {text} --dsq-stash-scope {scope}", TOKENS)[0]
+    return interleave(runs, _step(None, TOKENS)[0], "float32", rounds)
 
 
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes of the distinct storages that autograd saves while ``run`` runs, parameters left out."""
+def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of the distinct storages that autograd saves while ``run`` runs; ``model``'s parameters do not count."""
     storages: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    return sum(storage.nbytes() for storage in storages.values())
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
 def _peak_resident(flags: str | None, threads: int) -> int:
@@ -251,7 +251,7 @@ def _peak_resident(flags: str | None, threads: int) -> int:
     import resource
 
     torch.set_num_threads(threads)
-    step = _step(flags, LARGE_BATCH)
+    step, _ = _step(flags, LARGE_BATCH)
     for _ in range(2):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -265,9 +265,9 @@ def _memory(rounds: int) -> list[Row]:
     def flags(scope: str) -> str:
         return f"--dsq-levels {MEMORY_LEVEL} --dsq-stash-scope {scope}"
 
-    float32 = saved_bytes(_step(None, TOKENS))
+    float32 = saved_bytes(*_step(None, TOKENS))
     rows = [
-        weigh(f"saved bytes {scope} {MEMORY_LEVEL}", saved_bytes(_step(flags(scope), TOKENS)), float32)
+        weigh(f"saved bytes {scope} {MEMORY_LEVEL}", saved_bytes(*_step(flags(scope), TOKENS)), float32)
         for scope in ("all", "gemm")
     ]
     # A process of its own for each: memory that is freed may stay with the process that used it.

@@ -59,14 +59,14 @@ def test_peers_round_as_the_format_does_where_nothing_is_at_the_edge():
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameters():
     layer = nn.Linear(8, 4, bias=False)
-    x = torch.randn(16, 8)
+    x = torch.randn(16, 8, requires_grad=True)  # then the weight is kept too
 
     def run():
         y = layer(x)
         return (y.relu() + layer(x)).sum()
 
     # x, which both products keep, and the output of relu.
-    assert bench.saved_bytes(run) == x.nbytes + 16 * 4 * 4
+    assert bench.saved_bytes(run, layer) == x.nbytes + 16 * 4 * 4
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--rounds", 0), ("--threads", -1)])
