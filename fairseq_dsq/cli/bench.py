@@ -68,10 +68,13 @@ def interleave(variants: Runs, baseline: Callable[[], object], baseline_name: st
     """
     runs = {"": baseline, **variants}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
     for number in range(rounds + 1):
-        for name, run in runs.items():
+        # In another order each time: what runs after what matters to caches and to fresh memory.
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            run()
+            runs[name]()
             if number:
                 seconds[name].append(time.perf_counter() - start)
     base = seconds.pop("")
