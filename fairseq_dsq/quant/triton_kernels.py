@@ -1,9 +1,9 @@
 """The CUDA kernels, in Triton: bit for bit what reference.py and packing.py define, for block floating point.
 
-One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. All arithmetic
-on floats is exact or rounds once in the reference's place, so what a GPU's compiler may do does not show: a product
-by a power of two that is contracted with the addition behind it into one fused multiply-add is the same number.
-Subnormal numbers are kept: Triton flushes them in no operation that is used here.
+One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Floats are added
+and multiplied as on a CPU: nothing is fused (it would not show: products by powers of two are exact) and subnormal
+numbers are kept, but by Triton's ``floor``. There it does not show: a code just below zero comes out as -0 either way,
+rounded down to -0 or down to -1 and up again.
 
 Imported by :mod:`fairseq_dsq.quant.ops` at the first call for a CUDA tensor; needs Triton.
 """
@@ -13,22 +13,25 @@ Imported by :mod:`fairseq_dsq.quant.ops` at the first call for a CUDA tensor; ne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq_dsq.formats import box_nbytes
+from fairseq_dsq.formats import BlockFloat, box_nbytes
+from fairseq_dsq.quant import packing, reference
 from fairseq_dsq.quant.reference import CodeSpec
 
 Shape = tuple[int, int, int]
 # The values of a tile: eight for each thread of four warps.
 TILE = 1024
+# Compiler options; Triton fuses unless told otherwise.
+OPTIONS = {"enable_fp_fusion": False}
 # A row of a tile is a box.
 MAX_BOX_SIZE = 256
-# Offsets below this are computed in 32 bits, whose divisions take a third of the time.
+# Offsets below this are computed in 32 bits, whose divisions are cheaper.
 WIDE_FROM = 1 << 30
 
 
@@ -74,9 +77,7 @@ def _noise(index, low, high):
 
 
 @triton.jit
-def _magnitudes(
-    x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr
-):
+def _magnitudes(x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Magnitudes of the codes, as float32: reference.encode but for the sign, which is ``x``'s own."""
     shift = (BITS - 2 + 127) - exponent
     half = shift >> 1
@@ -102,39 +103,48 @@ def _values(magnitude, negative, exponent, BITS: tl.constexpr):
     return tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
-# The kernels. ``count`` boxes of ``values`` values each, see _Part; ``low`` and ``high`` are the halves of the seed.
+@triton.jit
+def _store(pointers, value, mask):
+    """Store float32 values that the target holds exactly: a bfloat16 is the upper half, without a conversion."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        upper = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
+        value = upper.to(tl.bfloat16, bitcast=True)
+    tl.store(pointers, value, mask=mask)
+
+
+# The kernels. ``total`` boxes of ``values`` values each, see _Part; ``low`` and ``high`` are the halves of the seed.
 
 
 @triton.jit(do_not_specialize=["low", "high"])
 def _fake_quantize(
-    x_ptr, out_ptr, count, first, length, boxes, after, values, low, high,
+    x_ptr, out_ptr, total, first, length, boxes, after, values, low, high,
     BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     place = tl.arange(0, BOX).to(base.dtype)[None, :]
     index = base + place * after
-    inside = (box < count) & (place < values)
+    inside = (box < total) & (place < values)
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
     exponent = _exponent(x)
     magnitude = _magnitudes(x, exponent, index, low, high, BITS, MAX_CODE, STOCHASTIC)
     value = _values(magnitude, x.to(tl.uint32, bitcast=True) >> 31, exponent, BITS)
-    tl.store(out_ptr + index, value.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr + index, value, inside)
 
 
 @triton.jit(do_not_specialize=["low", "high"])
 def _pack(
-    x_ptr, exponent_ptr, code_ptr, count, first, length, boxes, after, values, box_bytes, low, high,
+    x_ptr, exponent_ptr, code_ptr, total, first, length, boxes, after, values, box_bytes, low, high,
     BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
 ):  # fmt: skip
     box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     place = tl.arange(0, BOX).to(base.dtype)[None, :]
-    exists = box < count
+    exists = box < total
     x = tl.load(x_ptr + base + place * after, mask=exists & (place < values), other=0.0)
     exponent = _exponent(x)
     tl.store(exponent_ptr + box, exponent.to(tl.uint8), mask=exists)
-    # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane needs another's.
+    # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
     packed = tl.zeros([BLOCK, BYTES], tl.uint32)
     for step in tl.static_range(TOUCHED):
@@ -157,13 +167,13 @@ def _pack(
 
 @triton.jit
 def _unpack(
-    exponent_ptr, code_ptr, out_ptr, count, first, length, boxes, after, values, box_bytes,
+    exponent_ptr, code_ptr, out_ptr, total, first, length, boxes, after, values, box_bytes,
     BITS: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
     TOUCHED: tl.constexpr,
 ):  # fmt: skip
     box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     place = tl.arange(0, BOX).to(base.dtype)[None, :]
-    exists = box < count
+    exists = box < total
     inside = exists & (place < values)
     exponent = tl.load(exponent_ptr + box, mask=exists, other=0).to(tl.int32)
     code = tl.zeros([BLOCK, BOX], tl.uint32)
@@ -177,20 +187,20 @@ def _unpack(
             code |= piece << (shift & 31).to(tl.uint32)
     magnitude = (code & ((1 << (BITS - 1)) - 1)).to(tl.int32).to(tl.float32)
     value = _values(magnitude, (code >> (BITS - 1)) & 1, exponent, BITS)
-    tl.store(out_ptr + base + place * after, value.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr + base + place * after, value, inside)
 
 
 class _Part(NamedTuple):
     """The full boxes of a tensor, or the short last ones.
 
     Attributes:
-        count: how many boxes.
+        total: boxes.
         first: where a fibre's first begins along ``length``.
         length, boxes, after: of the tensor; of a fibre; of the tensor.
         values: in a box.
     """
 
-    count: int
+    total: int
     first: int
     length: int
     boxes: int
@@ -202,6 +212,27 @@ def covers(spec: CodeSpec) -> bool:
     """Whether the kernels know the format: sign-magnitude codes under the exponent of their box."""
     lopsided = not spec.signed_zero or spec.min_code != -spec.max_code
     return spec.box_size is not None and spec.box_size <= MAX_BOX_SIZE and spec.fixed_exponent is None and not lopsided
+
+
+def check(device: torch.device) -> None:
+    """Compile and run the kernels on ``device``.
+
+    Raises:
+        RuntimeError: the result is not that of the definition. Triton raises errors of its own.
+    """
+    shape, spec = (1, 37, 48), reference.code_spec(BlockFloat(4))
+    x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
+    x[:, 5] *= 2.0**-126
+    for seed in (None, 0x2BCDEF01_FEDCBA98):
+        data = packing.pack(x, spec, 0, seed)
+        expected = packing.unpack(data, x.shape, spec, 0, x.dtype)
+        rounded, packed, unpacked = torch.empty_like(x), torch.empty_like(data), torch.empty_like(x)
+        fake_quantize(x, rounded, shape, spec, seed)
+        pack(x, packed, shape, spec, seed)
+        unpack(data, unpacked, shape, spec)
+        pairs = [(rounded, expected), (packed, data), (unpacked, expected)]
+        if not all(torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)) for got, wanted in pairs):
+            raise RuntimeError("the result is not that of the definition")
 
 
 def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
@@ -257,23 +288,28 @@ def _packed_parts(data: Tensor, shape: Shape, spec: CodeSpec) -> Iterator[tuple[
     """The parts with their exponents, their codes and the bytes of a box's codes."""
     for part in _parts(shape, spec):
         box_bytes = box_nbytes(part.values, spec.bits)
-        exponents, codes, data = data.tensor_split([part.count, part.count * (1 + box_bytes)])
+        exponents, codes, data = data.tensor_split([part.total, part.total * (1 + box_bytes)])
         yield part, exponents, codes, box_bytes
 
 
-def _tile(part: _Part, spec: CodeSpec, elements: int) -> dict[str, int | bool]:
-    """The compile-time numbers that all kernels take; ``elements``: of the largest tensor."""
-    box = triton.next_power_of_2(part.values)
-    block = max(1, TILE // triton.next_power_of_2(spec.box_size))
-    return {"BITS": spec.bits, "BOX_SIZE": spec.box_size, "BOX": box, "BLOCK": block, "WIDE": elements >= WIDE_FROM}
+def _tile(part: _Part, spec: CodeSpec, elements: int) -> dict[str, Any]:
+    """The compile-time numbers that all kernels take, and options; ``elements``: of the largest tensor."""
+    return {
+        "BITS": spec.bits,
+        "BOX_SIZE": spec.box_size,
+        "BOX": triton.next_power_of_2(part.values),
+        "BLOCK": max(1, TILE // triton.next_power_of_2(spec.box_size)),
+        "WIDE": elements >= WIDE_FROM,
+        **OPTIONS,
+    }
 
 
-def _rounding(spec: CodeSpec, seed: int | None) -> dict[str, float | bool]:
+def _rounding(spec: CodeSpec, seed: int | None) -> dict[str, Any]:
     return {"MAX_CODE": float(spec.max_code), "STOCHASTIC": seed is not None}
 
 
-def _grid(part: _Part, tile: dict[str, int | bool]) -> tuple[int]:
-    return (triton.cdiv(part.count, tile["BLOCK"]),)
+def _grid(part: _Part, tile: dict[str, Any]) -> tuple[int]:
+    return (triton.cdiv(part.total, tile["BLOCK"]),)
 
 
 def _seed_halves(seed: int | None) -> tuple[int, int]:
