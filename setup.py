@@ -141,6 +141,8 @@ setup(
             "jinja2",
             "tensorboard",
             "tensorboardX",
+            # To test the CUDA kernels without a GPU.
+            "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "report": ["matplotlib", "jinja2", "tensorboard", "tensorboardX"],
         "glue": ["transformers", "safetensors", "scikit-learn", "scipy"],

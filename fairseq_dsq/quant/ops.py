@@ -1,6 +1,7 @@
 """The quantizers, dropout and bit masks as torch.library operators, ``torch.ops.fairseq_dsq.*``.
 
-On the CPU they run the native kernels, or plain torch where those are not available; on other devices plain torch.
+On the CPU they run the native kernels, on CUDA devices Triton's; plain torch where those are not available and on other
+devices.
 A format comes as the numbers of :class:`~fairseq_dsq.quant.reference.CodeSpec`: one that nobody here knows runs as
 fast as the built-in ones. ``Library.define`` and not ``custom_op``, which takes 12 us a call where this takes 3: a
 training step makes a thousand calls.
@@ -9,7 +10,10 @@ training step makes a thousand calls.
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from fairseq_dsq.quant.reference import CodeSpec
 
 # What bfloat16 holds exactly: a sign and 8 significant bits.
 BFLOAT16_BITS = 9
+_NUMBERS = len(CodeSpec._fields)
 
 
 def _spec_schema(whose: str = "") -> str:
@@ -60,7 +65,34 @@ def _kernel_dtype(dtype: torch.dtype, spec: CodeSpec) -> torch.dtype:
     return torch.bfloat16 if exact else torch.float32
 
 
-# Each operator thrice: in plain torch for any device, on the CPU, and the shape of its result. Arguments are those of
+@cache
+def _triton_kernels(device: torch.device) -> Any:
+    """The CUDA kernels; None without Triton, where FAIRSEQ_DSQ_ISA says torch, or where they do not work.
+
+    No GPU was at hand when they were written: a device has to show that they equal the definition on it.
+    """
+    if os.environ.get(native.VARIABLE) == native.NO_KERNELS:
+        return None
+    try:
+        from fairseq_dsq.quant import triton_kernels
+    except ImportError:
+        return None
+    try:
+        triton_kernels.check(device)
+    except Exception as error:  # no C compiler for Triton's launcher, a GPU that it does not support, ...
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"{device}: no Triton kernels, quantization runs in plain, slow torch: {lines[0]}", stacklevel=2)
+        return None
+    return triton_kernels
+
+
+def _cuda_kernels(x: Tensor, spec: CodeSpec) -> Any:
+    """The kernels for a CUDA tensor in this format, or None."""
+    kernels = _triton_kernels(x.device)
+    return kernels if kernels is not None and kernels.covers(spec) else None
+
+
+# Each operator in plain torch for any device, on the CPU, on CUDA, and the shape of its result. Arguments are those of
 # the schemas, a spec's numbers in a row.
 
 
@@ -70,7 +102,14 @@ def _fake_quantize(x: Tensor, dim: int, *arguments: Any) -> Tensor:
 
 
 def _fake_quantize_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
-    kernels = native.kernels
+    return _fake_quantize_by(native.kernels, x, dim, *arguments)
+
+
+def _fake_quantize_cuda(x: Tensor, dim: int, *arguments: Any) -> Tensor:
+    return _fake_quantize_by(_cuda_kernels(x, CodeSpec._make(arguments[:_NUMBERS])), x, dim, *arguments)
+
+
+def _fake_quantize_by(kernels: Any, x: Tensor, dim: int, *arguments: Any) -> Tensor:
     if kernels is None or x.numel() == 0:
         return _fake_quantize(x, dim, *arguments)
     *numbers, seed, dtype = arguments
@@ -91,7 +130,14 @@ def _pack(x: Tensor, dim: int, *arguments: Any) -> Tensor:
 
 
 def _pack_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
-    kernels = native.kernels
+    return _pack_by(native.kernels, x, dim, *arguments)
+
+
+def _pack_cuda(x: Tensor, dim: int, *arguments: Any) -> Tensor:
+    return _pack_by(_cuda_kernels(x, CodeSpec._make(arguments[:_NUMBERS])), x, dim, *arguments)
+
+
+def _pack_by(kernels: Any, x: Tensor, dim: int, *arguments: Any) -> Tensor:
     if kernels is None or x.numel() == 0:
         return _pack(x, dim, *arguments)
     *numbers, seed = arguments
@@ -112,7 +158,14 @@ def _unpack(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Te
 
 
 def _unpack_cpu(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
-    kernels = native.kernels
+    return _unpack_by(native.kernels, data, shape, dim, *arguments)
+
+
+def _unpack_cuda(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
+    return _unpack_by(_cuda_kernels(data, CodeSpec._make(arguments[:_NUMBERS])), data, shape, dim, *arguments)
+
+
+def _unpack_by(kernels: Any, data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
     if kernels is None or data.numel() == 0:
         return _unpack(data, shape, dim, *arguments)
     *numbers, dtype = arguments
@@ -129,13 +182,16 @@ def _unpack_fake(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) 
     return data.new_empty(shape, dtype=arguments[-1])
 
 
-_NUMBERS = len(CodeSpec._fields)
+def _one_by_one(
+    fake_quantize: Callable[..., Tensor], pack: Callable[..., Tensor], x: Tensor, arguments: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    operand, stash = arguments[:_NUMBERS], arguments[_NUMBERS : 2 * _NUMBERS]
+    operand_seed, stash_seed, dtype = arguments[2 * _NUMBERS :]
+    return fake_quantize(x, -1, *operand, operand_seed, dtype), pack(x, -2, *stash, stash_seed)
 
 
 def _quantize_and_pack(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    operand, stash = arguments[:_NUMBERS], arguments[_NUMBERS : 2 * _NUMBERS]
-    operand_seed, stash_seed, dtype = arguments[2 * _NUMBERS :]
-    return _fake_quantize(x, -1, *operand, operand_seed, dtype), _pack(x, -2, *stash, stash_seed)
+    return _one_by_one(_fake_quantize, _pack, x, arguments)
 
 
 def _quantize_and_pack_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -152,6 +208,10 @@ def _quantize_and_pack_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     seeds = None if operand_seed is None else (operand_seed, stash_seed)
     kernels.quantize_and_pack(x, operand, stash, _shape_around(x.shape, -2), operand_spec, stash_spec, seeds)
     return operand if operand.dtype is dtype else operand.to(dtype), stash
+
+
+def _quantize_and_pack_cuda(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _one_by_one(_fake_quantize_cuda, _pack_cuda, x, arguments)
 
 
 def _quantize_and_pack_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -236,20 +296,25 @@ def _mask_fake(x: Tensor, data: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "fake_quantize": (_fake_quantize, _fake_quantize_cpu, _fake_quantize_fake),
-    "pack": (_pack, _pack_cpu, _pack_fake),
-    "unpack": (_unpack, _unpack_cpu, _unpack_fake),
-    "quantize_and_pack": (_quantize_and_pack, _quantize_and_pack_cpu, _quantize_and_pack_fake),
-    "gemm": (_gemm, _gemm_cpu, _gemm_fake),
-    "dropout": (masks.dropout, _dropout_cpu, _dropout_fake),
-    "pack_positive": (masks.pack_positive, _pack_positive_cpu, _pack_positive_fake),
-    "mask": (masks.mask, _mask_cpu, _mask_fake),
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any] | None, Any]] = {
+    "fake_quantize": (_fake_quantize, _fake_quantize_cpu, _fake_quantize_cuda, _fake_quantize_fake),
+    "pack": (_pack, _pack_cpu, _pack_cuda, _pack_fake),
+    "unpack": (_unpack, _unpack_cpu, _unpack_cuda, _unpack_fake),
+    "quantize_and_pack": (
+        *(_quantize_and_pack, _quantize_and_pack_cpu, _quantize_and_pack_cuda),
+        _quantize_and_pack_fake,
+    ),
+    "gemm": (_gemm, _gemm_cpu, None, _gemm_fake),
+    "dropout": (masks.dropout, _dropout_cpu, None, _dropout_fake),
+    "pack_positive": (masks.pack_positive, _pack_positive_cpu, None, _pack_positive_fake),
+    "mask": (masks.mask, _mask_cpu, None, _mask_fake),
 }
-for _name, (_any_device, _cpu, _fake) in _IMPLEMENTATIONS.items():
+for _name, (_any_device, _cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
     _LIBRARY.impl(_name, _any_device, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _cpu, "CPU")
+    if _cuda is not None:
+        _LIBRARY.impl(_name, _cuda, "CUDA")
     torch.library.register_fake(f"fairseq_dsq::{_name}", _fake, lib=_LIBRARY)
 
 fake_quantize: Callable[..., Tensor] = torch.ops.fairseq_dsq.fake_quantize.default

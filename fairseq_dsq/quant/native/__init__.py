@@ -2,7 +2,7 @@
 
 ``kernels`` are those of the best instruction set that this CPU has, or None; ``unavailable`` then says why, and
 :mod:`fairseq_dsq.quant.ops` takes the plain-torch path. The environment variable FAIRSEQ_DSQ_ISA forces one of
-``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels).
+``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels, on GPUs neither).
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""The CUDA kernels against the definition, bit for bit, in Triton's interpreter: test_triton.py runs this file.
+
+TRITON_INTERPRET=1 has to be set before Triton is imported, so it gets a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from quant.common import SHAPES_AND_DIMS, assert_equal_bits, awkward_tensor, seeded
+
+from fairseq_dsq.formats import BlockFloat, FixedPoint
+from fairseq_dsq.quant import BFLOAT16_BITS, ROUNDINGS, ops, packing, triton_kernels
+from fairseq_dsq.quant.reference import CodeSpec, code_spec
+from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+
+SEEDS = (None, 123456789 << 32 | 0xFFFFFFF0)
+WIDTHS = [*range(2, 18), 20, 24, 25, 26, 31, 32]
+# Both sides of a tile of 64 boxes along an outer dimension; short boxes along the last.
+EDGES = [((2, 35, 33), 1), ((3, 40), -1)]
+
+
+@pytest.fixture(autouse=True)
+def kernels_for_any_device(monkeypatch):
+    monkeypatch.setattr(ops, "_triton_kernels", lambda device: triton_kernels)
+
+
+def assert_spec_equals_definition(x, spec, dim, seed):
+    expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
+    assert_equal_bits(ops._fake_quantize_cuda(x, dim, *spec, seed, torch.float32), expected)
+    data = packing.pack(x, spec, dim, seed)
+    assert torch.equal(ops._pack_cuda(x, dim, *spec, seed), data)
+    assert_equal_bits(ops._unpack_cuda(data, x.shape, dim, *spec, torch.float32), expected)
+    if spec.bits <= BFLOAT16_BITS:
+        assert_equal_bits(ops._fake_quantize_cuda(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
+        assert_equal_bits(ops._unpack_cuda(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
+
+
+def assert_equals_definition(x, fmt, dim, seed):
+    assert_spec_equals_definition(x, code_spec(fmt), dim, seed)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width(bits):
+    for index, (shape, dim) in enumerate(EDGES):
+        x = awkward_tensor(shape, seed=bits + index)
+        assert_equals_definition(x, BlockFloat(bits), dim, SEEDS[(bits + index) % 2])
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+@pytest.mark.parametrize(("shape", "dim"), SHAPES_AND_DIMS, ids=str)
+def test_every_shape(shape, dim, seed):
+    for fmt in (BlockFloat(4), BlockFloat(5, 6)):
+        assert_equals_definition(awkward_tensor(shape, seed=3), fmt, dim, seed)
+
+
+@pytest.mark.parametrize("box_size", [1, 3, 8, 32, 100, 256])
+def test_every_box_size(box_size):
+    assert triton_kernels.covers(code_spec(BlockFloat(7, box_size)))
+    for seed in SEEDS:
+        assert_equals_definition(awkward_tensor((3, 270), seed=4), BlockFloat(7, box_size), 1, seed)
+        assert_equals_definition(awkward_tensor((270, 3), seed=5), BlockFloat(4, box_size), 0, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+@pytest.mark.parametrize("bits", [2, 4, 9, 16, 32])
+def test_ties_and_special_values(bits, seed):
+    halves = torch.arange(-40, 40) / 2.0  # of a step, where the box's largest is 2^(bits - 2)
+    largest = torch.finfo(torch.float32).max
+    boxes = [
+        *torch.cat([halves, halves.new_full((16,), 0.75)]).view(6, 16).clamp(-(2.0 ** (bits - 2)), 2.0 ** (bits - 2)),
+        torch.zeros(16),
+        -torch.zeros(16),
+        torch.full((16,), -(2.0**-149)),
+        torch.tensor([2.0**-149, 2.0**-130, -(2.0**-127), 2.0**-126] * 4),
+        torch.tensor([largest, -largest, 2.0**-149, -(2.0**-149)] * 4),
+        torch.tensor([math.inf, -math.inf, largest, -1.0] * 4),
+        torch.tensor([math.nan, -math.nan, -largest, 0.0] * 4),
+        torch.tensor([1.0, 2.0**-150, -(2.0**-140), -(2.0**-30)] * 4),
+    ]
+    x = torch.stack(boxes)
+    assert_equals_definition(x, BlockFloat(bits), 1, seed)
+    assert_equals_definition(x.T.contiguous(), BlockFloat(bits), 0, seed)
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(triton_kernels, "WIDE_FROM", 0)
+    for seed in SEEDS:
+        for shape, dim in EDGES:
+            assert_equals_definition(awkward_tensor(shape, seed=1), BlockFloat(5), dim, seed)
+
+
+def test_other_formats_take_the_plain_path():
+    for spec in (
+        code_spec(FixedPoint(8)),
+        code_spec(FixedPoint(8, 4)),
+        code_spec(BlockFloat(4, 257)),
+        CodeSpec(5, 16, 0, 15, False, None),
+        CodeSpec(6, 16, -3, 31, True, None),
+        CodeSpec(7, 16, -63, 63, True, -40),
+    ):
+        assert not triton_kernels.covers(spec)
+        assert_spec_equals_definition(awkward_tensor((5, 20), seed=1, finite=True), spec, 1, None)
+
+
+@pytest.mark.parametrize("seeds", [(None, None), (5, 6)], ids=ROUNDINGS)
+def test_operand_and_stash_at_once(seeds):
+    x = torch.randn(20, 40, generator=seeded(1)).bfloat16()
+    operand_spec, stash_spec = code_spec(BlockFloat(4)), code_spec(BlockFloat(2))
+    operand, stash = ops._quantize_and_pack_cuda(x, *operand_spec, *stash_spec, *seeds, x.dtype)
+    assert_equal_bits(operand, reference_fake_quantize(x, operand_spec, -1, seeds[0], x.dtype))
+    assert torch.equal(stash, packing.pack(x, stash_spec, -2, seeds[1]))
+
+
+def test_bytes_that_do_not_fit_the_shape_are_refused():
+    with pytest.raises(ValueError, match=r"data: got 9 of torch.uint8, expected 18 of torch.uint8"):
+        ops._unpack_cuda(torch.zeros(9, dtype=torch.uint8), [32], 0, *code_spec(BlockFloat(4)), torch.float32)
+
+
+def test_a_device_is_checked(monkeypatch):
+    device = torch.device("cpu")
+    triton_kernels.check(device)
+    monkeypatch.setattr(triton_kernels, "_rounding", lambda spec, seed: {"MAX_CODE": 6.0, "STOCHASTIC": False})
+    with pytest.raises(RuntimeError, match="the result is not that of the definition"):
+        triton_kernels.check(device)
