@@ -237,10 +237,21 @@ def _gemm(
 
 def _gemm_cpu(out: Tensor, a: Tensor, b: Tensor, *arguments: Any) -> None:
     kernels = native.kernels
-    if kernels is None or not kernels.has_gemm or out.stride(-1) != 1:
-        return _gemm(out, a, b, *arguments)
     a_bits, b_bits, terms, bias, accumulate = arguments
+    # The kernel reads memory as it is told. Operands that do not fit are left to torch, which says so.
+    if kernels is None or not kernels.has_gemm or not _fit(out, a, b, bias):
+        return _gemm(out, a, b, *arguments)
+    bias = None if bias is None else bias.contiguous()
     kernels.gemm(out, _matrix(a), _matrix(b), (a_bits, b_bits), terms, bias, accumulate)
+
+
+def _fit(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether the tensors of a product are what the kernel takes."""
+    if a.dim() != 3 or b.dim() != 3 or out.stride(-1) != 1:
+        return False
+    (batch, m, k), n = a.shape, b.shape[1]
+    shapes = b.shape == (batch, n, k) and out.shape == (batch, m, n) and (bias is None or bias.shape == (n,))
+    return shapes and all(x is None or x.dtype is torch.float32 for x in (out, a, b, bias))
 
 
 def _matrix(x: Tensor) -> Tensor:

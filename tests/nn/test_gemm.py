@@ -157,3 +157,34 @@ def test_zeros_have_a_scale_too():
     fmt = FixedPoint(8)
     zeros = torch.zeros(128, 128)
     assert torch.equal(multiply(Operand(zeros, fmt, -1, True), Operand(zeros, fmt, -1, True), "auto"), zeros)
+
+
+@pytest.mark.parametrize("mode", ["auto", "float32"])
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.zeros(3, 20), torch.zeros(8, 24), None),
+        (torch.zeros(3, 24), torch.zeros(8, 24).bfloat16(), None),
+        (torch.zeros(3, 24).bfloat16(), torch.zeros(8, 24), None),
+        (torch.zeros(3, 24), torch.zeros(8, 24), torch.zeros(5)),
+    ],
+    ids=["width", "weight's dtype", "input's dtype", "bias's shape"],
+)
+def test_operands_that_do_not_fit_are_refused_as_torch_refuses_them(mode, x, weight, bias):
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.linear(x, weight, bias)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, bias, GemmConfig(PrecisionConfig((4, 4, 4, 16)), gemm=mode))
+
+
+def test_batched_operands_that_do_not_fit_are_refused():
+    config = GemmConfig(PrecisionConfig((4, 4, 4, 16)))
+    with pytest.raises(RuntimeError):
+        matmul(torch.zeros(2, 3, 4), torch.zeros(2, 4, 5).bfloat16(), config)
+
+
+@pytest.mark.parametrize("bias", [torch.arange(16.0)[::2], torch.ones(1).expand(8)], ids=["strided", "expanded"])
+def test_a_bias_may_lie_in_memory_as_it_likes(bias):
+    x, weight = normal(3, 24), normal(8, 24)
+    config = GemmConfig(PrecisionConfig((4, 4, 4, 16)))
+    assert torch.equal(linear(x, weight, bias, config), linear(x, weight, bias.clone(), config))
