@@ -16,6 +16,12 @@ find_python() {
     return 1
 }
 
+# score REFERENCE FOLDER DIGITS: sacreBLEU of FOLDER/hypotheses.en; kept where fairseq-dsq report finds it
+score() {
+    sacrebleu "$1" -i "$2/hypotheses.en" -m bleu -w "$3" --force > "$2/score.json"
+    sed -n 's/^ *"score": \([0-9.]*\).*/\1/p' "$2/score.json"
+}
+
 use_env() {
     local extras=$1 venv=$DSQ_ROOT/.venv python stamp
     if [ ! -x "$venv/bin/python" ]; then

@@ -54,5 +54,5 @@ fairseq-generate "$data/bin" --user-dir "$DSQ_ROOT/fairseq_dsq" --path "$out/che
 grep '^D-' "$out/generate.out" | LC_ALL=C sort -V | cut -f3 > "$out/hypotheses.en"
 echo "format $format, levels ${levels:-default}, seed $seed"
 fairseq-dsq epochs "$out/train.log"
-sacrebleu "$data/raw.test.en" -i "$out/hypotheses.en" -m bleu -w 2 > "$out/score.json"
-sed -n 's/^ *"score": \([0-9.]*\).*/test_2016_flickr sacreBLEU: \1/p' "$out/score.json"
+bleu=$(score "$data/raw.test.en" "$out" 2)
+echo "test_2016_flickr sacreBLEU: $bleu"

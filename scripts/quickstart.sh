@@ -46,15 +46,11 @@ dsq_pid=$!
 train float32 --dsq-format float32 || { echo "quickstart.sh: error: see $run/float32/train.log" >&2; exit 1; }
 wait "$dsq_pid" || { echo "quickstart.sh: error: see $run/dsq/train.log" >&2; exit 1; }
 
-# bleu NAME: print the test set's score and leave it where fairseq-dsq report finds it
-bleu() {
-    sacrebleu "$run/text/test.en" -i "$run/$1/hypotheses.en" -m bleu -w 1 --force > "$run/$1/score.json"
-    sed -n 's/^ *"score": \([0-9.]*\).*/\1/p' "$run/$1/score.json"
-}
 echo
 fairseq-dsq epochs "$run/dsq/train.log"
 echo
-echo "test sacreBLEU: DSQ $(bleu dsq), float32 $(bleu float32)"
+dsq_bleu=$(score "$run/text/test.en" "$run/dsq" 1) float32_bleu=$(score "$run/text/test.en" "$run/float32" 1)
+echo "test sacreBLEU: DSQ $dsq_bleu, float32 $float32_bleu"
 echo
 echo "five translations (source, DSQ, reference):"
 paste -d '\n' "$run/text/test.de" "$run/dsq/hypotheses.en" "$run/text/test.en" /dev/null | head -n 20

@@ -194,11 +194,20 @@ def _linear(rounds: int) -> list[Row]:
     return interleave(runs, step(nn.Linear(k, n, bias=False)), "float32", rounds)
 
 
-def _step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Module]:
-    """A training step of the model: forward with its criterion, backward, clipping, Adam; float32 without flags."""
+def _criterion(name: str, **settings: Any) -> Any:
+    """fairseq's criterion of a name, or this project's."""
     from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
     from fairseq.data import Dictionary
 
+    class Task:
+        target_dictionary = Dictionary()
+
+    config = CRITERION_DATACLASS_REGISTRY[name](sentence_avg=False, **settings)
+    return CRITERION_REGISTRY[name].build_criterion(config, Task())
+
+
+def _step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Module]:
+    """A training step of the model: forward with its criterion, backward, clipping, Adam; float32 without flags."""
     from fairseq_dsq.models import probe
 
     torch.manual_seed(0)
@@ -207,13 +216,7 @@ def _step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Modu
     spec = probe.ModelSpec(arch, flags or "", tokens=tokens)
     model = probe.build(spec, "cpu")
     sample = probe.sample(model, spec)
-
-    class Task:
-        target_dictionary = Dictionary()
-
-    name = f"{prefix}label_smoothed_cross_entropy"
-    config = CRITERION_DATACLASS_REGISTRY[name](sentence_avg=False, label_smoothing=0.1)
-    criterion = CRITERION_REGISTRY[name].build_criterion(config, Task())
+    criterion = _criterion(f"{prefix}label_smoothed_cross_entropy", label_smoothing=0.1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -265,12 +268,13 @@ def _memory(rounds: int) -> list[Row]:
         return {"name": name, "ratio_min": ours / float32, "ratio_median": ours / float32, "over": "float32",
                 "bytes": int(ours), "over_bytes": int(float32)}  # fmt: skip
 
-    def flags(scope: str) -> str:
-        return f"--dsq-levels {MEMORY_LEVEL} --dsq-stash-scope {scope}"
+    def flags(scope: str, level: str = MEMORY_LEVEL) -> str:
+        return f"--dsq-levels {level} --dsq-stash-scope {scope}"
 
     float32 = saved_bytes(*_step(None, TOKENS))
     rows = [
-        weigh(f"saved bytes {scope} {MEMORY_LEVEL}", saved_bytes(*_step(flags(scope), TOKENS)), float32)
+        weigh(f"saved bytes {scope} {level}", saved_bytes(*_step(flags(scope, level), TOKENS)), float32)
+        for level in LEVELS[:2]
         for scope in ("all", "gemm")
     ]
     # A process of its own for each: memory that is freed may stay with the process that used it.
@@ -284,9 +288,6 @@ def _memory(rounds: int) -> list[Row]:
 
 def _logging(rounds: int) -> list[Row]:
     """A step of 512 tokens in float32, where logging weighs the most."""
-    from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
-    from fairseq.data import Dictionary
-
     from fairseq_dsq.criterions.dsq_criterion import PREFIX
     from fairseq_dsq.models import probe
 
@@ -295,12 +296,8 @@ def _logging(rounds: int) -> list[Row]:
     model = probe.build(spec, "cpu")
     sample = probe.sample(model, spec)
 
-    class Task:
-        target_dictionary = Dictionary()
-
     def step(name: str) -> Callable[[], object]:
-        config = CRITERION_DATACLASS_REGISTRY[name](sentence_avg=False)
-        criterion = CRITERION_REGISTRY[name].build_criterion(config, Task())
+        criterion = _criterion(name)
         return lambda: criterion(model, sample)[0].backward()
 
     return interleave({f"{PREFIX}{name}": step(PREFIX + name)}, step(name), name, rounds)

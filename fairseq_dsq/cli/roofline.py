@@ -78,11 +78,11 @@ def main(args: argparse.Namespace) -> int:
 
     rows = [(label, precision, groups(precision, quantized)) for label, precision, quantized in settings]
     published = roofline_table() if args.model == PUBLISHED_MODEL else {}
-    title = f"{args.model}, {spec.tokens} tokens in sequences of {spec.length}, {hardware.name}"
+    batch = f"{args.model}, {spec.tokens} tokens in sequences of {spec.length}"
     if args.json:
         print(json.dumps(_as_json(args, spec, hardware, rows, published), indent=1))
     else:
-        print(f"one training step of {title}")
+        print(f"one training step of {batch}, {hardware.name}")
         print(f"floats of {args.float_bits} bits; {hardware.source}\n")
         print(tabulate(*_table(rows), floatfmt=".2f", disable_numparse=[1]))
         if published:
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
         from fairseq_dsq.report.roofline import draw
 
         points = [(f"{label} {precision}", total(groups)) for label, precision, groups in rows]
-        for path in draw(hardware, points, title.replace(f", {hardware.name}", f"\n{hardware.name}"), args.out):
+        for path in draw(hardware, points, f"{batch}\n{hardware.name}", args.out):
             print(f"wrote {path}")
     return 0
 

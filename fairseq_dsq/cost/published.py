@@ -17,11 +17,14 @@ FIXED16 = PrecisionConfig((16, 16, 16, 16), "fixed")
 _GEMMS = (Gemm("output", 1, 1, 1), Gemm("grad_input", 1, 1, 1), Gemm("grad_weight", 1, 1, 1))
 
 
-def printed(value: float, places: int) -> str:
-    """As the paper prints: rounded half up (0.125 becomes 0.13)."""
-    # Nine decimals first: a sum of floats may miss 0.125 by its last bit.
-    exact = Decimal(value).quantize(Decimal("1e-9"))
-    return str(exact.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
+def printed(value: float, places: int, known_places: int = 9) -> str:
+    """As the paper prints: rounded half up (0.125 becomes 0.13).
+
+    Args:
+        known_places: decimals to which the value is known; a sum of floats may miss 0.125 by its last bit.
+    """
+    known = Decimal(value).quantize(Decimal(1).scaleb(-known_places), ROUND_HALF_UP)
+    return str(known.quantize(Decimal(1).scaleb(-places), ROUND_HALF_UP))
 
 
 @dataclass(frozen=True)

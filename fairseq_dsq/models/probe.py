@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ _FREE = {
     "aten::_local_scalar_dense",
 }
 _GATHERS = {"aten::embedding", "aten::index_select", "aten::index"}
-# Model class: the task that builds it. All arguments of its batch are token ids.
+# Model class: the task that builds it.
 TASKS: dict[type, str] = {
     FairseqEncoderDecoderModel: "translation",
     FairseqLanguageModel: "language_modeling",
@@ -236,20 +236,6 @@ def _nodes(last: Any, stop: set[Any]) -> set[Any]:
     return found
 
 
-@contextlib.contextmanager
-def scopes(model: nn.Module, enter: Callable[[str], None], leave: Callable[[], None]) -> Iterator[None]:
-    """Call ``enter(name)`` and ``leave()`` around every module's forward."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: enter(name)))
-        handles.append(module.register_forward_hook(lambda module, args, output: leave()))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def trace(spec: ModelSpec, training: bool = True) -> Work:
     """The GEMMs and stashes of one step, each with the module it serves as its scope.
 
@@ -278,9 +264,16 @@ def ledger_scopes(model: nn.Module, ledger: Ledger) -> Iterator[None]:
         stack.append(name)
         ledger.scope = name
 
-    def leave() -> None:
+    def leave(*_: Any) -> None:
         stack.pop()
         ledger.scope = stack[-1]
 
-    with scopes(model, enter, leave):
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda module, args, name=name: enter(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()

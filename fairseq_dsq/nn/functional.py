@@ -68,11 +68,14 @@ class _Quantizer:
         return None if stash is None else Operand(stash.unpack(), fmt, reduction, self._boxed(reduction))
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> Packed:
-        precision, dim = self.config.precision, self.config.dim(reduction_dim)
-        packed = pack(x, precision.stash_format(role), dim, self.config.rounding, self.stash_generator)
-        if ledger is not None:
-            ledger.record_stash(role, tuple(x.shape), dim, precision, packed.nbytes)
+        fmt, dim = self.config.precision.stash_format(role), self.config.dim(reduction_dim)
+        packed = pack(x, fmt, dim, self.config.rounding, self.stash_generator)
+        self._record(packed, role, ledger)
         return packed
+
+    def _record(self, packed: Packed, role: StashRole, ledger: Ledger | None) -> None:
+        if ledger is not None:
+            ledger.record_stash(role, tuple(packed.shape), packed.dim, self.config.precision, packed.nbytes)
 
     def operand_and_stash(
         self, x: Tensor, stash: bool, how: Arithmetic, ledger: Ledger | None
@@ -86,9 +89,15 @@ class _Quantizer:
             return operand, self.pack(x, "input", -2, ledger) if stash else None
         dims = self.config.dim(-1), self.config.dim(-2)
         rounded, packed = quantize_and_pack(x, fmt, precision.stash, *dims)
-        if ledger is not None:
-            ledger.record_stash("input", tuple(x.shape), dims[1], precision, packed.nbytes)
+        self._record(packed, "input", ledger)
         return Operand(rounded, fmt, -1, self._boxed(-1)), packed
+
+    def backward_arithmetic(self, x: Tensor) -> tuple[Arithmetic, Arithmetic]:
+        """What multiplies in grad_input and in grad_weight; ``x`` is any of their operands."""
+        precision, mode = self.config.precision, self.config.gemm
+        others = precision.grad_input_weight, precision.stash
+        first, second = (arithmetic(x, precision.grad_output, other, mode) for other in others)
+        return first, second
 
     def grad_outputs(
         self, grad: Tensor, need: tuple[bool, bool], how: tuple[Arithmetic, Arithmetic]
@@ -154,11 +163,7 @@ class _Linear(torch.autograd.Function):
         data, *weights = ctx.saved_tensors
         quantizer = _Quantizer(config, _backward_seed(ctx.seed))
         stashed = quantizer.stashed(_packed(data, ctx.stash_spec), precision.stash, -2)
-        fmt, weight_fmt = precision.grad_output, precision.grad_input_weight
-        how = (
-            arithmetic(weights[0], fmt, weight_fmt, config.gemm),
-            arithmetic(weights[0], fmt, precision.stash, config.gemm),
-        )
+        how = quantizer.backward_arithmetic(weights[0])
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -173,9 +178,8 @@ class _Linear(torch.autograd.Function):
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
-                    grad_x = multiply(
-                        along_n, quantizer.operand(weight, weight_fmt, -2, how[0]), config.gemm, add_to=grad_x
-                    )
+                    operand = quantizer.operand(weight, precision.grad_input_weight, -2, how[0])
+                    grad_x = multiply(along_n, operand, config.gemm, add_to=grad_x)
                 if along_m is not None:
                     assert stashed is not None
                     # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
@@ -278,11 +282,7 @@ class _Matmul(torch.autograd.Function):
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
         a = quantizer.stashed(stashes[0], precision.stash, -2)
         b = quantizer.stashed(stashes[1], precision.grad_input_weight, n_dim)
-        fmt = precision.grad_output
-        how = (
-            arithmetic(grad, fmt, precision.grad_input_weight, config.gemm),
-            arithmetic(grad, fmt, precision.stash, config.gemm),
-        )
+        how = quantizer.backward_arithmetic(grad)
         along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), how)
         batch, m, n = grad.shape
         grad_a = grad_b = None

@@ -12,10 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.report.logs import DSQ_DEFAULTS, Run, printable
 from fairseq_dsq.report.scores import METRICS, judged_by
@@ -25,7 +26,7 @@ _FORMAT_LABELS = {"bfp": "BFP", "fixed": "Fixed"}
 _FORMAT_NAMES = {"bfp": "BFP", "fixed": "Fixed-point"}
 _MISSING = "-"
 # Logged sums have six digits: what lies this close to half a unit was half a unit.
-_LOGGED = Decimal("0.00001")
+_LOGGED_PLACES = 5
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,7 @@ def fixed(value: float, digits: int, sign: bool = False) -> str:
     """A number with so many digits after the point, halves away from zero (0.125 gives 0.13)."""
     if not math.isfinite(value):
         return str(value)
-    rounded = Decimal(value).quantize(_LOGGED, ROUND_HALF_UP).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP)
-    return format(rounded + 0, "+f" if sign else "f")
+    return format(Decimal(printed(value, digits, _LOGGED_PLACES)) + 0, "+f" if sign else "f")
 
 
 def relative(value: float | None) -> str:

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from fairseq_dsq.formats import MAX_BITS, MIN_BITS, BlockFloat, FixedPoint
+from fairseq_dsq.quant import BFLOAT16_BITS, packing, reference
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +55,19 @@ def assert_equal_bits(actual, expected):
         f"{len(wrong)} of {same.numel()} differ, first at {wrong[0]}: "
         f"{actual[tuple(wrong[0])].item()!r} for {expected[tuple(wrong[0])].item()!r}"
     )
+
+
+def assert_implements_definition(kernels, x, spec, dim, seed):
+    """(fake_quantize, pack, unpack) of quant/ops.py against the functions that define them, bit for bit."""
+    fake_quantize, pack, unpack = kernels
+    expected = reference.fake_quantize(x, spec, dim, seed, torch.float32)
+    assert_equal_bits(fake_quantize(x, dim, *spec, seed, torch.float32), expected)
+    data = packing.pack(x, spec, dim, seed)
+    assert torch.equal(pack(x, dim, *spec, seed), data)
+    assert_equal_bits(unpack(data, x.shape, dim, *spec, torch.float32), expected)
+    if spec.bits <= BFLOAT16_BITS:
+        assert_equal_bits(fake_quantize(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
+        assert_equal_bits(unpack(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
 
 
 def seeded(seed):

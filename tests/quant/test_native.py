@@ -14,6 +14,7 @@ from quant.common import (
     STATIC_FIXED,
     WIDTHS,
     assert_equal_bits,
+    assert_implements_definition,
     awkward_tensor,
     property_test,
     seeded,
@@ -73,15 +74,7 @@ def isa(request, monkeypatch):
 
 def assert_equals_definition(x, fmt, dim, seed):
     """The operators against the functions that define them."""
-    spec = code_spec(fmt)
-    expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
-    assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.float32), expected)
-    data = packing.pack(x, spec, dim, seed)
-    assert torch.equal(ops.pack(x, dim, *spec, seed), data)
-    assert_equal_bits(ops.unpack(data, x.shape, dim, *spec, torch.float32), expected)
-    if fmt.bits <= BFLOAT16_BITS:
-        assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
-        assert_equal_bits(ops.unpack(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
+    assert_implements_definition((ops.fake_quantize, ops.pack, ops.unpack), x, code_spec(fmt), dim, seed)
 
 
 # Bit for bit

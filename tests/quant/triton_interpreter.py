@@ -10,10 +10,10 @@ import os
 
 import pytest
 import torch
-from quant.common import SHAPES_AND_DIMS, assert_equal_bits, awkward_tensor, seeded
+from quant.common import SHAPES_AND_DIMS, assert_equal_bits, assert_implements_definition, awkward_tensor, seeded
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import BFLOAT16_BITS, ROUNDINGS, ops, packing, triton_kernels
+from fairseq_dsq.quant import ROUNDINGS, ops, packing, triton_kernels
 from fairseq_dsq.quant.reference import CodeSpec, code_spec
 from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
 
@@ -31,14 +31,8 @@ def kernels_for_any_device(monkeypatch):
 
 
 def assert_spec_equals_definition(x, spec, dim, seed):
-    expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
-    assert_equal_bits(ops._fake_quantize_cuda(x, dim, *spec, seed, torch.float32), expected)
-    data = packing.pack(x, spec, dim, seed)
-    assert torch.equal(ops._pack_cuda(x, dim, *spec, seed), data)
-    assert_equal_bits(ops._unpack_cuda(data, x.shape, dim, *spec, torch.float32), expected)
-    if spec.bits <= BFLOAT16_BITS:
-        assert_equal_bits(ops._fake_quantize_cuda(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
-        assert_equal_bits(ops._unpack_cuda(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
+    kernels = ops._fake_quantize_cuda, ops._pack_cuda, ops._unpack_cuda
+    assert_implements_definition(kernels, x, spec, dim, seed)
 
 
 def assert_equals_definition(x, fmt, dim, seed):
