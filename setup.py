@@ -43,16 +43,15 @@ class EditableWheel(editable_wheel):
 
 
 NATIVE = Path("fairseq_dsq", "quant", "native")
-SOURCES = [NATIVE / name for name in ("cpu.cpp", "gemm.cpp", "kernels.cpp", "lanes.h")]
-# kernels.cpp is compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
+SOURCES = sorted(path.relative_to(ROOT) for pattern in ("*.cpp", "*.h") for path in (ROOT / NATIVE).glob(pattern))
+# kernels.cpp and gemm.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
 INSTRUCTION_SETS = {"baseline": []}
+# What gemm.cpp wants besides; with a compiler that does not know it, the set has no GEMM.
+GEMM_FLAGS = {}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# gemm.cpp needs multipliers of 16 bits; without them, or with a compiler that does not know them, it is left empty.
-GEMM_FLAGS = []
-if "avx512" in INSTRUCTION_SETS:
-    GEMM_FLAGS = ["-mavx2", "-mfma", *INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    GEMM_FLAGS = {"avx2": ["-mfma"], "avx512": ["-mfma", "-mavx512vnni", "-mavx512bf16"]}
 # Results must equal torch's bit for bit: no fused multiply-add, no fast math.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # GCC says so of the vectors' own operations, and of its own headers.
@@ -80,11 +79,12 @@ class BuildKernels(build_ext):
         flags = [*FLAGS, *openmp, f"-DDSQ_SOURCE={number}u"]
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
-            objects += self._compile("kernels.cpp", isa, [*flags, *isa_flags, f"-DDSQ_ISA={isa}"])
-        try:
-            objects += self._compile("gemm.cpp", "gemm", [*flags, *GEMM_FLAGS])
-        except Exception:
-            objects += self._compile("gemm.cpp", "gemm", flags)
+            isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
+            objects += self._compile("kernels.cpp", isa, isa_flags)
+            try:
+                objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])
+            except Exception:
+                objects += self._compile("gemm.cpp", isa, [*flags, f"-DDSQ_ISA={isa}"])
         library = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
 

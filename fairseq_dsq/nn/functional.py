@@ -54,14 +54,21 @@ class _Quantizer:
             self.stash_generator = torch.Generator().manual_seed(seed + _STASH)
 
     def _boxed(self, reduction: int) -> bool:
-        return self.generator is None and self.config.dim(reduction) == reduction
+        return self.config.dim(reduction) == reduction
+
+    def _left_to_gemm(self, fmt: Format, reduction: int, how: Arithmetic) -> bool:
+        return self.generator is None and self._boxed(reduction) and rounds_on_the_way(fmt, how)
+
+    def arithmetic(self, x: Tensor, a: Format, b: Format, a_reduction: int, b_reduction: int) -> Arithmetic:
+        """What multiplies two operands; ``x`` is any of them."""
+        boxed = self._boxed(a_reduction) and self._boxed(b_reduction)
+        return arithmetic(x, a, b, self.config.gemm, boxed)
 
     def operand(self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
         """An operand of a GEMM that sums over ``reduction``; left to the GEMM if that rounds on the way."""
-        boxed = self._boxed(reduction)
-        if not (boxed and rounds_on_the_way(fmt, how)):
+        if not self._left_to_gemm(fmt, reduction, how):
             x = fake_quantize(x, fmt, self.config.dim(reduction), self.config.rounding, self.generator)
-        return Operand(x, fmt, reduction, boxed)
+        return Operand(x, fmt, reduction, self._boxed(reduction))
 
     def stashed(self, stash: Packed | None, fmt: Format, reduction: int) -> Operand | None:
         """A stash as an operand."""
@@ -83,7 +90,7 @@ class _Quantizer:
         """A GEMM's first operand (..., M, K), and what is kept of it for grad_weight if ``stash``; read together."""
         precision = self.config.precision
         fmt = precision.output_operands
-        left_to_gemm = self._boxed(-1) and rounds_on_the_way(fmt, how)
+        left_to_gemm = self._left_to_gemm(fmt, -1, how)
         if left_to_gemm or not stash or isinstance(fmt, Float32) or self.generator is not None:
             operand = self.operand(x, fmt, -1, how)
             return operand, self.pack(x, "input", -2, ledger) if stash else None
@@ -92,12 +99,13 @@ class _Quantizer:
         self._record(packed, "input", ledger)
         return Operand(rounded, fmt, -1, self._boxed(-1)), packed
 
-    def backward_arithmetic(self, x: Tensor) -> tuple[Arithmetic, Arithmetic]:
-        """What multiplies in grad_input and in grad_weight; ``x`` is any of their operands."""
-        precision, mode = self.config.precision, self.config.gemm
-        others = precision.grad_input_weight, precision.stash
-        first, second = (arithmetic(x, precision.grad_output, other, mode) for other in others)
-        return first, second
+    def backward_arithmetic(self, x: Tensor, n_dim: int) -> tuple[Arithmetic, Arithmetic]:
+        """What multiplies in grad_input, whose weight has N as ``n_dim``, and in grad_weight; ``x`` is any operand."""
+        precision = self.config.precision
+        return (
+            self.arithmetic(x, precision.grad_output, precision.grad_input_weight, -1, n_dim),
+            self.arithmetic(x, precision.grad_output, precision.stash, -2, -2),
+        )
 
     def grad_outputs(
         self, grad: Tensor, need: tuple[bool, bool], how: tuple[Arithmetic, Arithmetic]
@@ -136,7 +144,7 @@ class _Linear(torch.autograd.Function):
         seed = _draw_seed(config)
         quantizer = _Quantizer(config, seed)
         fmt = precision.output_operands
-        how = arithmetic(x, fmt, fmt, config.gemm)
+        how = quantizer.arithmetic(x, fmt, fmt, -1, -1)
         operand, stash = quantizer.operand_and_stash(rows, any(needs_weight), how, ledger)
         outputs = []
         for weight, bias, needs in zip(weights, biases, needs_weight, strict=True):
@@ -163,7 +171,7 @@ class _Linear(torch.autograd.Function):
         data, *weights = ctx.saved_tensors
         quantizer = _Quantizer(config, _backward_seed(ctx.seed))
         stashed = quantizer.stashed(_packed(data, ctx.stash_spec), precision.stash, -2)
-        how = quantizer.backward_arithmetic(weights[0])
+        how = quantizer.backward_arithmetic(weights[0], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -261,7 +269,7 @@ class _Matmul(torch.autograd.Function):
         quantizer = _Quantizer(config, seed)
         # output: MxK @ KxN => MxN
         fmt = precision.output_operands
-        how = arithmetic(a, fmt, fmt, config.gemm)
+        how = quantizer.arithmetic(a, fmt, fmt, -1, k_dim)
         operand_a, stash_a = quantizer.operand_and_stash(a, needs_b, how, ledger)
         y = multiply(operand_a, quantizer.operand(b, fmt, k_dim, how), config.gemm)
         stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
@@ -282,7 +290,7 @@ class _Matmul(torch.autograd.Function):
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
         a = quantizer.stashed(stashes[0], precision.stash, -2)
         b = quantizer.stashed(stashes[1], precision.grad_input_weight, n_dim)
-        how = quantizer.backward_arithmetic(grad)
+        how = quantizer.backward_arithmetic(grad, n_dim)
         along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), how)
         batch, m, n = grad.shape
         grad_a = grad_b = None

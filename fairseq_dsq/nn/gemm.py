@@ -3,13 +3,15 @@
 All of them multiply the operands' values exactly and accumulate in float32; they differ in speed::
 
     8 bits and less, one scale per tensor, both:    8-bit integers, sums in 32-bit integers
-    9 bits and less (8 significant ones), both:     bfloat16 multipliers
+    9 bits and less (8 significant ones), both:     bfloat16 multipliers, or integers within a box
     10 to 16 bits times 9 and less:                 two bfloat16 terms, or 16-bit integers within a box
     else:                                           float32
 
-On CPUs with AVX512-BF16 the kernels of quant/native/gemm.cpp round block floating point on the way, so that a quantized
-operand is never written to memory. On CPUs with AMX, oneDNN multiplies float32 tensors in bfloat16; on CUDA, bfloat16
-and TF32 tensor cores do (written to be right by construction: it has not run on a GPU).
+On CPUs the kernels of quant/native/gemm.cpp round block floating point on the way, so that a quantized operand is never
+written to memory. On AVX2 and on AVX-512 with VNNI they multiply codes, and take boxes of 16 along the reduction alone;
+with AVX512-BF16, values in any format. On CPUs with AMX, oneDNN multiplies float32 tensors in bfloat16 where that takes
+one term; on CUDA, bfloat16 and TF32 tensor cores do (written to be right by construction: neither has run on such
+hardware).
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class Operand(NamedTuple):
         tensor: (rows, columns) or (batch, rows, columns).
         fmt: what its values are rounded to.
         reduction: the dimension that the GEMM sums over, -1 or -2.
-        boxed: boxes lie along ``reduction``, and rounding is to nearest: the product may round it, again if it is
-            rounded already, which changes nothing and tells the kernel the boxes' scales.
+        boxed: boxes lie along ``reduction``: the product may round it to nearest, again if it is rounded already, which
+            changes nothing and tells the kernel the boxes' scales.
     """
 
     tensor: Tensor
@@ -64,7 +66,7 @@ class Arithmetic(Enum):
     """Where a product runs."""
 
     FLOAT32 = "float32"
-    KERNEL = "bfloat16 and 16-bit integers, native kernels"
+    KERNEL = "bfloat16 and integers within a box, native kernels"
     INTERNAL_BFLOAT16 = "bfloat16 inside float32, oneDNN on AMX"
     CUDA_BFLOAT16 = "bfloat16, CUDA"
     CUDA_TF32 = "TF32, CUDA"
@@ -88,15 +90,18 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return hasattr(torch.backends.cuda.matmul, "fp32_precision") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def arithmetic(x: Tensor, a: Format, b: Format, mode: GemmMode) -> Arithmetic:
-    """What multiplies operands of two formats; ``x`` is one of the tensors."""
+def arithmetic(x: Tensor, a: Format, b: Format, mode: GemmMode, boxed: bool) -> Arithmetic:
+    """What multiplies operands of two formats; ``x`` is one of the tensors, ``boxed`` as both operands'."""
     if mode == "float32" or x.dtype is not torch.float32 or _terms(b) != 1 or _terms(a) is None:
         return Arithmetic.FLOAT32
     if x.device.type == "cpu":
-        if _has_amx():
-            return Arithmetic.INTERNAL_BFLOAT16
         kernels = native.kernels
-        return Arithmetic.KERNEL if kernels is not None and kernels.has_gemm else Arithmetic.FLOAT32
+        codes = boxed and rounds_on_the_way(a, Arithmetic.KERNEL) and rounds_on_the_way(b, Arithmetic.KERNEL)
+        kernel = kernels is not None and kernels.has_gemm and (codes or kernels.gemm_takes_values)
+        # AMX multiplies one term several times as fast as the kernel, two terms and their split no faster.
+        if _has_amx() and not (kernel and codes and _terms(a) == 2):
+            return Arithmetic.INTERNAL_BFLOAT16
+        return Arithmetic.KERNEL if kernel else Arithmetic.FLOAT32
     if x.device.type == "cuda" and torch.version.cuda is not None and _has_tensor_cores(x.device):
         if _terms(a) == 1:
             return Arithmetic.CUDA_BFLOAT16
@@ -165,7 +170,7 @@ def multiply(
     Returns:
         (batch,) M x N.
     """
-    how = arithmetic(a.tensor, a.fmt, b.fmt, mode)
+    how = arithmetic(a.tensor, a.fmt, b.fmt, mode, a.boxed and b.boxed)
     if mode == "auto" and _takes_int8(a, b):
         product = _int8(a, b)
         if product is not None:

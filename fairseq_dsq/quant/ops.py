@@ -239,7 +239,8 @@ def _gemm_cpu(out: Tensor, a: Tensor, b: Tensor, *arguments: Any) -> None:
     kernels = native.kernels
     a_bits, b_bits, terms, bias, accumulate = arguments
     # The kernel reads memory as it is told. Operands that do not fit are left to torch, which says so.
-    if kernels is None or not kernels.has_gemm or not _fit(out, a, b, bias):
+    runs = kernels is not None and kernels.has_gemm and (kernels.gemm_takes_values or (a_bits and b_bits))
+    if kernels is None or not runs or not _fit(out, a, b, bias):
         return _gemm(out, a, b, *arguments)
     bias = None if bias is None else bias.contiguous()
     kernels.gemm(out, _matrix(a), _matrix(b), (a_bits, b_bits), terms, bias, accumulate)

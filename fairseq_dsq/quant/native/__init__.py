@@ -1,4 +1,4 @@
-"""The CPU kernels: loads the library that setup.py built of ``kernels.cpp`` and calls it through ctypes.
+"""The CPU kernels: loads the library that setup.py built of the C++ files here and calls it through ctypes.
 
 ``kernels`` are those of the best instruction set that this CPU has, or None; ``unavailable`` then says why, and
 :mod:`fairseq_dsq.quant.ops` takes the plain-torch path. The environment variable FAIRSEQ_DSQ_ISA forces one of
@@ -28,7 +28,7 @@ VALUES_PER_THREAD = 1 << 16
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
-SOURCES = ("cpu.cpp", "gemm.cpp", "kernels.cpp", "lanes.h")
+SOURCES = sorted(path for pattern in ("*.cpp", "*.h") for path in FOLDER.glob(pattern))
 
 Shape = tuple[int, int, int]
 _POINTER, _INT32, _INT64, _UINT64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
@@ -96,6 +96,11 @@ class Unavailable(Exception):
 class Kernels:
     """The kernels of one instruction set.
 
+    Attributes:
+        has_gemm: whether there is a GEMM kernel for this CPU: on AVX2, and on AVX-512 with VNNI.
+        gemm_takes_values: whether its operands may be values of at most 9 (or 16) bits in any format, which takes
+            AVX512-BF16; else both are block floating point, and it multiplies their codes.
+
     Their tensors are contiguous, on the CPU and not empty: ``x`` float32, ``out`` float32 or bfloat16, packed bytes
     uint8; all seen as ``shape`` (before, length, after) with the boxes along ``length``. ``seed`` None rounds to
     nearest.
@@ -117,8 +122,9 @@ class Kernels:
             function = getattr(library, f"dsq_{isa}_{name}")
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        self.has_gemm = isa == "avx512" and bool(library.dsq_gemm_runs())
-        self._gemm = library.dsq_gemm
+        self.has_gemm = bool(getattr(library, f"dsq_{isa}_gemm_runs")())
+        self.gemm_takes_values = bool(getattr(library, f"dsq_{isa}_gemm_takes_values")())
+        self._gemm = getattr(library, f"dsq_{isa}_gemm")
         self._gemm.argtypes, self._gemm.restype = _GEMM_ARGUMENTS, _INT32
 
     _fake_quantize: Any
@@ -151,6 +157,7 @@ class Kernels:
             out: batch x M x N, contiguous along N.
             a, b: batch x M x K, batch x N x K; float32, each contiguous along either of its last two dimensions.
             bits: of each operand's block floating point, rounded on the way; 0 where its values need no rounding.
+                Both must be given unless ``gemm_takes_values``.
             terms: bfloat16 terms that a value of ``a`` needs, where its bits are 0.
             bias: N values.
 
@@ -226,7 +233,7 @@ def _operand(x: Tensor, bits: int, terms: int) -> Any:
 
 def source_number() -> int:
     """Stands for the C++ sources beside this file."""
-    return zlib.crc32(b"".join((FOLDER / name).read_bytes() for name in SOURCES))
+    return zlib.crc32(b"".join(path.read_bytes() for path in SOURCES))
 
 
 @cache

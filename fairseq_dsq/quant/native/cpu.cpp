@@ -7,7 +7,7 @@
 #include <omp.h>
 #endif
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "names.h"
 
 // The sources that were compiled: setup.py and native/__init__.py compute the same number.
 EXPORT uint32_t dsq_source() { return DSQ_SOURCE; }

@@ -20,11 +20,7 @@
 // math: each operation is rounded as PyTorch rounds it.
 
 #include "lanes.h"
-
-#define JOIN2(a, b, c) a##b##_##c
-#define JOIN(a, b, c) JOIN2(a, b, c)
-#define DSQ_NAME(name) JOIN(dsq_, DSQ_ISA, name)
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "names.h"
 
 extern "C" {
 // What fairseq_dsq.formats says of a format; native/__init__.py has the same fields.
