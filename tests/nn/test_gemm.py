@@ -13,7 +13,9 @@ from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quant import fake_quantize, native
 
 HAS_KERNEL = native.kernels is not None and native.kernels.has_gemm
-needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no GEMM kernel: the CPU lacks AVX512-BF16")
+TAKES_VALUES = native.kernels is not None and native.kernels.gemm_takes_values
+needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no GEMM kernel for this CPU")
+KERNEL_OF_VALUES = Arithmetic.KERNEL if TAKES_VALUES else Arithmetic.FLOAT32
 
 
 @pytest.fixture
@@ -30,26 +32,33 @@ def no_amx(monkeypatch):
         ("bfp4", "bfp16", Arithmetic.FLOAT32),
         ("bfp16", "bfp16", Arithmetic.FLOAT32),
         ("bfp17", "bfp2", Arithmetic.FLOAT32),
-        ("fixed8", "fixed8", Arithmetic.KERNEL),
+        ("fixed8", "fixed8", KERNEL_OF_VALUES),
+        ("bfp4x32", "bfp4x32", KERNEL_OF_VALUES),
         ("float32", "float32", Arithmetic.FLOAT32),
         ("bfp4", "float32", Arithmetic.FLOAT32),
     ],
 )
 def test_a_cpu_takes_the_kernel_where_it_is_exact(no_amx, a, b, expected):
-    assert arithmetic(torch.zeros(1), parse(a), parse(b), "auto") is expected
-    assert arithmetic(torch.zeros(1), parse(a), parse(b), "float32") is Arithmetic.FLOAT32
-    assert arithmetic(torch.zeros(1).bfloat16(), parse(a), parse(b), "auto") is Arithmetic.FLOAT32
+    assert arithmetic(torch.zeros(1), parse(a), parse(b), "auto", True) is expected
+    unboxed = arithmetic(torch.zeros(1), parse(a), parse(b), "auto", False)
+    assert unboxed is (expected if TAKES_VALUES else Arithmetic.FLOAT32)
+    assert arithmetic(torch.zeros(1), parse(a), parse(b), "float32", True) is Arithmetic.FLOAT32
+    assert arithmetic(torch.zeros(1).bfloat16(), parse(a), parse(b), "auto", True) is Arithmetic.FLOAT32
 
 
 def test_without_the_kernel_products_are_float32(no_amx, monkeypatch):
     monkeypatch.setattr(native, "kernels", None)
-    assert arithmetic(torch.zeros(1), BlockFloat(2), BlockFloat(2), "auto") is Arithmetic.FLOAT32
+    assert arithmetic(torch.zeros(1), BlockFloat(2), BlockFloat(2), "auto", True) is Arithmetic.FLOAT32
 
 
-def test_amx_comes_first(monkeypatch):
+def test_amx_multiplies_one_term(monkeypatch):
     monkeypatch.setattr(gemm, "_has_amx", lambda: True)
-    assert arithmetic(torch.zeros(1), BlockFloat(16), BlockFloat(9), "auto") is Arithmetic.INTERNAL_BFLOAT16
-    assert arithmetic(torch.zeros(1), BlockFloat(16), BlockFloat(10), "auto") is Arithmetic.FLOAT32
+    x, nine = torch.zeros(1), BlockFloat(9)
+    assert arithmetic(x, nine, nine, "auto", True) is Arithmetic.INTERNAL_BFLOAT16
+    two_terms = Arithmetic.KERNEL if HAS_KERNEL else Arithmetic.INTERNAL_BFLOAT16
+    assert arithmetic(x, BlockFloat(16), nine, "auto", True) is two_terms
+    assert arithmetic(x, BlockFloat(16), nine, "auto", False) is Arithmetic.INTERNAL_BFLOAT16
+    assert arithmetic(x, BlockFloat(16), BlockFloat(10), "auto", True) is Arithmetic.FLOAT32
 
 
 @pytest.mark.parametrize("how", [None, Arithmetic.INTERNAL_BFLOAT16, Arithmetic.FLOAT32], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from fairseq_dsq.formats import MAX_BITS, MIN_BITS, BlockFloat, FixedPoint
-from fairseq_dsq.quant import BFLOAT16_BITS, packing, reference
+from fairseq_dsq.quant import BFLOAT16_BITS, native, packing, reference
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +56,15 @@ def assert_equal_bits(actual, expected):
         f"{len(wrong)} of {same.numel()} differ, first at {wrong[0]}: "
         f"{actual[tuple(wrong[0])].item()!r} for {expected[tuple(wrong[0])].item()!r}"
     )
+
+
+def kernels_here():
+    """The kernels of every instruction set that this CPU runs, by its name."""
+    found = {}
+    for isa in native.ISAS:
+        with contextlib.suppress(native.Unavailable):
+            found[isa] = native.Kernels(isa)
+    return found
 
 
 def assert_implements_definition(kernels, x, spec, dim, seed):

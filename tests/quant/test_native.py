@@ -16,6 +16,7 @@ from quant.common import (
     assert_equal_bits,
     assert_implements_definition,
     awkward_tensor,
+    kernels_here,
     property_test,
     seeded,
 )
@@ -51,18 +52,7 @@ EDGES = [
 AWKWARD_BOXES = [BlockFloat(bits, box_size) for bits in (2, 4, 5, 8, 16, 25) for box_size in (1, 3, 8, 32, 100)]
 
 
-def runs_here():
-    found = []
-    for isa in native.ISAS:
-        try:
-            native.Kernels(isa)
-        except native.Unavailable:
-            continue
-        found.append(isa)
-    return found
-
-
-HERE = runs_here()
+HERE = list(kernels_here())
 needs_kernels = pytest.mark.skipif(not HERE, reason=f"no kernels: {native.unavailable}")
 
 
