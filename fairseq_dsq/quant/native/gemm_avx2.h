@@ -71,6 +71,23 @@ inline __m256i halves(__m256i low, __m256i high) {  // the low 16 bits of either
   return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA);
 }
 
+// `load_part(from, i, at)` loads 8 floats of the source's row i in memory, beginning with the one numbered `at`.
+template <class Load>
+inline void load_box(__m256 (&x)[BOX], const float* from, const Source& s, Load load_part) {
+  if (s.k_outer) {
+    for (int i = 0; i < BOX; i++) x[i] = load_part(from + i * s.stride, i, 0);
+    return;
+  }
+  for (int i = 0; i < LANES; i++) {
+    const float* from_row = from + i * s.stride;
+    _mm_prefetch(from_row + PREFETCH, _MM_HINT_T1);
+    x[i] = load_part(from_row, i, 0);
+    x[LANES + i] = load_part(from_row + LANES, i, LANES);
+  }
+  transpose(x);
+  transpose(x + LANES);
+}
+
 // Box `box` of the panel of W rows from `row` on, as `write` writes the codes and scales of 8 rows of it.
 template <Side SIDE, int W, class Write>
 inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write write) {
@@ -79,18 +96,12 @@ inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write 
     long rows = std::min<long>(s.rows - row - g, W - g);  // may be < 1: then all of the group is padding
     __m256 x[BOX];
     const float* from = s.data + (s.k_outer ? k0 * s.stride + row + g : (row + g) * s.stride + k0);
-    if (s.k_outer) {
-      for (int i = 0; i < BOX; i++) x[i] = load(from + i * s.stride, i < k ? rows : 0);
-    } else {
-      for (int i = 0; i < LANES; i++) {
-        const float* from_row = from + i * s.stride;
-        _mm_prefetch(from_row + PREFETCH, _MM_HINT_T1);
-        x[i] = load(from_row, i < rows ? k : 0);
-        x[LANES + i] = load(from_row + LANES, i < rows ? k - LANES : 0);
-      }
-      transpose(x);
-      transpose(x + LANES);
-    }
+    if (rows >= LANES && k >= BOX)
+      load_box(x, from, s, [](const float* part, long, long) { return _mm256_loadu_ps(part); });
+    else
+      load_box(x, from, s, [&](const float* part, long i, long at) {
+        return s.k_outer ? load(part, i < k ? rows : 0) : load(part, i < rows ? k - at : 0);
+      });
     __m256i codes[BOX];
     __m256 scale = encode(x, codes, s.bits, s.scale_shift(SIDE));
     write(codes, scale, out + g);
