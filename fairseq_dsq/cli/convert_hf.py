@@ -1,0 +1,66 @@
+"""Turn a Hugging Face encoder (BERT or RoBERTa family) into a folder that fairseq-train fine-tunes from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from fairseq_dsq.models import hf_encoder, hf_vocabulary
+
+MODEL, DICTIONARY, FLAGS = "model.pt", "dict.txt", "arch.args"
+
+
+def convert(source: Path, output: Path) -> list[str]:
+    """Write ``output``: model.pt, dict.txt, arch.args and the tokenizer's files. Returns the flags in arch.args.
+
+    Raises:
+        ValueError, OSError: something is missing or cannot be mapped; ``output`` is then as it was.
+    """
+    if not source.is_dir():
+        raise OSError(f"{source}: expected a folder with config.json, weights and a vocabulary")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists already, expected a new or an empty folder")
+    config = hf_encoder.read_config(source / "config.json")
+    vocabulary = hf_vocabulary.read(source)
+    path, tensors = hf_encoder.read_tensors(source)
+    mapped, untied = hf_encoder.map_tensors(config, path, tensors, vocabulary.rows(config.vocabulary))
+    flags = config.flags(untied)
+
+    partial = output.with_name(f"{output.name}.part-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        files = {
+            **vocabulary.files,
+            DICTIONARY: vocabulary.dictionary(config.vocabulary),
+            FLAGS: " ".join(flags) + "\n",
+        }
+        for name, text in files.items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        torch.save(hf_encoder.checkpoint(mapped, flags, partial / DICTIONARY, output.resolve()), partial / MODEL)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="folder with config.json, model.safetensors or pytorch_model.bin, and vocab.txt, vocab.json with "
+        "merges.txt, or tokenizer.json",
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder to make")
+
+
+def main(args: argparse.Namespace) -> int:
+    flags = convert(args.source, args.output)
+    print(f"wrote {args.output}; fine-tune from {args.output / MODEL} with")
+    print(" ".join(flags))
+    return 0
