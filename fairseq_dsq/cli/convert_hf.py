@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -14,8 +15,11 @@ from fairseq_dsq.models import hf_encoder, hf_vocabulary
 MODEL, DICTIONARY, FLAGS = "model.pt", "dict.txt", "arch.args"
 
 
-def convert(source: Path, output: Path) -> list[str]:
-    """Write ``output``: model.pt, dict.txt, arch.args and the tokenizer's files. Returns the flags in arch.args.
+def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
+    """Write ``output``: model.pt, dict.txt, arch.args and the tokenizer's files.
+
+    Returns:
+        The flags in arch.args, and notes on what the source has beyond the converted model.
 
     Raises:
         ValueError, OSError: something is missing or cannot be mapped; ``output`` is then as it was.
@@ -30,7 +34,8 @@ def convert(source: Path, output: Path) -> list[str]:
     mapped, untied = hf_encoder.map_tensors(config, path, tensors, vocabulary.rows(config.vocabulary))
     flags = config.flags(untied)
 
-    partial = output.with_name(f"{output.name}.part-{os.getpid()}")
+    final = output.resolve()
+    partial = final.with_name(f"{final.name}.part-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         files = {
@@ -40,12 +45,12 @@ def convert(source: Path, output: Path) -> list[str]:
         }
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
-        torch.save(hf_encoder.checkpoint(mapped, flags, partial / DICTIONARY, output.resolve()), partial / MODEL)
-        partial.rename(output)
+        torch.save(hf_encoder.checkpoint(mapped, flags, partial / DICTIONARY, final), partial / MODEL)
+        partial.rename(final)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    return flags
+    return flags, config.notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    flags = convert(args.source, args.output)
+    flags, notes = convert(args.source, args.output)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"wrote {args.output}; fine-tune from {args.output / MODEL} with")
     print(" ".join(flags))
     return 0

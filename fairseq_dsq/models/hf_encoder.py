@@ -99,6 +99,13 @@ class EncoderConfig:
         """Token types that the converted model tells apart; RoBERTa's tokenizer gives every token type 0."""
         return self.token_types if self.family == "bert" and self.token_types > 1 else 0
 
+    @property
+    def notes(self) -> list[str]:
+        """What of the source the converted model does without."""
+        if self.family == "roberta" and self.token_types > 1:
+            return [f"type_vocab_size is {self.token_types}: RoBERTa gives every token type 0, the others are left out"]
+        return []
+
     def flags(self, untied: bool = False) -> list[str]:
         """The flags of fairseq-train that build the model; ``untied``: the LM head has a weight of its own."""
         flags = {
@@ -220,6 +227,8 @@ class _Source:
         if tuple(tensor.shape) != shape:
             has = shape_to_str(tuple(tensor.shape))
             raise ValueError(f"{self.path}: {name} is {has}, expected {shape_to_str(shape)} as config.json says")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.path}: {name}: got {tensor.dtype}, expected floating point")
         return tensor.float()
 
     def take_layer(self, name: str, *shape: int) -> dict[str, Tensor]:

@@ -79,10 +79,10 @@ def read(folder: Path) -> Vocabulary:
     path = folder / "tokenizer.json"
     kind = model.get("type")
     if kind == "WordPiece":
-        return _wordpiece(path, model["vocab"], added, config, fast)
+        return _wordpiece(path, model.get("vocab", {}), added, config, fast)
     if kind == "BPE":
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        return _bpe(path, model["vocab"], merges, added, config)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
+        return _bpe(path, model.get("vocab", {}), merges, added, config)
     if kind is not None:
         raise ValueError(f"{path}: model type: got {kind!r}, expected WordPiece or BPE")
     raise ValueError(f"{folder}: found none of vocab.txt, vocab.json with merges.txt, tokenizer.json")
@@ -125,6 +125,16 @@ def _lines(path: Path) -> dict[str, int]:
     return ids
 
 
+def _merge(path: Path, ids: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:
+    """The ids of a vocabulary's tokens and of those that were added to it."""
+    merged, owner = {**ids, **added}, dict[int, str]()
+    for token, number in merged.items():
+        if not isinstance(number, int) or number < 0 or number in owner:
+            raise ValueError(f"{path}: token {token!r}: got id {number!r}, expected an integer >= 0 of its own")
+        owner[number] = token
+    return merged
+
+
 def _special(path: Path, ids: Mapping[str, int], config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
     special = {}
     for symbol, key in SPECIAL.items():
@@ -144,7 +154,7 @@ def _wordpiece(
     continuation = fast.get("model", {}).get("continuing_subword_prefix", CONTINUATION)
     if continuation != CONTINUATION:
         raise ValueError(f"{path}: continuing_subword_prefix: got {continuation!r}, expected {CONTINUATION!r}")
-    ids = {**ids, **added}
+    ids = _merge(path, ids, added)
     special = _special(path, ids, config, WORDPIECE_NAMES)
     words = {token: word for word, token in ids.items()}
     for token, word in words.items():
@@ -170,7 +180,7 @@ def _bpe(
     path: Path, ids: Mapping[str, int], merges: Iterable[str], added: Mapping[str, int], config: Mapping[str, Any]
 ) -> Vocabulary:
     """GPT-2's byte-pair encoding: fairseq's words are the numbers that its encoder.json gives the tokens."""
-    ids = {**ids, **added}
+    ids = _merge(path, ids, added)
     files = {"encoder.json": json.dumps(ids), "vocab.bpe": _text([BPE_HEADER, *merges])}
     return Vocabulary(
         {token: str(token) for token in ids.values()}, _special(path, ids, config, BPE_NAMES), files, path

@@ -221,7 +221,7 @@ def test_a_tokenizer_json_of_byte_pairs_gives_the_same_files(roberta, tmp_path):
     assert ours == theirs
 
 
-def test_roberta_s_default_configuration_and_other_choices(tmp_path):
+def test_roberta_s_default_configuration_and_other_choices(tmp_path, capsys):
     """Two token types of which RoBERTa uses one, epsilon 1e-12, a padding id of 3, another activation, spare rows."""
     source = hugging_face.roberta(
         tmp_path / "source", pad_token_id=3, hidden_act="gelu_new", max_position_embeddings=40, vocab_size=325
@@ -231,6 +231,7 @@ def test_roberta_s_default_configuration_and_other_choices(tmp_path):
         vocabulary[token] = 4 - vocabulary[token]
     (tmp_path / "source/vocab.json").write_text(json.dumps(vocabulary))
     convert(tmp_path / "source", tmp_path / "converted")
+    assert "note: type_vocab_size is 2: " in capsys.readouterr().err
     flags = (tmp_path / "converted/arch.args").read_text()
     assert "--activation-fn gelu_accurate --max-positions 36 --layer-norm-eps 1e-12\n" in flags
     model, dictionary = load(tmp_path / "converted")
@@ -380,6 +381,15 @@ BROKEN = {
         edit_vocabulary(lambda words: [*words[:-1], "</s>"]),
         "vocab.txt: token '</s>' is a symbol of fairseq's dictionary",
     ),
+    "integers": (
+        edit_tensors(lambda state: state.update({QUERY: torch.ones(32, 32, dtype=torch.int8)})),
+        f"{QUERY}: got torch.int8, expected floating point",
+    ),
+    "one id twice": (
+        fast_tokenizer(type="BPE", vocab={"a": 0, "b": 0}),
+        "tokenizer.json: token 'b': got id 0, expected an integer >= 0 of its own",
+    ),
+    "an empty tokenizer": (fast_tokenizer(type="WordPiece"), "tokenizer.json: lacks cls_token '[CLS]'"),
     "unigram": (fast_tokenizer(type="Unigram"), "tokenizer.json: model type: got 'Unigram', expected WordPiece or BPE"),
     "prefix": (
         fast_tokenizer(type="WordPiece", vocab={}, continuing_subword_prefix="@@"),
