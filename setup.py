@@ -141,6 +141,8 @@ setup(
             "jinja2",
             "tensorboard",
             "tensorboardX",
+            "transformers",
+            "safetensors",
             # To test the CUDA kernels without a GPU.
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

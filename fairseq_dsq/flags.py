@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "dsq_skip": "",
     "dsq_gemm": "auto",
 }
+# What roberta_dsq has beyond fairseq's roberta; these values are roberta's own.
+ENCODER_DEFAULTS: dict[str, Any] = {"token_types": 0, "layer_norm_eps": 1e-5, "head_from_pooler": False}
 # The criterion's own flag.
 PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
 

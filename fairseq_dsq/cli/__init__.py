@@ -21,7 +21,7 @@ def blame(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {error}") from None
 
 
-SUBCOMMANDS = ("bench", "corpus", "cost", "epochs", "export_float", "multi30k", "report", "roofline")
+SUBCOMMANDS = ("bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "multi30k", "report", "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

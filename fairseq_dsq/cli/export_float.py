@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
-from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.flags import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
 
 SUFFIX = "_dsq"
 
@@ -27,10 +27,15 @@ def main(args: argparse.Namespace) -> int:
     arch = str(getattr(model, "arch", "") or getattr(model, "_name", ""))
     if SUFFIX not in arch:
         raise ValueError(f"{args.checkpoint}: got architecture {arch!r}, expected a *{SUFFIX} one")
+    for name in ("token_types", "layer_norm_eps"):
+        value, own = getattr(model, name, ENCODER_DEFAULTS[name]), ENCODER_DEFAULTS[name]
+        if value != own:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{args.checkpoint}: {flag}: got {value}, expected {own}: fairseq has no such float model")
     for name in ("arch", "_name"):
         if hasattr(model, name):
             setattr(model, name, str(getattr(model, name)).replace(SUFFIX, ""))
-    for name in DEFAULTS:
+    for name in (*DEFAULTS, *ENCODER_DEFAULTS):
         if hasattr(model, name):
             delattr(model, name)
     criterion = state["cfg"]["criterion"]

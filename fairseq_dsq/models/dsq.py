@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.heads import convert_heads
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GEMM_MODES, STASH_SCOPES, DSQContext, GemmConfig, convert, log_softmax
+from fairseq_dsq.nn import (
+    BOX_DIMS,
+    FLOAT32,
+    GEMM_MODES,
+    STASH_SCOPES,
+    DSQContext,
+    GemmConfig,
+    convert,
+    log_softmax,
+    matching_patterns,
+)
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -28,7 +39,7 @@ logger = logging.getLogger(__name__)
 SAFE_GRAD_BITS = 16
 
 
-def _checked(flag: str, check: Callable[[str], Any]) -> Callable[[str], Any]:
+def checked(flag: str, check: Callable[[str], Any]) -> Callable[[str], Any]:
     """An argparse type that stops with one line; argparse's own error prints pages of usage first."""
 
     def parse(text: str) -> Any:
@@ -122,7 +133,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     for name, (check, metavar, text) in _FLAGS.items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(
-            flag, type=_checked(flag, check), metavar=metavar, help=f"{text} (default: {DEFAULTS[name]!r})"
+            flag, type=checked(flag, check), metavar=metavar, help=f"{text} (default: {DEFAULTS[name]!r})"
         )
 
 
@@ -142,6 +153,32 @@ def set_defaults(args: Any) -> None:
     for name, value in DEFAULTS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+
+
+Shape = tuple[int, ...] | None
+
+
+def _checkpoint_flag(args: Any) -> tuple[str, str]:
+    """The flag that named the checkpoint which is being loaded, and the start of a message: its value where known."""
+    if any(part.partition("=")[0] == "--path" for part in sys.argv):
+        return "--path", ""
+    name = "finetune_from_model" if getattr(args, "finetune_from_model", None) else "restore_file"
+    value = getattr(args, name, None)
+    return "--" + name.replace("_", "-"), f"{value}: " if value else ""
+
+
+def shape_to_str(shape: Shape) -> str:
+    """Such as ``30522 x 384``; a tensor that is missing is ``none``."""
+    return "none" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+
+def _misfits(own: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> Iterator[tuple[str, Shape, Shape]]:
+    """(name, shape in the checkpoint, shape in the model) of the tensors that differ; those that both have first."""
+    names = dict.fromkeys([*own, *checkpoint])
+    for name in sorted(names, key=lambda name: name not in own or name not in checkpoint):
+        has, expected = (tuple(state[name].shape) if name in state else None for state in (checkpoint, own))
+        if has != expected:
+            yield name, has, expected
 
 
 class DSQState(nn.Module):
@@ -223,10 +260,36 @@ class DSQState(nn.Module):
 
 
 class DSQModelMixin:
-    """For the model classes: the criterion's log-probabilities, tokens x vocabulary, under the stash scope ``all``."""
+    """For the model classes, what every architecture does its own way under DSQ."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's, which answers a tensor that does not fit with pages; one line names the first.
+
+        Raises:
+            SystemExit: a tensor is missing, unknown or of another shape.
+        """
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        except RuntimeError:
+            own = self.state_dict()  # type: ignore[attr-defined]
+            problem = next(_misfits(own, state_dict), None)  # fairseq has upgraded state_dict in place
+            if problem is None:
+                raise
+            name, has, expected = problem
+            args = self.args  # type: ignore[attr-defined]
+            flag, file = _checkpoint_flag(args)
+            blamed = self.blame(*problem)
+            flag_error(flag, f"{file}{name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}")
+
+    def blame(self, name: str, has: Shape, expected: Shape) -> str:
+        """What of the command line or the data gives a model's tensor its shape, to end an error's line."""
+        return "; the checkpoint is of another --arch, of other flags or of another dictionary"
 
     def get_normalized_probs(self, net_output: Any, log_probs: bool, sample: Any = None) -> Tensor:
-        """As fairseq's; ``net_output`` begins with the logits, (..., vocabulary)."""
+        """As fairseq's; ``net_output`` begins with the logits, (..., vocabulary).
+
+        Under the stash scope ``all`` the criterion's log-probabilities keep less for backward.
+        """
         context: DSQContext = self.dsq.context  # type: ignore[attr-defined]
         # With adaptive softmax the decoder's output is features.
         adaptive = getattr(getattr(self, "decoder", None), "adaptive_softmax", None)
@@ -235,14 +298,21 @@ class DSQModelMixin:
         return super().get_normalized_probs(net_output, log_probs, sample)  # type: ignore[misc,no-any-return]
 
 
-def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> None:
+def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
     """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
-    convert(model, context, skip)
+    convert(model, context, skip, optional)
     convert_heads(model)
 
 
-def attach(model: nn.Module, args: Any, task: Any) -> None:
+def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:
     """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
+
+    Args:
+        model: changed in place.
+        args: the flags, after :func:`set_defaults`.
+        task: the fairseq task that validates.
+        later: names of layers that the model gets later and hands to :func:`convert_added`; ``--dsq-skip`` may name
+            them.
 
     Raises:
         SystemExit: flags that contradict each other or the model; one line names the flag.
@@ -265,13 +335,33 @@ def attach(model: nn.Module, args: Any, task: Any) -> None:
         stash_scope=args.dsq_stash_scope,
     )
     schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
+    skip = shlex.split(args.dsq_skip)
     try:
-        quantize(model, context, shlex.split(args.dsq_skip))
+        quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
     except ValueError as error:
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
     model.dsq = DSQState(levels, schedule, context)
     _hang_on_validation(task)
     _warn_of_lone_workers()
+
+
+def convert_added(model: nn.Module, args: Any, name: str) -> None:
+    """Convert the module ``name``, which ``model`` was given after :func:`attach`; it shares the model's level.
+
+    Raises:
+        SystemExit: it cannot be converted; one line says why.
+    """
+    state = model.dsq
+    assert isinstance(state, DSQState)
+    # Inside of what contains it, so that --dsq-skip's patterns see its full name.
+    tree = model.get_submodule(name)
+    for part in reversed(name.split(".")):
+        tree = nn.ModuleDict({part: tree})
+    skip = shlex.split(args.dsq_skip)
+    try:
+        quantize(tree, state.context, skip, optional=skip)
+    except ValueError as error:
+        flag_error("--arch", str(error))
 
 
 def _hang_on_validation(task: Any) -> None:

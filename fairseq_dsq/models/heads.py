@@ -1,13 +1,14 @@
-"""Quantized twins of fairseq heads that multiply by a raw weight."""
+"""Quantized twins of fairseq heads that multiply by a raw weight, and what runs between a head's GEMMs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fairseq.models.roberta.model import RobertaLMHead
+from fairseq.models.roberta.model import RobertaClassificationHead, RobertaLMHead
 from torch import Tensor, nn
 
 from fairseq_dsq.nn import DSQLinear, linear
+from fairseq_dsq.nn.saved import Activation, is_known_activation
 
 
 class DSQRobertaLMHead(RobertaLMHead):
@@ -23,7 +24,17 @@ class DSQRobertaLMHead(RobertaLMHead):
 
 
 def convert_heads(model: nn.Module) -> None:
-    """Give heads whose ``nn.Linear`` layers are converted already their quantized forward; parameters stay theirs."""
+    """Give heads whose ``nn.Linear`` layers are converted already the rest; parameters stay theirs.
+
+    The language-model head gets its quantized forward, and the activation function of either head keeps what the
+    stash scope says.
+    """
     for module in model.modules():
-        if type(module) is RobertaLMHead and isinstance(module.dense, DSQLinear):
+        if not isinstance(module, (RobertaLMHead, RobertaClassificationHead)) or not isinstance(
+            module.dense, DSQLinear
+        ):
+            continue
+        if type(module) is RobertaLMHead:
             module.__class__ = DSQRobertaLMHead
+        if is_known_activation(module.activation_fn):
+            module.activation_fn = Activation(module.activation_fn, module.dense.context)

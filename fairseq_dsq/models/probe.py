@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,24 @@ class _NoData(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def training_config(flags: Sequence[str]) -> Any:
+    """The configuration that fairseq-train makes of its command line.
+
+    Raises:
+        ValueError: flags that it refuses; the message is its last line.
+    """
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            args = options.parse_args_and_arch(options.get_training_parser(), list(flags))
+    except SystemExit as stop:  # argparse's follows pages of usage; this project's own is one line, the exit's
+        error = stop.code if isinstance(stop.code, str) else usage.getvalue().strip().splitlines()[-1]
+        raise ValueError(error.partition("error: ")[2]) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra's, about fairseq's use of it
+        return convert_namespace_to_omegaconf(args)
+
+
 def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
     """The float (or ``*_dsq``) model of a spec, in training mode.
 
@@ -128,17 +146,10 @@ def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
     if not names:
         raise ValueError(f"arch: got {spec.arch!r}, expected a translation, language or masked language model")
     task_class = TASK_REGISTRY[names[0]]
-    argv = ["data", "--arch", spec.arch, "--task", names[0], *spec.flags.split()]
-    usage = io.StringIO()
     try:
-        with contextlib.redirect_stderr(usage):
-            args = options.parse_args_and_arch(options.get_training_parser(), argv)
-    except SystemExit:  # pages of usage, and the error at their end
-        error = usage.getvalue().strip().splitlines()[-1]
-        raise ValueError(f"--flags: {error.partition('error: ')[2]}") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra's, about fairseq's use of it
-        config = convert_namespace_to_omegaconf(args)
+        config = training_config(["data", "--arch", spec.arch, "--task", names[0], *spec.flags.split()])
+    except ValueError as error:
+        raise ValueError(f"--flags: {error}") from None
     dictionary = Dictionary()
     for index in range(spec.vocabulary - len(dictionary)):
         dictionary.add_symbol(f"token{index}")

@@ -15,7 +15,7 @@ from fairseq_dsq.nn.context import (
     StashScope,
     Work,
 )
-from fairseq_dsq.nn.convert import convert
+from fairseq_dsq.nn.convert import convert, matching_patterns
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
@@ -42,5 +42,6 @@ __all__ = [
     "linear",
     "linear_group",
     "log_softmax",
+    "matching_patterns",
     "matmul",
 ]

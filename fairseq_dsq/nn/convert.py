@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,15 +39,15 @@ def _is_other_attention(module: nn.Module) -> bool:
     return any(kind.__name__ == "MultiheadAttention" for kind in type(module).__mro__)
 
 
-def _names(name: str) -> list[str]:
-    """A module's name and those of the modules that contain it."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-
-
 def _matching(skip: Sequence[str], names: Sequence[str]) -> set[str]:
     """The patterns that one of the names matches."""
     return {pattern for pattern in skip if any(fnmatch.fnmatchcase(name, pattern) for name in names)}
+
+
+def matching_patterns(skip: Sequence[str], name: str) -> set[str]:
+    """The patterns that match a module's full name or the name of a module that contains it."""
+    parts = name.split(".")
+    return _matching(skip, [".".join(parts[:length]) for length in range(len(parts), 0, -1)])
 
 
 def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
@@ -84,7 +84,7 @@ def _keep_less(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> No
     """Have what runs between a converted model's GEMMs keep what the context's stash scope says."""
     if context.stash_scope == "all":
         for parent, attribute, name in list(_keepers(model)):
-            if not _matching(skip, _names(name)):
+            if not matching_patterns(skip, name):
                 child = parent.get_submodule(attribute)
                 twin = DSQLayerNorm.from_float(child, context) if isinstance(child, nn.LayerNorm) else None
                 setattr(parent, attribute, twin or DSQDropout(child, context))
@@ -96,7 +96,7 @@ def _keep_less(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> No
             module.activation_fn = Activation(function, fc2.context)
 
 
-def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> nn.Module:
+def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> nn.Module:
     """Replace every nn.Linear and fairseq attention of ``model`` by its quantized twin.
 
     Under the stash scope ``all``, every nn.LayerNorm and dropout too; activation functions between fairseq's fc1 and
@@ -108,6 +108,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         context: precision, rounding, box direction and ledger that the layers share.
         skip: shell-style patterns; a module whose name, or a containing module's name, matches stays float32 (its
             GEMMs are still counted, as float32).
+        optional: the patterns that need not match a layer.
 
     Returns:
         The converted model.
@@ -121,13 +122,13 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         convert(holder, context, skip)
         return holder[0]
     float_context = context.float32()
-    unused = set(skip)
+    unused = set(skip) - set(optional)
     twins: list[tuple[nn.Module, str, nn.Module]] = []
     for parent, attribute, name in _convertible(model):
         module = parent.get_submodule(attribute)
         if any(_has_hooks(part) for part in module.modules()):
-            raise ValueError(f"{name}: has hooks, which conversion would lose (is quant noise on?)")
-        matching = _matching(skip, _names(name))
+            raise ValueError(f"{name}: has hooks, which conversion would lose (is quant noise or spectral norm on?)")
+        matching = matching_patterns(skip, name)
         unused -= matching
         own = float_context if matching else context
         if isinstance(module, nn.Linear):
@@ -147,7 +148,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = ()) -> 
         twins.append((parent, attribute, attention))
     if context.stash_scope == "all":
         for _, _, name in _keepers(model):
-            unused -= _matching(skip, _names(name))
+            unused -= matching_patterns(skip, name)
     if unused:
         patterns = ", ".join(sorted(map(repr, unused)))
         raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")

@@ -98,6 +98,7 @@ def test_flags_change_the_model_and_validation_has_no_backward(capsys):
         (("--arch", "roberta-base", "--layer", "1x2x3"), "--layer: got it beside --arch"),
         (("--arch", "roberta-base", "--tokens", "100"), "--tokens: got 100, expected a multiple of length 512"),
         (("--arch", "roberta-base", "--flags", "--nix 3"), "--flags: unrecognized arguments: --nix 3"),
+        (("--arch", "roberta_dsq", "--flags", "--dsq-format nix"), "--flags: argument --dsq-format: got 'nix'"),
         (("--paper-table", "--arch", "roberta-base"), "--paper-table: got a model beside it"),
     ],
 )

@@ -11,7 +11,7 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
 from torch import nn
 
-from fairseq_dsq.models import dsq
+from fairseq_dsq.models import dsq, probe
 from fairseq_dsq.nn import DSQLinear
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -160,6 +160,17 @@ def test_skipped_layers_stay_float32():
     model.dsq.validated(1.0)
     x = torch.randn(3, 8)
     assert torch.equal(model[1](x), nn.functional.linear(x, model[1].weight, model[1].bias))
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_in_one_line():
+    flags = "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --encoder-attention-heads 2"
+    flags += " --decoder-attention-heads 2"
+    small, large = (probe.build(probe.ModelSpec("transformer_dsq", flags, vocabulary=size), "cpu") for size in (20, 30))
+    with pytest.raises(
+        SystemExit, match=r"--restore-file: .*embed_tokens\.weight is 20 x 16, expected 30 x 16"
+    ) as stop:
+        large.load_state_dict(small.state_dict())
+    assert "\n" not in str(stop.value)
 
 
 def test_every_criterion_with_a_dataclass_has_a_dsq_twin():
