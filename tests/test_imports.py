@@ -14,6 +14,7 @@ ARROWS = {
     "__init__": {"compat", "criterions", "models", "tasks", "optim"},
     "compat": set(),
     "data_files": set(),
+    "download": set(),
     "flags": set(),
     "formats": set(),
     "precision": {"formats"},
@@ -27,6 +28,7 @@ ARROWS = {
     "cli": {
         "criterions",
         "data_files",
+        "download",
         "flags",
         "formats",
         "precision",
