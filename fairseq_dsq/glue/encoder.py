@@ -14,6 +14,7 @@ import os
 import shlex
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +106,14 @@ def find(name: str, downloads: Path) -> Encoder:
         partial = downloads / f"{name}.part"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            with tarfile.open(archive) as content:
+            with tarfile.open(archive, "r:gz") as content:
                 content.extractall(partial, filter="data")
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{archive}: {error}, expected a .tar.gz archive") from None
-        (partial / name).rename(folder)
-        partial.rmdir()
-        archive.unlink()
+            (partial / name).rename(folder)
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"{archive}: {error}, expected a .tar.gz archive of the folder {name}") from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            archive.unlink()
     return Encoder(folder, DOWNLOADABLE[name])
 
 

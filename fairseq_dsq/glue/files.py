@@ -64,19 +64,26 @@ def fetch(task: GlueTask, downloads: Path) -> Path:
     partial = downloads / f"{task.name}.part"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    if archive.suffix == ".zip":
-        names = {f"{task.name}/{name}" for name in ("train.tsv", *(name for name, _ in task.dev))}
-        with zipfile.ZipFile(archive) as content:
-            for name in content.namelist():
-                if name in names:
-                    with content.open(name) as source, open(partial / name.rpartition("/")[2], "wb") as target:
-                        shutil.copyfileobj(source, target)
-    else:
-        ids = download(MRPC_DEV_IDS.url, downloads / "mrpc_dev_ids.tsv", MRPC_DEV_IDS.sha256, hint)
-        _split_mrpc(archive, ids, partial)
-    partial.rename(folder)
+    try:
+        if archive.suffix == ".zip":
+            _unzip(
+                archive, {f"{task.name}/{name}" for name in (TRAIN_FILES[0], *(name for name, _ in task.dev))}, partial
+            )
+        else:
+            ids = download(MRPC_DEV_IDS.url, downloads / "mrpc_dev_ids.tsv", MRPC_DEV_IDS.sha256, hint)
+            _split_mrpc(archive, ids, partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     archive.unlink()
     return folder
+
+
+def _unzip(archive: Path, names: set[str], folder: Path) -> None:
+    with zipfile.ZipFile(archive) as content:
+        for name in names.intersection(content.namelist()):
+            with content.open(name) as source, open(folder / Path(name).name, "wb") as target:
+                shutil.copyfileobj(source, target)
 
 
 def _split_mrpc(corpus: Path, ids: Path, folder: Path) -> None:

@@ -68,11 +68,15 @@ class Prepared:
 
         Raises:
             OSError: it is no prepared folder.
+            ValueError: its manifest is damaged.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise OSError(f"{folder}: has no {MANIFEST}, expected a folder that fairseq-dsq glue-prepare wrote")
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}, expected what fairseq-dsq glue-prepare wrote") from None
 
 
 def valid_split(number: int) -> str:

@@ -33,6 +33,7 @@ ARCH = (
 )
 FILLERS = ("the", "dog", "cat", "house", "sees", "likes", "old", "green")
 EPOCHS = 8
+LONG = 60
 CLUES = {"entailment": "surely", "neutral": "perhaps", "contradiction": "never"}
 
 
@@ -59,7 +60,10 @@ def encoder(tmp_path_factory):
 
 
 def write_toy(folder, task, files, rows, seed=1):
-    """A task's files, in which the second sentence's one clue word decides the label, or score."""
+    """A task's files, in which the second sentence's one clue word decides the label, or score.
+
+    The last pair of each file is longer than the model's positions.
+    """
     rng = random.Random(seed)
     folder.mkdir()
     columns = [*task.sentences, task.label]
@@ -70,7 +74,8 @@ def write_toy(folder, task, files, rows, seed=1):
             second = [*rng.choices(FILLERS, k=4), CLUES[label]]
             rng.shuffle(second)
             value = {"neutral": "2.500", "entailment": "5.000", "contradiction": "0.000"}[label]
-            fields = [" ".join(rng.choices(FILLERS, k=5)), " ".join(second), value if task.is_regression else label]
+            first = rng.choices(FILLERS, k=LONG if index == count - 1 else 5)
+            fields = [" ".join(first), " ".join(second), value if task.is_regression else label]
             lines.append("\t".join([str(index), *fields]))
         (folder / name).write_text("\n".join(lines) + "\n")
     return folder
