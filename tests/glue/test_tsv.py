@@ -19,7 +19,7 @@ FILES = {
     "CoLA": ("gj04\t1\t\tThey left.\ngj04\t0\t*\tLeft they.\n", [(("They left.",), "1"), (("Left they.",), "0")]),
     "SST-2": ("sentence\tlabel\nhide new secretions \t0\n", [(("hide new secretions",), "0")]),
     "MRPC": (
-        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tIt is new\tIt is old\r\n",
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tIt is new\tIt is old\r\n",
         [(PAIR, "1")],
     ),
     "STS-B": (
