@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,20 @@ class Model:
     level: tuple[int, str] | None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep fairseq's log and the data loader's warnings to themselves: fairseq logs all it does to standard error."""
+    logger = logging.getLogger("fairseq")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def parse(flags: Sequence[str]) -> Any:
     """fairseq-train's configuration of flags.
 
@@ -46,13 +61,12 @@ def parse(flags: Sequence[str]) -> Any:
     """
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output):
+        with _quiet(), contextlib.redirect_stderr(output):
             args = options.parse_args_and_arch(options.get_training_parser(), list(flags))
     except SystemExit as stop:  # pages of usage and the error at their end, or a line of this package's own
         text = stop.code if isinstance(stop.code, str) else output.getvalue()
         raise ValueError(text.strip().splitlines()[-1].partition("error: ")[2]) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra's, about fairseq's use of it
+    with _quiet():
         return convert_namespace_to_omegaconf(args)
 
 
@@ -82,6 +96,7 @@ def binarise(folder: Path, side: str, dictionary: Path, splits: Sequence[str]) -
         handler.close()
 
 
+@_quiet()
 def updates_per_epoch(config: Any) -> int:
     """Optimizer steps of an epoch of fairseq-train with this configuration, from its own batches.
 
@@ -106,6 +121,7 @@ def updates_per_epoch(config: Any) -> int:
     return math.ceil(len(batches) / update_freq)
 
 
+@_quiet()
 def load(checkpoint: Path, data: Path) -> Model:
     """The model that a checkpoint of ``sentence_prediction`` holds.
 
@@ -132,6 +148,7 @@ def load(checkpoint: Path, data: Path) -> Model:
     return Model(model, task, config.task.num_classes, config.task.classification_head_name, level)
 
 
+@_quiet()
 def predict(loaded: Model, split: str) -> tuple[list[float], list[float]]:
     """Targets and predictions for every example of a split, in its order: class indices, or scores."""
     dataset = loaded.task.load_dataset(split)

@@ -109,6 +109,7 @@ def mnli(encoder, tmp_path_factory):
     finished = start_glue(*arguments)
     out, err = finished.communicate(timeout=300)
     assert finished.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
+    assert err == ""
     return folder, out
 
 
