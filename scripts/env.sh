@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv where it is missing, installs the package with the named extras, activates.
-# PYTHON names the interpreter to make it with.
+# PYTHON names the interpreter to make it with; DSQ_ENV an environment (a folder with bin/) to use as it is instead.
 
 DSQ_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TORCH_PIN=torch==2.13.0
@@ -24,6 +24,10 @@ score() {
 
 use_env() {
     local extras=$1 venv=$DSQ_ROOT/.venv python stamp
+    if [ -n "${DSQ_ENV:-}" ]; then
+        PATH=$DSQ_ENV/bin:$PATH
+        return
+    fi
     if [ ! -x "$venv/bin/python" ]; then
         python=$(find_python)
         "$python" -m venv "$venv"

@@ -21,7 +21,10 @@ def blame(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {error}") from None
 
 
-SUBCOMMANDS = ("bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "multi30k", "report", "roofline")
+SUBCOMMANDS = (
+    "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags", "glue_prepare",
+    "multi30k", "report", "roofline",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

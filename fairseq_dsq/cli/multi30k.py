@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import os
 import sys
-import urllib.request
 from pathlib import Path
 
 import sentencepiece
+
+from fairseq_dsq.download import download
 
 URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d/data/task1/raw/"
 # sha256 of the compressed files at that commit.
@@ -38,18 +38,12 @@ def fetch(name: str, folder: Path) -> Path:
         return path
     path = folder / name
     if not path.exists():
-        url = f"{URL}{name}.gz"
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                compressed = response.read()
-        except OSError as error:
-            raise OSError(f"{url}: {error} (set DSQ_DATA to a folder that holds {FOLDER}/{name})") from None
-        digest = hashlib.sha256(compressed).hexdigest()
-        if digest != SHA256[name]:
-            raise ValueError(f"{url}: got sha256 {digest}, expected {SHA256[name]}")
+        hint = f"set DSQ_DATA to a folder that holds {FOLDER}/{name}"
+        compressed = download(f"{URL}{name}.gz", folder / f"{name}.gz", SHA256[name], hint)
         partial = path.with_suffix(path.suffix + ".part")
-        partial.write_bytes(gzip.decompress(compressed))
+        partial.write_bytes(gzip.decompress(compressed.read_bytes()))
         partial.rename(path)
+        compressed.unlink()
     return path
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fairseq_dsq.glue import TASKS, metrics
 from fairseq_dsq.report.logs import LOWER_IS_BETTER, QUALITY_METRICS, Run, log_files
 
 _TAIL_BYTES = 1 << 16
@@ -42,15 +44,22 @@ def _valid_metric(name: str) -> Metric:
 
 
 GIVEN = "given"
+_GLUE = {
+    f"glue_{metric}{suffix}": Metric(f"{metric}{suffix.replace('_', ' ')} (GLUE dev, %)", 1)
+    for task in TASKS.values()
+    for metric in task.metrics
+    for _, suffix in task.dev
+}
 METRICS: Mapping[str, Metric] = {
     GIVEN: Metric("quality (given)", 2),
     "sacrebleu": Metric("BLEU (sacreBLEU)", 2),
     "bleu4": Metric("BLEU4 (fairseq, tokenised)", 2),
+    **_GLUE,
     **{f"valid_{name}": _valid_metric(name) for name in QUALITY_METRICS},
 }
 # The first of these of which a run has anything is what the run is judged by.
 _CLASSIFICATION = tuple(f"valid_{name}" for name in QUALITY_METRICS if name not in ("bleu", "loss"))
-GROUPS = ((GIVEN,), ("sacrebleu",), ("bleu4",), ("valid_bleu",), _CLASSIFICATION, ("valid_loss",))
+GROUPS = ((GIVEN,), ("sacrebleu",), ("bleu4",), tuple(_GLUE), ("valid_bleu",), _CLASSIFICATION, ("valid_loss",))
 
 
 def scores(run: Run) -> dict[str, float]:
@@ -93,15 +102,29 @@ def _read_scores(path: Path) -> list[tuple[str, float, bool]]:
         test = match["subset"] is None or match["subset"].startswith("test")
         hits.append(("bleu4" if match["kind"] == "4" else "sacrebleu", float(match["score"]), test))
     if text.lstrip().startswith(("{", "[")) and '"BLEU"' in text:
-        hits += [("sacrebleu", score, True) for score in _sacrebleu_json(text)]
+        hits += [("sacrebleu", score, True) for score in _numbers(r.get("score") for r in _records(text, "BLEU"))]
+    if f'"{metrics.RESULT}"' in text:
+        hits += [(name, score, True) for name, score in _glue_scores(text)]
     return hits
 
 
-def _sacrebleu_json(text: str) -> list[float]:
+def _records(text: str, name: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file that call themselves ``name``."""
     try:
         records = json.loads(text)
     except json.JSONDecodeError:
         return []
-    records = [record for record in (records if isinstance(records, list) else [records]) if isinstance(record, dict)]
-    scores = [record.get("score") for record in records if record.get("name") == "BLEU"]
-    return [float(score) for score in scores if isinstance(score, (int, float)) and math.isfinite(score)]
+    records = records if isinstance(records, list) else [records]
+    return [record for record in records if isinstance(record, dict) and record.get("name") == name]
+
+
+def _glue_scores(text: str) -> Iterator[tuple[str, float]]:
+    for record in _records(text, metrics.RESULT):
+        values = record.get("scores")
+        if isinstance(values, dict):
+            for name in _GLUE:
+                yield from ((name, score) for score in _numbers([values.get(name.removeprefix("glue_"))]))
+
+
+def _numbers(values: Iterable[object]) -> list[float]:
+    return [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]

@@ -1,0 +1,57 @@
+"""Fetch a file from its public address: whole and verified, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import urllib.request
+from pathlib import Path
+
+TIMEOUT_S = 60
+_CHUNK_BYTES = 1 << 20
+
+
+def checksum(*paths: Path) -> str:
+    """sha256 of the files, one after the other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(url: str, path: Path, sha256: str | None = None, hint: str = "") -> Path:
+    """Fetch ``url`` to ``path`` unless that is there already.
+
+    Args:
+        sha256: the checksum that the file must have, in hexadecimal digits; None where none is published.
+        hint: what to do if the address cannot be reached, for the error.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        OSError: it cannot be fetched or written, or ends early.
+        ValueError: its checksum differs. Nothing is left at ``path`` in either case.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    try:
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(partial, "wb") as file:
+                shutil.copyfileobj(response, file)
+            expected = response.headers.get("Content-Length")
+            got = partial.stat().st_size
+            if expected is not None and got != int(expected):  # read() does not say so
+                raise OSError(f"got {got} bytes, expected {expected}")
+        except OSError as error:
+            raise OSError(f"{url}: {error}" + (f" ({hint})" if hint else "")) from None
+        if sha256 is not None and (digest := checksum(partial)) != sha256:
+            raise ValueError(f"{url}: got sha256 {digest}, expected {sha256}")
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# A GLUE task: tokenise, binarise, fine-tune with fairseq-train, score on the development sets.
+set -euo pipefail
+usage="usage: glue.sh TASK [--encoder DIR] [--data DIR] [--format bfp|fixed|float32] [--levels LEVELS] [--patience N]
+               [--min-delta D] [--epochs N] [--lr LR] [--seed N] [--train-rows N] [--prepared DIR] [--out DIR]
+               [-- any flag of fairseq-train]
+TASK is CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI. Its TSV files come from --data, \$DSQ_DATA/glue/TASK or
+the public address; the encoder is a folder (see fairseq_dsq/glue/encoder.py) or roberta.base, which is downloaded.
+Runs can share one --prepared folder (default: OUT/data). A run that was stopped goes on where it was."
+
+encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 lr=1e-5 seed=1 train_rows=0 prepared= out=
+task=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --encoder | --data | --format | --levels | --patience | --min-delta | --epochs | --lr | --seed | --train-rows | --prepared | --out)
+            [ $# -ge 2 ] || { echo "glue.sh: error: $1 needs a value" >&2; exit 2; }
+            name=${1#--}
+            declare "${name//-/_}=$2"
+            shift 2 ;;
+        -h | --help) echo "$usage"; exit 0 ;;
+        --) shift; break ;;
+        -*) echo "glue.sh: error: unknown argument $1" >&2; echo "$usage" >&2; exit 2 ;;
+        *)
+            [ -z "$task" ] || { echo "glue.sh: error: unknown argument $1" >&2; echo "$usage" >&2; exit 2; }
+            task=$1
+            shift ;;
+    esac
+done
+[ -n "$task" ] || { echo "glue.sh: error: TASK is missing" >&2; echo "$usage" >&2; exit 2; }
+# fairseq reads 0 as no limit.
+[[ $epochs =~ ^[1-9][0-9]*$ ]] || { echo "glue.sh: error: --epochs: got '$epochs', expected an integer >= 1" >&2; exit 2; }
+
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_env glue
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+downloads=$DSQ_ROOT/runs/glue/downloads
+out=${out:-$DSQ_ROOT/runs/glue/$task/$(basename "$encoder")-$format-${levels:-default}-seed$seed}
+prepared=${prepared:-$out/data}
+
+fairseq-dsq glue-prepare "$task" "$prepared" --encoder "$encoder" --downloads "$downloads" ${data:+--data "$data"} \
+    --train-rows "$train_rows"
+mkdir -p "$out"
+
+# Dropout, Adam, decay and batches as in fairseq's examples/roberta/README.glue.md.
+flags=$(fairseq-dsq glue-flags --encoder "$encoder" --downloads "$downloads" "$prepared" -- \
+    --criterion dsq_sentence_prediction --dropout 0.1 --attention-dropout 0.1 --shorten-method truncate \
+    --batch-size 32 --max-tokens 4400 --required-batch-size-multiple 1 \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-6 --weight-decay 0.1 --clip-norm 0.0 \
+    --lr "$lr" --lr-scheduler polynomial_decay --max-epoch "$epochs" --seed "$seed" \
+    --dsq-format "$format" ${levels:+--dsq-levels "$levels"} --dsq-patience "$patience" --dsq-min-delta "$min_delta" \
+    --no-epoch-checkpoints --save-dir "$out" --log-format json --log-interval 100 --no-progress-bar "$@")
+mapfile -t flags <<< "$flags"
+fairseq-train "${flags[@]}" --user-dir "$DSQ_ROOT/fairseq_dsq" >> "$out/train.log" 2>&1 \
+    || { grep -E '[Ee]rror' "$out/train.log" | tail -n 1 >&2; echo "glue.sh: error: training failed, see $out/train.log" >&2; exit 1; }
+
+echo "format $format, levels ${levels:-default}, seed $seed"
+fairseq-dsq epochs "$out/train.log"
+fairseq-dsq glue-evaluate "$prepared" "$out/checkpoint_best.pt" --out "$out/glue.json"
