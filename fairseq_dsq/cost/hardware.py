@@ -15,6 +15,7 @@ from fairseq_dsq import data_files
 FOLDER = "hardware"
 OPS_PER_MAC = 2  # as vendors count
 _ROUNDS = 7
+_TRIAL_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ def _fastest(run: Callable[[], object]) -> float:
     return min(seconds)
 
 
+def _gemm_seconds(size: int, dtype: torch.dtype) -> float:
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return _fastest(lambda: a @ b)
+
+
 def processor() -> str:
     """This machine's processor, in words."""
     try:
@@ -88,10 +94,10 @@ def measure(size: int = 2048, copy_bytes: int = 2**28) -> Hardware:
     A copy of ``copy_bytes`` bytes moves twice as many; widths of 16 bits and less are given bfloat16's speed where it
     is the faster.
     """
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    low_a, low_b = a.bfloat16(), b.bfloat16()
-    float32 = _fastest(lambda: a @ b)
-    bfloat16 = _fastest(lambda: low_a @ low_b)
+    float32 = bfloat16 = _gemm_seconds(size, torch.float32)
+    # Without bfloat16 units torch takes hundreds of times as long: a small product tells in no time.
+    if _gemm_seconds(_TRIAL_SIZE, torch.bfloat16) < 4 * _gemm_seconds(_TRIAL_SIZE, torch.float32):
+        bfloat16 = min(float32, _gemm_seconds(size, torch.bfloat16))
     source = torch.zeros(copy_bytes, dtype=torch.uint8)
     target = torch.ones_like(source)
     copy = _fastest(lambda: target.copy_(source))
@@ -99,7 +105,7 @@ def measure(size: int = 2048, copy_bytes: int = 2**28) -> Hardware:
     threads = torch.get_num_threads()
     return Hardware(
         name=f"{processor()}, {threads} {'thread' if threads == 1 else 'threads'}",
-        tera_ops_per_s={32: round(tera_ops / float32, 4), 16: round(tera_ops / min(float32, bfloat16), 4)},
+        tera_ops_per_s={32: round(tera_ops / float32, 4), 16: round(tera_ops / bfloat16, 4)},
         gigabytes_per_s=round(2 * copy_bytes / copy / 1e9, 2),
         source=f"measured: torch {torch.__version__}, GEMMs of {size}x{size}x{size}, copies of {copy_bytes} bytes",
     )
