@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -68,11 +69,10 @@ def interleave(variants: Runs, baseline: Callable[[], object], baseline_name: st
     """
     runs = {"": baseline, **variants}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    names, order = list(runs), random.Random(0)
     for number in range(rounds + 1):
-        # In another order each time: what runs after what matters to caches and to fresh memory.
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        order.shuffle(names)  # what runs after what matters to caches and to fresh memory
+        for name in names:
             start = time.perf_counter()
             runs[name]()
             if number:

@@ -189,17 +189,39 @@ INLINE void largest_of_boxes(const float* x, int64_t boxes, int64_t n, Exponents
     for (; box < boxes; box++) largest[box] = largest_of(x + box * n, n);
 }
 
-// Of columns, row by row: that is how memory is read ahead.
+// A few rows at a time: memory is read ahead row by row, and rows 2^n apart share few sets of the first-level cache.
+// work(row, rows), with rows() known when compiling.
+constexpr int ROWS_AT_ONCE = 4;
+template <int N>
+struct Count {
+    constexpr int operator()() const { return N; }
+};
+template <class Work>
+INLINE void for_rows(int64_t rows, Work work) {
+    int64_t row = 0;
+    for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) work(row, Count<ROWS_AT_ONCE>());
+    for (; row < rows; row++) work(row, Count<1>());
+}
+
+// Full vectors of columns, then the rest: work(column, count).
+template <class Work>
+INLINE void for_columns(int64_t columns, Work work) {
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) work(column, (int64_t)LANES);
+    if (column < columns) work(column, columns - column);
+}
+
+// Of columns.
 INLINE void largest_of_columns(const float* x, int64_t rows, int64_t stride, int64_t columns, Exponents& largest) {
     memset(largest, 0, (columns + LANES - 1) / LANES * LANES * sizeof *largest);
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t column = 0;
-        for (; column + LANES <= columns; column += LANES)
-            store(largest + column, max(load<U>(largest + column), magnitude(x + row * stride + column)));
-        if (column < columns)
-            store(largest + column,
-                  max(load<U>(largest + column), magnitude(x + row * stride + column, columns - column)));
-    }
+    for_rows(rows, [&](int64_t row, auto rows_here) __attribute__((always_inline)) {
+        for_columns(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            U found = load<U>(largest + column);
+            for (int i = 0; i < rows_here(); i++)
+                found = max(found, magnitude(x + (row + i) * stride + column, count));
+            store(largest + column, found);
+        });
+    });
 }
 
 // ---- Bits
@@ -346,9 +368,28 @@ void unpack_stretch(const uint8_t* from, Out* out, int64_t count, Scale up, Form
     }
 }
 
+// LANES boxes of 16 that follow on one another: scales stay in the first-level cache.
+template <bool STOCHASTIC, class Out>
+INLINE void quantize_sixteens(const float* x, Out* out, uint32_t index, Format format, uint64_t seed) {
+    U exponent = exponent_of(largest_of_sixteens(x), format);
+    Scale down = encode_scale(exponent, format), up = decode_scale(exponent, format);
+    alignas(64) float scales[4][LANES];
+    store(scales[0], down.first);
+    store(scales[1], down.second);
+    store(scales[2], up.first);
+    store(scales[3], up.second);
+#pragma GCC unroll 2
+    for (int box = 0; box < LANES; box++)
+        quantize_stretch<STOCHASTIC>(x + 16 * box, out + 16 * box, 16, index + 16 * box,
+                                     {all(scales[0][box]), all(scales[1][box])},
+                                     {all(scales[2][box]), all(scales[3][box])}, format, seed);
+}
+
 // A run: boxes of n values that follow on one another, up to CHUNK values or one box. n = 16 is known when compiling.
 template <bool STOCHASTIC, class Out>
 void quantize_run(const float* x, Out* out, int64_t boxes, int64_t n, uint32_t index, Format format, uint64_t seed) {
+    for (; n == 16 && boxes >= LANES; boxes -= LANES, x += 16 * LANES, out += 16 * LANES, index += 16 * LANES)
+        quantize_sixteens<STOCHASTIC>(x, out, index, format, seed);
     Exponents exponents;
     Scales down, up;
     largest_of_boxes(x, boxes, n, exponents);
@@ -412,14 +453,6 @@ struct Tile {
     uint32_t index;  // the first value's place in the tensor
 };
 
-// Full vectors of columns, then the rest: work(column, count).
-template <class Work>
-INLINE void for_columns(int64_t columns, Work work) {
-    int64_t column = 0;
-    for (; column + LANES <= columns; column += LANES) work(column, (int64_t)LANES);
-    if (column < columns) work(column, columns - column);
-}
-
 template <bool STOCHASTIC, class Out>
 void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
     Exponents exponents;
@@ -428,13 +461,16 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
     exponents_of(exponents, tile.columns, format);
     fill(down, exponents, tile.columns, format, encode_scale);
     fill(up, exponents, tile.columns, format, decode_scale);
-    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
-        Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
-        for (int64_t row = 0; row < tile.rows; row++) {
-            int64_t at = row * tile.stride + column;
-            F code = encode<STOCHASTIC>(load<F>(x + at, count), down_here, format, tile.index + at, seed);
-            put(out + at, value_of(code, up_here), count);
-        }
+    for_rows(tile.rows, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+        for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
+            for (int i = 0; i < rows(); i++) {
+                int64_t at = (row + i) * tile.stride + column;
+                __builtin_prefetch(x + tile.rows * tile.stride + at, 0, 2);  // the next box of the column, to L2
+                F code = encode<STOCHASTIC>(load<F>(x + at, count), down_here, format, tile.index + at, seed);
+                put(out + at, value_of(code, up_here), count);
+            }
+        });
     });
 }
 
