@@ -22,7 +22,7 @@ ARROWS = {
     "quant": {"formats", "precision"},
     "cost": {"data_files", "formats", "precision"},
     "nn": {"formats", "precision", "quant"},
-    "models": {"data_files", "flags", "formats", "precision", "quant", "nn", "schedule"},
+    "models": {"data_files", "flags", "formats", "glue", "precision", "quant", "nn", "schedule"},
     "criterions": {"cost", "flags"},
     "glue": {"download"},
     "report": {"cost", "flags", "formats", "glue", "precision"},

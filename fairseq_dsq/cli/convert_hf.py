@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fairseq_dsq.glue.encoder import ARCH, DICTIONARY, MODEL
 from fairseq_dsq.models import hf_encoder, hf_vocabulary
-
-MODEL, DICTIONARY, FLAGS = "model.pt", "dict.txt", "arch.args"
 
 
 def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
@@ -41,7 +40,7 @@ def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
         files = {
             **vocabulary.files,
             DICTIONARY: vocabulary.dictionary(config.vocabulary),
-            FLAGS: " ".join(flags) + "\n",
+            ARCH: " ".join(flags) + "\n",
         }
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq.glue.encoder import SPECIAL_TOKENS
+
 # fairseq's own symbols: the first four are a dictionary's first, tasks put <mask> behind its last.
 SPECIAL = {"<s>": "cls_token", "<pad>": "pad_token", "</s>": "sep_token", "<unk>": "unk_token", "<mask>": "mask_token"}
-WORDPIECE_NAMES = dict(zip(SPECIAL, ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"), strict=True))
+WORDPIECE_NAMES = {symbol: token for token, symbol in SPECIAL_TOKENS.items()}
 BPE_NAMES = {symbol: symbol for symbol in SPECIAL}
 CONTINUATION = "##"
 BPE_HEADER = "#version: 0.2"

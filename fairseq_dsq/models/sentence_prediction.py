@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import warnings
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, options, tasks, utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from fairseq_dsq.models.probe import training_config
 
 TASK = "sentence_prediction"
 _MAX_TOKENS = 4400
@@ -53,21 +53,10 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@_quiet()
 def parse(flags: Sequence[str]) -> Any:
-    """fairseq-train's configuration of flags.
-
-    Raises:
-        ValueError: flags that fairseq-train refuses; the message is its own.
-    """
-    output = io.StringIO()
-    try:
-        with _quiet(), contextlib.redirect_stderr(output):
-            args = options.parse_args_and_arch(options.get_training_parser(), list(flags))
-    except SystemExit as stop:  # pages of usage and the error at their end, or a line of this package's own
-        text = stop.code if isinstance(stop.code, str) else output.getvalue()
-        raise ValueError(text.strip().splitlines()[-1].partition("error: ")[2]) from None
-    with _quiet():
-        return convert_namespace_to_omegaconf(args)
+    """As :func:`fairseq_dsq.models.probe.training_config`."""
+    return training_config(flags)
 
 
 def binarise(folder: Path, side: str, dictionary: Path, splits: Sequence[str]) -> None:

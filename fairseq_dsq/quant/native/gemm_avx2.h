@@ -173,6 +173,21 @@ inline void tile_of(const uint32_t* a, const uint32_t* b, long boxes, const Tile
   store<R>(acc, t);
 }
 
+// A box's N words of codes: `add(sum, w, a_word, b_word, j)` is the sum of column vector j with word w's products.
+template <int R, int N, int A_ROWS, int B_ROWS, class Add>
+inline void sum_products(__m256i (&sum)[R][TILE_VECTORS], const uint32_t*& a, const uint32_t*& b, Add add) {
+#pragma GCC unroll 8
+  for (int w = 0; w < N; w++, a += A_ROWS, b += B_ROWS) {
+    Words b_words(b);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      __m256i a_word = broadcast(a[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE_VECTORS; j++) sum[r][j] = in_order(add(sum[r][j], w, a_word, b_words[j], j));
+    }
+  }
+}
+
 struct Int16 {
   static constexpr int A_ROWS = PANEL_ROWS, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
   static constexpr int PAIRS = BOX / 2, A_WORDS = PAIRS + 1, B_WORDS = PAIRS + 1;  // codes, scale
@@ -188,20 +203,11 @@ struct Int16 {
 
   template <int R>
   static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
-    tile_of<R, A_ROWS, B_ROWS>(a, b, boxes, t, [](__m256i (&sum)[R][TILE_VECTORS], const uint32_t*& a, const uint32_t*& b) {
-#pragma GCC unroll 8
-      for (int p = 0; p < PAIRS; p++, a += A_ROWS, b += B_ROWS) {
-        Words b_words(b);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          __m256i a_word = broadcast(a[r]);
-#pragma GCC unroll 4
-          for (int j = 0; j < TILE_VECTORS; j++) {
-            __m256i products = _mm256_madd_epi16(a_word, b_words[j]);
-            sum[r][j] = in_order(p ? _mm256_add_epi32(sum[r][j], products) : products);
-          }
-        }
-      }
+    tile_of<R, A_ROWS, B_ROWS>(a, b, boxes, t, [](auto& sum, auto& a, auto& b) {
+      sum_products<R, PAIRS, A_ROWS, B_ROWS>(sum, a, b, [](__m256i sum, int p, __m256i x, __m256i y, int) {
+        __m256i products = _mm256_madd_epi16(x, y);
+        return p ? _mm256_add_epi32(sum, products) : products;
+      });
     });
   }
 };
@@ -241,22 +247,12 @@ struct Int8 {
 
   template <int R>
   static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
-    tile_of<R, A_ROWS, B_ROWS>(a, b, boxes, t, [](__m256i (&sum)[R][TILE_VECTORS], const uint32_t*& a, const uint32_t*& b) {
-      // A pair of bytes as it lies in a word: k and k + 1 in the low half, k + 2 and k + 3 in the high one.
+    tile_of<R, A_ROWS, B_ROWS>(a, b, boxes, t, [](auto& sum, auto& a, auto& b) {
       Words start(b + FOURS * B_ROWS);
-#pragma GCC unroll 8
-      for (int f = 0; f < FOURS; f++, a += A_ROWS, b += B_ROWS) {
-        Words b_words(b);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          __m256i a_word = broadcast(a[r]);
-#pragma GCC unroll 4
-          for (int j = 0; j < TILE_VECTORS; j++) {
-            __m256i products = _mm256_maddubs_epi16(a_word, b_words[j]);
-            sum[r][j] = in_order(_mm256_add_epi16(f ? sum[r][j] : start[j], products));
-          }
-        }
-      }
+      // A pair of bytes as it lies in a word: k and k + 1 in the low half, k + 2 and k + 3 in the high one.
+      sum_products<R, FOURS, A_ROWS, B_ROWS>(sum, a, b, [&](__m256i sum, int f, __m256i x, __m256i y, int j) {
+        return _mm256_add_epi16(f ? sum : start[j], _mm256_maddubs_epi16(x, y));
+      });
       b += B_ROWS;
       __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
