@@ -2,13 +2,14 @@
 # A GLUE task: tokenise, binarise, fine-tune with fairseq-train, score on the development sets.
 set -euo pipefail
 usage="usage: glue.sh TASK [--encoder DIR] [--data DIR] [--format bfp|fixed|float32] [--levels LEVELS] [--patience N]
-               [--min-delta D] [--epochs N] [--lr LR] [--seed N] [--train-rows N] [--prepared DIR] [--out DIR]
+               [--min-delta D] [--epochs N] [--lr LR] [--seed N] [--train-rows N] [--group-by-length]
+               [--prepared DIR] [--out DIR]
                [-- any flag of fairseq-train]
 TASK is CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI. Its TSV files come from --data, \$DSQ_DATA/glue/TASK or
 the public address; the encoder is a folder (see fairseq_dsq/glue/encoder.py) or roberta.base, which is downloaded.
 Runs can share one --prepared folder (default: OUT/data). A run that was stopped goes on where it was."
 
-encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 lr=1e-5 seed=1 train_rows=0 prepared= out=
+encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 lr=1e-5 seed=1 train_rows=0 group_by_length= prepared= out=
 task=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -17,6 +18,7 @@ while [ $# -gt 0 ]; do
             name=${1#--}
             declare "${name//-/_}=$2"
             shift 2 ;;
+        --group-by-length) group_by_length=1; shift ;;
         -h | --help) echo "$usage"; exit 0 ;;
         --) shift; break ;;
         -*) echo "glue.sh: error: unknown argument $1" >&2; echo "$usage" >&2; exit 2 ;;
@@ -39,7 +41,7 @@ out=${out:-$DSQ_ROOT/runs/glue/$task/$(basename "$encoder")-$format-${levels:-de
 prepared=${prepared:-$out/data}
 
 fairseq-dsq glue-prepare "$task" "$prepared" --encoder "$encoder" --downloads "$downloads" ${data:+--data "$data"} \
-    --train-rows "$train_rows"
+    --train-rows "$train_rows" ${group_by_length:+--group-by-length}
 mkdir -p "$out"
 
 # Dropout, Adam, decay and batches as in fairseq's examples/roberta/README.glue.md.

@@ -34,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-rows", type=int, default=0, metavar="N",
         help="so many training rows, drawn with a fixed seed (default: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--group-by-length", action="store_true",
+        help="batches of rows of like length: less padding, the same batches in every epoch",
+    )  # fmt: skip
     add_encoder_arguments(parser)
 
 
@@ -45,7 +49,9 @@ def main(args: argparse.Namespace) -> int:
     if args.train_rows < 0:
         raise ValueError(f"--train-rows: got {args.train_rows}, expected an integer >= 1, or 0 for all")
     encoder = find(args.encoder, args.downloads)
-    prepared, written = prepare(task, args.folder, encoder, args.downloads, binarise, args.data, args.train_rows)
+    prepared, written = prepare(
+        task, args.folder, encoder, args.downloads, binarise, args.data, args.train_rows, args.group_by_length
+    )
     for split, count in prepared.skipped.items():
         print(
             f"fairseq-dsq glue-prepare: warning: {task.name} {split}: skipped {count} rows that GLUE ships broken",

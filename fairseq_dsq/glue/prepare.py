@@ -40,6 +40,7 @@ class Prepared:
         task: the task's name.
         source: checksum of the training and development files, of the tokenizer's and of the dictionary.
         train_rows: rows that the training set was cut to; 0 for all.
+        grouped_by_length: rows are in the order of their number of tokens, and fairseq is to batch them in it.
         tokenizer: its name.
         doubles_separator: see :class:`fairseq_dsq.glue.encoder.Tokenizer`.
         rows: of each split.
@@ -51,6 +52,7 @@ class Prepared:
     task: str
     source: str
     train_rows: int
+    grouped_by_length: bool
     tokenizer: str
     doubles_separator: bool
     rows: dict[str, int]
@@ -92,6 +94,7 @@ def prepare(
     binarise: Callable[[Path, str, Path, list[str]], None],
     data: Path | None = None,
     train_rows: int = 0,
+    group_by_length: bool = False,
 ) -> tuple[Prepared, bool]:
     """Write a prepared folder; one that was made of the same is left as it is.
 
@@ -103,6 +106,8 @@ def prepare(
         binarise: :func:`fairseq_dsq.models.sentence_prediction.binarise`.
         data: the folder of the task's TSV files; see :func:`fairseq_dsq.glue.files.find`.
         train_rows: cut the training set to so many rows, drawn with a fixed seed; 0 for all.
+        group_by_length: order the rows of every split by their number of tokens, so that a batch holds rows of like
+            length and little padding. Which rows share a batch is then the same in all epochs.
 
     Returns:
         What the folder holds, and whether it was written now.
@@ -117,9 +122,10 @@ def prepare(
     source = checksum(paths.train, *paths.dev.values(), *tokenizer.files, dictionary)
     if (folder / MANIFEST).is_file():
         there = Prepared.load(folder)
-        wanted = (task.name, source, train_rows)
-        if (there.task, there.source, there.train_rows) != wanted:
+        wanted = (task.name, source, train_rows, group_by_length)
+        if (there.task, there.source, there.train_rows, there.grouped_by_length) != wanted:
             made_of = f"{there.task} with {there.train_rows or 'all'} training rows"
+            made_of += ", grouped by length" if there.grouped_by_length else ""
             raise OSError(f"{folder}: was prepared of other files or settings ({made_of}); name another folder")
         return there, False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -138,13 +144,20 @@ def prepare(
         known = _symbols(dictionary)
         tokens = unknown = 0
         for split in rows:
+            lengths = [0] * len(rows[split])
+            sides = []
             for side in range(len(task.sentences)):
-                with open(partial / f"{split}.input{side}", "w", encoding="utf-8", newline="\n") as file:
-                    for line in _encoded(tokenizer, [row.sentences[side] for row in rows[split]]):
-                        tokens += len(line)
-                        unknown += sum(symbol not in known for symbol in line)
-                        file.write(" ".join(line) + "\n")
-            _write_labels(task, partial, split, [row.label for row in rows[split]])
+                lines: list[str] = []
+                for line in _encoded(tokenizer, [row.sentences[side] for row in rows[split]]):
+                    lengths[len(lines)] += len(line)
+                    unknown += sum(symbol not in known for symbol in line)
+                    lines.append(" ".join(line))
+                sides.append(lines)
+            tokens += sum(lengths)
+            order = sorted(range(len(lengths)), key=lengths.__getitem__ if group_by_length else None)
+            for side, lines in enumerate(sides):
+                _write(partial / f"{split}.input{side}", (lines[index] for index in order))
+            _write_labels(task, partial, split, [rows[split][index].label for index in order])
         if unknown > _MOST_UNKNOWN * tokens:
             raise ValueError(
                 f"{dictionary}: does not know {unknown} of {tokens} tokens, expected the dictionary that belongs to "
@@ -158,7 +171,7 @@ def prepare(
             binarise(partial, "label", classes, list(rows))
             classes.unlink()
         prepared = Prepared(
-            task.name, source, train_rows, tokenizer.name, tokenizer.doubles_separator,
+            task.name, source, train_rows, group_by_length, tokenizer.name, tokenizer.doubles_separator,
             {split: len(rows[split]) for split in rows},
             {split: len(table.skipped) for split, table in tables.items() if table.skipped},
             tokens, unknown,
@@ -212,6 +225,8 @@ def training_flags(prepared: Prepared) -> list[str]:
     flags = ["--task", "sentence_prediction", "--num-classes", str(task.outputs), "--init-token", "0"]
     if prepared.doubles_separator and len(task.sentences) == 2:
         flags += ["--separator-token", "2"]
+    if prepared.grouped_by_length:
+        flags.append("--no-shuffle")  # of the rows; batches still come in another order in every epoch
     flags += ["--valid-subset", ",".join(prepared.valid_splits)]
     if task.is_regression:
         return [*flags, "--regression-target", "--best-checkpoint-metric", "loss"]

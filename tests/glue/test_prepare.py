@@ -156,6 +156,25 @@ def test_a_subset_is_drawn_with_a_fixed_seed_and_keeps_its_order(tmp_path, encod
     assert (out / "train.input0").read_bytes() == before
 
 
+def test_rows_grouped_by_length_keep_their_labels_and_are_batched_in_their_order(tmp_path, encoder, capsys):
+    lengths = [5, 1, 4, 2, 3]
+    labels = ["entailment" if length % 2 else "not_entailment" for length in lengths]
+    rows = [
+        f"{index}\t{' '.join(['the'] * length)}\tthe dog\t{label}"
+        for index, (length, label) in enumerate(zip(lengths, labels, strict=True))
+    ]
+    write_tsv(tmp_path, "RTE", rows, rows)
+    out = prepare(tmp_path, "RTE", "--group-by-length")
+    for split in ("train", "valid"):
+        assert [len(line.split()) for line in (out / f"{split}.input0").read_text().splitlines()] == [1, 2, 3, 4, 5]
+        written = (out / f"{split}.label").read_text().splitlines()
+        assert written == [label for _, label in sorted(zip(lengths, labels, strict=True))]
+    task = tasks.setup_task(parse([str(out / "bin"), *ROBERTA, *training_flags(Prepared.load(out))]).task)
+    assert list(task.load_dataset("train").ordered_indices()) == [0, 1, 2, 3, 4]
+    prepare(tmp_path, "RTE", code=2)
+    assert "(RTE with all training rows, grouped by length); name another folder" in capsys.readouterr().err
+
+
 def test_the_same_preparation_is_kept_and_another_refused(tmp_path, encoder, capsys):
     write_tsv(tmp_path, "RTE", RTE_TRAIN, RTE_DEV)
     out = prepare(tmp_path, "RTE")
