@@ -74,10 +74,9 @@ def read(folder: Path) -> Vocabulary:
     if (path := folder / "vocab.txt").is_file():
         return _wordpiece(path, _lines(path), added, config, fast)
     if (path := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        merges = [line for line in read_text(folder / "merges.txt").split("\n") if line]
-        return _bpe(
-            path, read_json(path), merges[merges[:1] == [] or merges[0].startswith("#version") :], added, config
-        )
+        lines = read_text(folder / "merges.txt").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        return _bpe(path, read_json(path), merges, added, config)
     path = folder / "tokenizer.json"
     kind = model.get("type")
     if kind == "WordPiece":
