@@ -143,6 +143,20 @@ def test_wordpiece_s_files_tokenize_as_the_source(bert, tmp_path):
         assert dictionary.unk() not in dictionary.encode_line(" ".join(words), add_if_not_exist=False)
 
 
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer.json"])
+def test_a_cased_vocabulary_stays_cased(bert, tmp_path, place):
+    shutil.copytree(bert[0] / "source", tmp_path / "source")
+    settings = {"tokenizer_class": "BertTokenizer"} | ({"do_lower_case": False} if "config" in place else {})
+    (tmp_path / "source/tokenizer_config.json").write_text(json.dumps(settings))
+    if "config" not in place:
+        normalizer = {"type": "BertNormalizer", "lowercase": False}
+        (tmp_path / "source" / place).write_text(json.dumps({"normalizer": normalizer}))
+    convert(tmp_path / "source", tmp_path / "converted")
+    own = transformers.BertTokenizer.from_pretrained(tmp_path / "converted")
+    assert own.tokenize("the man") == ["the", "man"]
+    assert own.tokenize("The man") == [own.unk_token, "man"]
+
+
 def test_byte_pairs_tokenize_as_the_source(roberta):
     folder, _ = roberta
     source = transformers.RobertaTokenizer.from_pretrained(folder / "source")
@@ -411,15 +425,26 @@ def test_what_cannot_be_mapped_is_named_in_one_line_and_leaves_nothing(encoder, 
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_a_pickle_of_more_than_tensors_is_refused(encoder, tmp_path, capsys):
+class MakesAFolder:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_of_more_than_tensors_is_refused_and_runs_nothing(encoder, tmp_path, capsys):
     shutil.copytree(encoder, tmp_path / "source")
     (tmp_path / "source/model.safetensors").unlink()
-    for content in ({"a": Path("b")}, [1]):
+    for content in ({"a": MakesAFolder(tmp_path / "made")}, {"a": Path("b")}, [1]):
         torch.save(content, tmp_path / "source/pytorch_model.bin")
         assert main(["convert-hf", str(tmp_path / "source"), str(tmp_path / "converted")]) == 2
         error = capsys.readouterr().err
         assert "pytorch_model.bin: cannot be read" in error
         assert error.count("\n") == 1
+        assert os.listdir(tmp_path) == ["source"]
 
 
 def test_what_exists_is_kept(encoder, tmp_path, capsys):

@@ -174,7 +174,8 @@ def test_a_stopped_run_goes_on(mnli, encoder):
 def test_a_regression_is_scored_by_its_correlations(encoder, tmp_path, capsys):
     write_toy(tmp_path / "tsv", find_task("STS-B"), ("train.tsv", "dev.tsv"), (300, 60))
     prepared = str(tmp_path / "prepared")
-    assert main(["glue-prepare", "STS-B", prepared, "--encoder", str(encoder), "--data", str(tmp_path / "tsv")]) == 0
+    source = ["--encoder", str(encoder), "--data", str(tmp_path / "tsv")]
+    assert main(["glue-prepare", "STS-B", prepared, *source, "--group-by-length"]) == 0
     capsys.readouterr()
     recipe = (
         "--criterion", "dsq_sentence_prediction", "--shorten-method", "truncate", "--batch-size", "32", "--optimizer",

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The AVX-512 kernels on a CPU without AVX-512: built with SIMDe's emulation of it and run through the tests of
+# tests/quant, once as on a CPU with AVX512-BF16 and once as on one without. Slow, and says nothing of speed.
+# Needs g++ and SIMDe's headers (Debian: libsimde-dev), a CPU with AVX2 and FMA.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_env dev
+export OMP_NUM_THREADS=1
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp -r "$DSQ_ROOT/fairseq_dsq" "$DSQ_ROOT/tests" "$DSQ_ROOT/configs" "$DSQ_ROOT/.pytest.ini" "$folder"
+cd "$folder"
+native=fairseq_dsq/quant/native
+source_number=$(python -c 'from fairseq_dsq.quant import native; print(native.source_number())')
+for lacks in nothing avx512bf16; do
+    for source in cpu kernels gemm; do
+        g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/quant/emulated_avx512.h \
+            "-DEMULATED_WITHOUT=\"$lacks\"" -DDSQ_ISA=avx512 "-DDSQ_SOURCE=${source_number}u" -c $native/$source.cpp -o $source.o
+    done
+    g++ -shared -fopenmp cpu.o kernels.o gemm.o -o $native/_kernels.so
+    echo "emulated: AVX-512, of AVX512-VNNI and AVX512-BF16 lacks $lacks"
+    FAIRSEQ_DSQ_ISA=avx512 PYTHONPATH=$folder python -m pytest -q -c .pytest.ini "${@:-tests/quant}"
+done
