@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The AVX-512 kernels on a CPU without AVX-512: built with SIMDe's emulation of it and run through the tests of
-# tests/quant, once as on a CPU with AVX512-BF16 and once as on one without. Slow, and says nothing of speed.
+# The AVX-512 kernels on a CPU without AVX-512: built with SIMDe's emulation of it and run through their tests, once as
+# on a CPU with AVX512-BF16 and once as on one without. Slow, and says nothing of speed. Arguments go to pytest.
 # Needs g++ and SIMDe's headers (Debian: libsimde-dev), a CPU with AVX2 and FMA.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
 export OMP_NUM_THREADS=1
+[ $# -gt 0 ] || set -- tests/quant/test_gemm.py tests/quant/test_native.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -21,5 +22,5 @@ for lacks in nothing avx512bf16; do
     done
     g++ -shared -fopenmp cpu.o kernels.o gemm.o -o $native/_kernels.so
     echo "emulated: AVX-512, of AVX512-VNNI and AVX512-BF16 lacks $lacks"
-    FAIRSEQ_DSQ_ISA=avx512 PYTHONPATH=$folder python -m pytest -q -c .pytest.ini "${@:-tests/quant}"
+    FAIRSEQ_DSQ_ISA=avx512 PYTHONPATH=$folder python -m pytest -q -c .pytest.ini "$@"
 done
