@@ -10,30 +10,13 @@ the public address; the encoder is a folder (see fairseq_dsq/glue/encoder.py) or
 Runs can share one --prepared folder (default: OUT/data). A run that was stopped goes on where it was."
 
 encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 lr=1e-5 seed=1 train_rows=0 group_by_length= prepared= out=
-task=
-while [ $# -gt 0 ]; do
-    case $1 in
-        --encoder | --data | --format | --levels | --patience | --min-delta | --epochs | --lr | --seed | --train-rows | --prepared | --out)
-            [ $# -ge 2 ] || { echo "glue.sh: error: $1 needs a value" >&2; exit 2; }
-            name=${1#--}
-            declare "${name//-/_}=$2"
-            shift 2 ;;
-        --group-by-length) group_by_length=1; shift ;;
-        -h | --help) echo "$usage"; exit 0 ;;
-        --) shift; break ;;
-        -*) echo "glue.sh: error: unknown argument $1" >&2; echo "$usage" >&2; exit 2 ;;
-        *)
-            [ -z "$task" ] || { echo "glue.sh: error: unknown argument $1" >&2; echo "$usage" >&2; exit 2; }
-            task=$1
-            shift ;;
-    esac
-done
-[ -n "$task" ] || { echo "glue.sh: error: TASK is missing" >&2; echo "$usage" >&2; exit 2; }
-# fairseq reads 0 as no limit.
-[[ $epochs =~ ^[1-9][0-9]*$ ]] || { echo "glue.sh: error: --epochs: got '$epochs', expected an integer >= 1" >&2; exit 2; }
 
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+parse_flags "encoder data format levels patience min-delta epochs lr seed train-rows prepared out" "group-by-length" "$@"
+task=$argument
+[ -n "$task" ] || { echo "$usage" >&2; fail "TASK is missing" 2; }
+check_epochs "$epochs"
 use_env glue
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 downloads=$DSQ_ROOT/runs/glue/downloads
@@ -51,10 +34,9 @@ flags=$(fairseq-dsq glue-flags --encoder "$encoder" --downloads "$downloads" "$p
     --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-6 --weight-decay 0.1 --clip-norm 0.0 \
     --lr "$lr" --lr-scheduler polynomial_decay --max-epoch "$epochs" --seed "$seed" \
     --dsq-format "$format" ${levels:+--dsq-levels "$levels"} --dsq-patience "$patience" --dsq-min-delta "$min_delta" \
-    --no-epoch-checkpoints --save-dir "$out" --log-format json --log-interval 100 --no-progress-bar "$@")
+    --no-epoch-checkpoints --save-dir "$out" --log-format json --log-interval 100 --no-progress-bar "${rest[@]}")
 mapfile -t flags <<< "$flags"
-fairseq-train "${flags[@]}" --user-dir "$DSQ_ROOT/fairseq_dsq" >> "$out/train.log" 2>&1 \
-    || { grep -E '[Ee]rror' "$out/train.log" | tail -n 1 >&2; echo "glue.sh: error: training failed, see $out/train.log" >&2; exit 1; }
+train "$out/train.log" "${flags[@]}"
 
 echo "format $format, levels ${levels:-default}, seed $seed"
 fairseq-dsq epochs "$out/train.log"

@@ -10,7 +10,7 @@ run=$DSQ_ROOT/runs/quickstart
 case ${1:-} in
     "") ;;
     --fresh) rm -rf "$run" ;;
-    *) echo "quickstart.sh: error: unknown argument $1, expected --fresh or nothing" >&2; exit 2 ;;
+    *) fail "unknown argument $1, expected --fresh or nothing" 2 ;;
 esac
 mkdir -p "$run"
 
@@ -21,30 +21,25 @@ if [ ! -e "$run/data.done" ]; then
     touch "$run/data.done"
 fi
 
-# train NAME FLAGS...: train and translate the test set
-train() {
+# train_and_translate NAME FLAGS...: a run of its own, unless it is there
+train_and_translate() {
     local name=$1
     shift
     [ ! -e "$run/$name/hypotheses.en" ] || return 0
     mkdir -p "$run/$name"
-    fairseq-train "$run/data" --user-dir "$DSQ_ROOT/fairseq_dsq" --arch transformer_dsq "$@" \
+    train "$run/$name/train.log" "$run/data" --arch transformer_dsq "$@" \
         --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 96 --encoder-ffn-embed-dim 256 \
         --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0.1 --share-decoder-input-output-embed \
         --criterion dsq_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --adam-betas '(0.9, 0.98)' \
         --lr 4e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 --max-tokens 1500 --max-epoch 6 --seed 1 \
-        --no-epoch-checkpoints --save-dir "$run/$name" --log-format json --log-interval 1000 --no-progress-bar \
-        > "$run/$name/train.log" 2>&1
-    fairseq-generate "$run/data" --user-dir "$DSQ_ROOT/fairseq_dsq" --path "$run/$name/checkpoint_best.pt" --beam 4 \
-        --max-tokens 6000 --required-batch-size-multiple 1 > "$run/$name/generate.out" 2> "$run/$name/generate.err"
-    grep '^D-' "$run/$name/generate.out" | LC_ALL=C sort -V | cut -f3 > "$run/$name/hypotheses.part"
-    mv "$run/$name/hypotheses.part" "$run/$name/hypotheses.en"
+        --no-epoch-checkpoints --save-dir "$run/$name" --log-format json --log-interval 1000 --no-progress-bar
+    generate "$run/data" "$run/$name" en --beam 4 --max-tokens 6000
 }
 
 echo "training transformer_dsq at [2,2,2,16] [16,4,4,16] and, beside it, float32 (about two minutes)"
-train dsq --dsq-format bfp --dsq-levels '[2,2,2,16] [16,4,4,16]' --dsq-patience 1 --dsq-min-delta 1.0 &
-dsq_pid=$!
-train float32 --dsq-format float32 || { echo "quickstart.sh: error: see $run/float32/train.log" >&2; exit 1; }
-wait "$dsq_pid" || { echo "quickstart.sh: error: see $run/dsq/train.log" >&2; exit 1; }
+train_and_translate dsq --dsq-format bfp --dsq-levels '[2,2,2,16] [16,4,4,16]' --dsq-patience 1 --dsq-min-delta 1.0 &
+train_and_translate float32 --dsq-format float32
+wait $!
 
 echo
 fairseq-dsq epochs "$run/dsq/train.log"

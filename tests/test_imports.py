@@ -25,6 +25,7 @@ ARROWS = {
     "models": {"data_files", "flags", "formats", "glue", "precision", "quant", "nn", "schedule"},
     "criterions": {"cost", "flags"},
     "glue": {"download"},
+    "translation": {"download"},
     "report": {"cost", "flags", "formats", "glue", "precision"},
     "cli": {
         "criterions",
@@ -40,6 +41,7 @@ ARROWS = {
         "cost",
         "models",
         "report",
+        "translation",
     },
 }
 

@@ -23,7 +23,7 @@ def blame(flag: str) -> Iterator[None]:
 
 SUBCOMMANDS = (
     "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags", "glue_prepare",
-    "multi30k", "report", "roofline",
+    "report", "roofline", "translation_prepare",
 )  # fmt: skip
 
 

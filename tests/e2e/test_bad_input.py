@@ -79,7 +79,7 @@ def test_a_checkpoint_with_more_levels_than_the_flags_is_named(cli, tmp_path):
     [
         (("fairseq-dsq", "epochs", "missing.log"), "missing.log"),
         (("fairseq-dsq", "export-float", "missing.pt", "out.pt"), "missing.pt"),
-        (("fairseq-dsq", "multi30k", "folder"), "DSQ_DATA"),
+        (("fairseq-dsq", "translation-prepare", "multi30k", "folder"), "DSQ_DATA"),
     ],
 )
 def test_the_tools_name_what_is_wrong_with_a_file(cli, tmp_path, command, expected):

@@ -1,0 +1,77 @@
+"""A parallel corpus in sentence pieces, ready for fairseq-preprocess."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sentencepiece
+
+from fairseq_dsq.translation.corpus import SPLITS, Corpus, aligned
+
+# Sentences that the pieces are learnt from, at most, drawn from both languages.
+PIECE_SENTENCES = 2_000_000
+# fairseq's dictionary brings its own <unk>, <s> and </s>.
+_SPECIAL_PIECES = 3
+
+
+def prepare(corpus: Corpus, folder: Path, vocab_size: int) -> dict[str, tuple[int, int]]:
+    """Write, for every split and language, raw.SPLIT.LANGUAGE and SPLIT.LANGUAGE, spm.model and fairseq's dict.txt.
+
+    Args:
+        vocab_size: sentence pieces (BPE) of both languages together.
+
+    Returns:
+        per split, the pairs that were written in pieces and those that were left out (of the training split alone).
+
+    Raises:
+        OSError, ValueError: as :meth:`Corpus.read`.
+        RuntimeError: sentencepiece refuses ``vocab_size``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        sides = [folder / f"raw.{split}.{language}" for language in corpus.languages]
+        with open(sides[0], "w", encoding="utf-8") as source, open(sides[1], "w", encoding="utf-8") as target:
+            for pair in corpus.read(split, folder / "downloads"):
+                # fairseq and sentencepiece disagree on what ends a line, so that none may be left within one.
+                source.write(" ".join(pair[0].split()) + "\n")
+                target.write(" ".join(pair[1].split()) + "\n")
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(folder / f"raw.train.{language}") for language in corpus.languages],
+        model_prefix=str(folder / "spm"),
+        vocab_size=vocab_size,
+        model_type="bpe",
+        character_coverage=1.0,
+        input_sentence_size=PIECE_SENTENCES,
+        num_threads=1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    pieces = [processor.id_to_piece(index) for index in range(_SPECIAL_PIECES, processor.get_piece_size())]
+    (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    return {split: _encode(corpus, folder, split, processor) for split in SPLITS}
+
+
+def _encode(
+    corpus: Corpus, folder: Path, split: str, processor: sentencepiece.SentencePieceProcessor
+) -> tuple[int, int]:
+    kept = left_out = 0
+    raw = [folder / f"raw.{split}.{language}" for language in corpus.languages]
+    sides = [folder / f"{split}.{language}" for language in corpus.languages]
+    with open(sides[0], "w", encoding="utf-8") as source, open(sides[1], "w", encoding="utf-8") as target:
+        for pair in aligned(*raw):
+            encoded = [processor.encode(line, out_type=str) for line in pair]
+            if split == "train" and not _fits(corpus, *map(len, encoded)):
+                left_out += 1
+                continue
+            kept += 1
+            source.write(" ".join(encoded[0]) + "\n")
+            target.write(" ".join(encoded[1]) + "\n")
+    return kept, left_out
+
+
+def _fits(corpus: Corpus, source: int, target: int) -> bool:
+    """Whether a training pair of these lengths is kept, as Moses' clean-corpus-n.perl keeps it."""
+    shorter, longer = sorted((source, target))
+    if shorter < 1 or (corpus.max_pieces is not None and longer > corpus.max_pieces):
+        return False
+    return corpus.max_ratio is None or longer <= corpus.max_ratio * shorter

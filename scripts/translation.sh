@@ -1,0 +1,74 @@
+# Sourced by the scripts of the parallel corpora, which set: corpus, source, target, test (what the test set is called), recipe
+# (flags of fairseq-train), search (flags of fairseq-generate) and the defaults of $TRANSLATION_FLAGS.
+
+TRANSLATION_FLAGS="format levels patience min-delta vocab epochs seed out"
+# The rows of the paper's Table 1, and float32 before them.
+METHODS="float32 fixed32 fixed16 bfp32 bfp16 stash-fixed stash-bfp dsq"
+
+# find_method NAME: sets $format and $levels (none: the default levels)
+find_method() {
+    case $1 in
+        float32) format=float32 levels= ;;
+        fixed32) format=fixed levels='[32,32,32,32]' ;;
+        fixed16) format=fixed levels='[16,16,16,16]' ;;
+        bfp32) format=bfp levels='[32,32,32,32]' ;;
+        bfp16) format=bfp levels='[16,16,16,16]' ;;
+        stash-fixed) format=fixed levels='[16,4,4,16]' ;;
+        stash-bfp) format=bfp levels='[16,4,4,16]' ;;
+        dsq) format=bfp levels= ;;
+        *) fail "--methods: got '$1', expected some of $METHODS" 2 ;;
+    esac
+}
+
+prepare_corpus() {
+    prepared=$DSQ_ROOT/runs/$corpus/data-$vocab
+    [ ! -e "$prepared/done" ] || return 0
+    mkdir -p "$prepared"
+    fairseq-dsq translation-prepare "$corpus" "$prepared" --vocab "$vocab"
+    fairseq-preprocess --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$prepared/dict.txt" \
+        --trainpref "$prepared/train" --validpref "$prepared/valid" --testpref "$prepared/test" --destdir "$prepared/bin" \
+        > "$prepared/preprocess.out" 2>&1 || fail "fairseq-preprocess failed, see $prepared/preprocess.out"
+    touch "$prepared/done"
+}
+
+# train_method FORMAT LEVELS FOLDER: train, translate the test set, score; what FOLDER has already is not repeated
+train_method() {
+    local format=$1 levels=$2 folder=$3
+    mkdir -p "$folder"
+    train "$folder/train.log" "$prepared/bin" "${recipe[@]}" \
+        --dsq-format "$format" ${levels:+--dsq-levels "$levels"} --dsq-patience "$patience" --dsq-min-delta "$min_delta" \
+        --criterion dsq_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --adam-betas '(0.9, 0.98)' \
+        --lr-scheduler inverse_sqrt --max-epoch "$epochs" --seed "$seed" --no-epoch-checkpoints --save-dir "$folder" \
+        --log-format json --log-interval 100 --no-progress-bar "${rest[@]}"
+    echo "format $format, levels ${levels:-default}, seed $seed"
+    fairseq-dsq epochs "$folder/train.log"
+    [ "$folder/hypotheses.$target" -nt "$folder/checkpoint_best.pt" ] \
+        || generate "$prepared/bin" "$folder" "$target" --remove-bpe sentencepiece "${search[@]}"
+    echo "$test sacreBLEU: $(score "$prepared/raw.test.$target" "$folder" 2)"
+}
+
+# run_table ARGUMENTS...: what iwslt17.sh and wmt14.sh do
+run_table() {
+    local method folders=()
+    parse_flags "$TRANSLATION_FLAGS methods" "" "$@"
+    [ -z "$argument" ] || reject "$argument"
+    [ -n "$format" ] || [ -z "$levels" ] || fail "--levels: got '$levels' without --format" 2
+    check_epochs "$epochs"
+    for method in $methods; do
+        (find_method "$method")  # all are known before the first is trained
+    done
+    use_env ""
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    prepare_corpus
+    if [ -n "$format" ]; then
+        train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$format-${levels:-default}-seed$seed}"
+        return
+    fi
+    for method in $methods; do
+        find_method "$method"
+        folders+=("${out:-$DSQ_ROOT/runs/$corpus}/$method-seed$seed")
+        train_method "$format" "$levels" "${folders[-1]}"
+        echo
+    done
+    fairseq-dsq report "${folders[@]}"
+}

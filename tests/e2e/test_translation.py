@@ -1,0 +1,106 @@
+"""The scripts of the parallel corpora on a small corpus: prepare, train, translate, score, the paper's table."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fairseq_dsq import data_files
+from fairseq_dsq.cli.corpus import write
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.report.logs import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--encoder-layers", "1", "--decoder-layers", "1", "--encoder-embed-dim", "16", "--decoder-embed-dim", "16",
+    "--encoder-ffn-embed-dim", "16", "--decoder-ffn-embed-dim", "16",
+    "--encoder-attention-heads", "2", "--decoder-attention-heads", "2", "--max-tokens", "1000", "--cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The scripts and the package elsewhere, so that runs/ is there and not in this clone; $DSQ_DATA beside them."""
+    folder = tmp_path_factory.mktemp("clone")
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    (folder / "fairseq_dsq").symlink_to(ROOT / "fairseq_dsq")
+    for name in ("multi30k", "iwslt17_de-en", "wmt14_en-de"):
+        write(folder / "data" / name, train=200, valid=8, test=9)
+    for language in ("de", "en"):
+        (folder / "data/multi30k" / f"valid.{language}").rename(folder / "data/multi30k" / f"val.{language}")
+        (folder / "data/multi30k" / f"test.{language}").rename(
+            folder / "data/multi30k" / f"test_2016_flickr.{language}"
+        )
+    return folder
+
+
+def run(clone, script, *arguments, code=0):
+    environment = {**os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(clone / "data"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [clone / "scripts" / script, *arguments], env=environment, capture_output=True, text=True, timeout=600
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize(
+    ("script", "test", "language"),
+    [("multi30k.sh", "test_2016_flickr", "en"), ("wmt14.sh", "newstest2014", "de")],
+)
+def test_one_method(clone, script, test, language):
+    arguments = ("--format", "bfp", "--levels", "[4,4,4,16]", "--vocab", "200", "--out", clone / "one" / script)
+    done = run(clone, script, *arguments, "--epochs", "1", "--", *TINY)
+    assert re.search(rf"^{test} sacreBLEU: [\d.]+$", done.stdout, re.M)
+    folder = clone / "one" / script
+    assert len((folder / f"hypotheses.{language}").read_text().splitlines()) == 9
+    assert json.loads((folder / "score.json").read_text())["name"] == "BLEU"
+    assert read_run(folder / "train.log").flags["dsq_levels"] == "[4,4,4,16]"
+    translated = (folder / f"hypotheses.{language}").stat().st_mtime_ns
+    again = run(clone, script, *arguments, "--epochs", "1", "--", *TINY)
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert (folder / f"hypotheses.{language}").stat().st_mtime_ns == translated
+
+
+def test_the_table(clone):
+    done = run(clone, "iwslt17.sh", "--methods", "stash-fixed dsq", "--vocab", "200", "--epochs", "1", "--", *TINY)
+    table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [(row[1], row[2]) for row in table[2:]] == [
+        ("Stashing (Fixed)", "[16,4,4,16]"),
+        ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]"),
+    ]
+    assert [row[-3:-1] for row in table[2:]] == [["0.13", "0.31"], ["0.032", "0.31"]]
+    assert {path.name for path in (clone / "runs/iwslt17").iterdir()} == {"data-200", "stash-fixed-seed1", "dsq-seed1"}
+
+
+def test_the_methods_are_the_rows_of_table_1():
+    listing = 'for method in $METHODS; do find_method $method; echo "$format $levels"; done'
+    command = ["bash", "-ec", f". scripts/env.sh; . scripts/translation.sh; {listing}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    published = data_files.read(data_files.find("published", "dsq")).rows
+    rows = [f"{row.format} {PrecisionConfig(tuple(row.q), row.format)}" for row in published if "1, 6" in row.table]
+    assert found[0] == "float32 " and found[-1] == "bfp "
+    assert set(rows) | {"bfp [16,4,4,16]"} == set(found[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("--levels", "[2,2,2,16]"), 2, "--levels: got '[2,2,2,16]' without --format"),
+        (("--epochs", "0"), 2, "--epochs: got '0', expected an integer >= 1"),
+        (("--seed",), 2, "--seed needs a value"),
+        (("--sed", "1"), 2, "unknown argument --sed"),
+        (("stray",), 2, "unknown argument stray"),
+        (("--methods", "float32 bfp8"), 2, "--methods: got 'bfp8', expected some of float32 fixed32"),
+        (("--format", "int3", "--vocab", "200"), 1, "int3"),
+    ],
+)
+def test_bad_arguments_are_named(clone, arguments, code, expected):
+    done = run(clone, "iwslt17.sh", *arguments, code=code)
+    assert expected in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("iwslt17.sh: error: ")
+    assert "Traceback" not in done.stderr

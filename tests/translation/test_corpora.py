@@ -1,0 +1,192 @@
+"""The corpora from archives laid out as the public ones are, and from $DSQ_DATA."""
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import tarfile
+
+import pytest
+import sacrebleu.dataset
+import sacrebleu.utils
+from sacrebleu.dataset.fake_sgml import FakeSGMLDataset
+
+from fairseq_dsq.cli import main
+from fairseq_dsq.cli.corpus import generate
+from fairseq_dsq.translation import CORPORA, iwslt17, multi30k, prepare, wmt14
+from fairseq_dsq.translation.corpus import SPLITS, Corpus, extract
+
+TEXT = generate(train=400, valid=6, test=12)
+
+
+@pytest.fixture(autouse=True)
+def public_source(monkeypatch):
+    monkeypatch.delenv("DSQ_DATA", raising=False)
+
+
+def side(pairs, index):
+    return "".join(f"{pair[index]}\n" for pair in pairs)
+
+
+def sgm(pairs, index):
+    """A NIST file of one document; an ampersand in it is no entity, as in the published ones."""
+    rows = [f'<seg id="{number}"> {pair[index]} & more </seg>' for number, pair in enumerate(pairs, 1)]
+    return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', '<doc docid="1" genre="x">', *rows, "</doc>"]) + "\n"
+
+
+def more(pairs):
+    return [(f"{first} & more", f"{second} & more") for first, second in pairs]
+
+
+def pack(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text.encode())
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    return path.as_uri()
+
+
+def flipped(pairs):
+    return [(second, first) for first, second in pairs]
+
+
+def publish_multi30k(folder, monkeypatch):
+    for split, name in multi30k.CORPUS.files.items():
+        for index, language in enumerate(("de", "en")):
+            content = gzip.compress(side(TEXT[split], index).encode())
+            (folder / f"{name}.{language}.gz").write_bytes(content)
+            monkeypatch.setitem(multi30k.SHA256, f"{name}.{language}", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(multi30k, "URL", folder.as_uri() + "/")
+    return {split: TEXT[split] for split in SPLITS}
+
+
+def publish_iwslt17(folder, monkeypatch):
+    members = {}
+    for index, language in enumerate(("de", "en")):
+        tags = "<url>http://x</url>\n<title>A talk</title>\n"
+        members[f"de-en/train.tags.de-en.{language}"] = tags + side(TEXT["train"], index) + "</doc>\n"
+        members[f"de-en/IWSLT17.TED.dev2010.de-en.{language}.xml"] = sgm(TEXT["valid"], index)
+        for year in range(2010, 2016):
+            part = TEXT["test"][2 * (year - 2010) :][:2]
+            members[f"de-en/IWSLT17.TED.tst{year}.de-en.{language}.xml"] = sgm(part, index)
+    monkeypatch.setattr(iwslt17, "URL", pack(folder / "de-en.tgz", members))
+    return {"train": TEXT["train"], "valid": more(TEXT["valid"]), "test": more(TEXT["test"])}
+
+
+def publish_wmt14(folder, monkeypatch):
+    thirds = (TEXT["train"][:100], TEXT["train"][100:250], TEXT["train"][250:])
+    archives = []
+    for (url, prefix), part in zip(wmt14.TRAIN, thirds, strict=True):
+        members = {f"{prefix}.{language}": side(part, index) for index, language in enumerate(("de", "en"))}
+        archives.append((pack(folder / url.rpartition("/")[2], {**members, "training/other.fr-en.fr": "?\n"}), prefix))
+    monkeypatch.setattr(wmt14, "TRAIN", tuple(archives))
+    monkeypatch.setattr("sacrebleu.dataset.base.SACREBLEU_DIR", str(folder / "sacrebleu"))
+    for split, name in wmt14.SETS.items():
+        files = ["set/source.en.sgm", "set/reference.de.sgm"]
+        members = {file: sgm(TEXT[split], index) for file, index in zip(files, (1, 0), strict=True)}
+        url = pack(folder / f"{split}.tgz", members)
+        dataset = FakeSGMLDataset(name, data=[url], description="", langpairs={"en-de": files})
+        monkeypatch.setitem(sacrebleu.dataset.DATASETS, name, dataset)
+    return {
+        "train": flipped(TEXT["train"]),
+        "valid": flipped(more(TEXT["valid"])),
+        "test": flipped(more(TEXT["test"])),
+    }
+
+
+PUBLISH = {"multi30k": publish_multi30k, "iwslt17": publish_iwslt17, "wmt14": publish_wmt14}
+
+
+def test_every_corpus_is_tried():
+    assert set(PUBLISH) == set(CORPORA)
+
+
+@pytest.mark.parametrize("name", PUBLISH)
+def test_the_archives_give_the_pairs_of_every_split(name, tmp_path, monkeypatch):
+    expected = PUBLISH[name](tmp_path, monkeypatch)
+    sizes = {split: len(pairs) for split, pairs in expected.items()}
+    corpus = dataclasses.replace(CORPORA[name], published=sizes)
+    for split in SPLITS:
+        read = [tuple(text.strip() for text in pair) for pair in corpus.read(split, tmp_path / "downloads")]
+        assert read == expected[split]
+
+
+@pytest.mark.parametrize("name", PUBLISH)
+def test_another_size_than_the_published_one_is_an_error(name, tmp_path, monkeypatch):
+    PUBLISH[name](tmp_path, monkeypatch)
+    published = CORPORA[name].published["test"]
+    with pytest.raises(ValueError, match=f"{name}: got 12 test pairs, expected {published}"):
+        list(CORPORA[name].read("test", tmp_path / "downloads"))
+
+
+@pytest.mark.parametrize(("name", "module"), [("multi30k", multi30k), ("iwslt17", iwslt17)])
+def test_an_address_that_cannot_be_reached_says_what_to_do(name, module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "URL", (tmp_path / "nowhere/").as_uri())
+    assert main(["translation-prepare", name, str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "nowhere" in error and f"set DSQ_DATA to a folder that holds {CORPORA[name].folder}/train.de" in error
+
+
+def test_a_broken_archive_and_a_missing_member_are_named(tmp_path):
+    pack(tmp_path / "whole.tgz", {"a.de": "x\n" * 5000})
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "whole.tgz").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"cut\.tgz: a broken archive"):
+        extract(tmp_path / "cut.tgz", ["a.de"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"whole\.tgz: has no a\.en"):
+        extract(tmp_path / "whole.tgz", ["a.de", "a.en"], tmp_path / "out")
+
+
+def own_corpus(folder, monkeypatch, train, **limits):
+    """A corpus below $DSQ_DATA with these training pairs."""
+    monkeypatch.setenv("DSQ_DATA", str(folder))
+    (folder / "own").mkdir()
+    for split in SPLITS:
+        pairs = train if split == "train" else TEXT[split]
+        for index, language in enumerate(("de", "en")):
+            (folder / "own" / f"{split}.{language}").write_bytes(side(pairs, index).encode())
+    return Corpus("own", "de", "en", "own", {}, lambda *_: (), **limits)
+
+
+def test_training_pairs_that_are_empty_long_or_unlike_are_left_out_and_no_others(tmp_path, monkeypatch):
+    unlike = [("", "something"), ("er " * 60, "he " * 60), ("er", "he sees a very old house")]
+    corpus = own_corpus(tmp_path, monkeypatch, [*TEXT["train"], *unlike], max_pieces=50, max_ratio=4)
+    counts = prepare(corpus, tmp_path / "out", vocab_size=300)
+    assert counts == {"train": (400, 3), "valid": (6, 0), "test": (12, 0)}
+    kept = [(tmp_path / f"out/train.{language}").read_text().splitlines() for language in ("de", "en")]
+    assert [len(lines) for lines in kept] == [400, 400]
+    lengths = [sorted(len(line.split()) for line in pair) for pair in zip(*kept, strict=True)]
+    assert all(shorter >= 1 and longer <= 50 and longer <= 4 * shorter for shorter, longer in lengths)
+    raw = (tmp_path / "out/raw.test.en").read_text()
+    assert raw == side(TEXT["test"], 1)
+
+
+def test_a_line_ends_where_its_line_feed_is(tmp_path, monkeypatch):
+    odd = [("er sieht\u2028ein Haus", "he sees\x0ba house"), ("sie\rsieht", "she\x85sees")]
+    corpus = own_corpus(tmp_path, monkeypatch, [*odd, *TEXT["train"]])
+    assert prepare(corpus, tmp_path / "out", vocab_size=300)["train"] == (402, 0)
+    for language in ("de", "en"):
+        for name in ("raw.train", "train"):
+            assert len((tmp_path / f"out/{name}.{language}").read_text().splitlines()) == 402
+    assert (tmp_path / "out/raw.train.en").read_text().startswith("he sees a house\nshe sees\n")
+
+
+def test_sides_of_unlike_length_and_other_encodings_are_named(tmp_path, monkeypatch):
+    corpus = own_corpus(tmp_path, monkeypatch, TEXT["train"])
+    file = tmp_path / "own/valid.en"
+    file.write_text(file.read_text() + "one more\n")
+    with pytest.raises(ValueError, match=r"valid\.de, .*valid\.en: got unlike numbers of lines"):
+        prepare(corpus, tmp_path / "out", vocab_size=300)
+    file.write_bytes("Größe\n".encode("latin-1") * 6)
+    with pytest.raises(ValueError, match=r"valid\.en: not UTF-8"):
+        prepare(corpus, tmp_path / "out", vocab_size=300)
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_named(tmp_path, monkeypatch, capsys):
+    own_corpus(tmp_path, monkeypatch, TEXT["train"])
+    (tmp_path / "own").rename(tmp_path / "iwslt17_de-en")
+    assert main(["translation-prepare", "iwslt17", str(tmp_path / "out"), "--vocab", "100000"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fairseq-dsq translation-prepare: error: --vocab: got 100000: ")
+    assert len(error.splitlines()) == 1
