@@ -9,6 +9,7 @@ import tarfile
 import pytest
 import sacrebleu.dataset
 import sacrebleu.utils
+from fairseq.data import Dictionary
 from sacrebleu.dataset.fake_sgml import FakeSGMLDataset
 
 from fairseq_dsq.cli import main
@@ -138,12 +139,12 @@ def test_a_broken_archive_and_a_missing_member_are_named(tmp_path):
         extract(tmp_path / "whole.tgz", ["a.de", "a.en"], tmp_path / "out")
 
 
-def own_corpus(folder, monkeypatch, train, **limits):
-    """A corpus below $DSQ_DATA with these training pairs."""
+def own_corpus(folder, monkeypatch, train, valid=TEXT["valid"], **limits):
+    """A corpus below $DSQ_DATA with these training and validation pairs."""
     monkeypatch.setenv("DSQ_DATA", str(folder))
     (folder / "own").mkdir()
     for split in SPLITS:
-        pairs = train if split == "train" else TEXT[split]
+        pairs = {"train": train, "valid": valid, "test": TEXT["test"]}[split]
         for index, language in enumerate(("de", "en")):
             (folder / "own" / f"{split}.{language}").write_bytes(side(pairs, index).encode())
     return Corpus("own", "de", "en", "own", {}, lambda *_: (), **limits)
@@ -151,15 +152,30 @@ def own_corpus(folder, monkeypatch, train, **limits):
 
 def test_training_pairs_that_are_empty_long_or_unlike_are_left_out_and_no_others(tmp_path, monkeypatch):
     unlike = [("", "something"), ("er " * 60, "he " * 60), ("er", "he sees a very old house")]
-    corpus = own_corpus(tmp_path, monkeypatch, [*TEXT["train"], *unlike], max_pieces=50, max_ratio=4)
+    train = [*TEXT["train"], *unlike]
+    corpus = own_corpus(tmp_path, monkeypatch, train, unlike, max_pieces=50, max_ratio=4)
     counts = prepare(corpus, tmp_path / "out", vocab_size=300)
-    assert counts == {"train": (400, 3), "valid": (6, 0), "test": (12, 0)}
+    assert counts == {"train": (400, 3), "valid": (3, 0), "test": (12, 0)}
     kept = [(tmp_path / f"out/train.{language}").read_text().splitlines() for language in ("de", "en")]
     assert [len(lines) for lines in kept] == [400, 400]
     lengths = [sorted(len(line.split()) for line in pair) for pair in zip(*kept, strict=True)]
     assert all(shorter >= 1 and longer <= 50 and longer <= 4 * shorter for shorter, longer in lengths)
-    raw = (tmp_path / "out/raw.test.en").read_text()
-    assert raw == side(TEXT["test"], 1)
+    assert (tmp_path / "out/raw.test.en").read_text() == side(TEXT["test"], 1)
+
+
+def test_without_limits_only_empty_training_pairs_are_left_out(tmp_path, monkeypatch):
+    train = [*TEXT["train"], ("", "something"), ("", ""), ("er " * 300, "he")]
+    corpus = own_corpus(tmp_path, monkeypatch, train)
+    assert prepare(corpus, tmp_path / "out", vocab_size=300)["train"] == (401, 2)
+
+
+def test_the_dictionary_has_every_piece_and_none_of_fairseq_s_own(tmp_path, monkeypatch):
+    prepare(own_corpus(tmp_path, monkeypatch, TEXT["train"]), tmp_path / "out", vocab_size=300)
+    dictionary = Dictionary.load(str(tmp_path / "out/dict.txt"))
+    assert len(dictionary) == dictionary.nspecial + 300 - 3
+    for language in ("de", "en"):
+        pieces = set((tmp_path / f"out/train.{language}").read_text().split())
+        assert not [piece for piece in pieces if dictionary.index(piece) == dictionary.unk()]
 
 
 def test_a_line_ends_where_its_line_feed_is(tmp_path, monkeypatch):
