@@ -1,5 +1,4 @@
-# Sourced by the other scripts: makes .venv where it is missing, installs the package with the named extras, activates.
-# PYTHON names the interpreter to make it with; DSQ_ENV an environment (a folder with bin/) to use as it is instead.
+# Sourced by the other scripts: their flags and errors, their environment, and fairseq's commands as they call them.
 
 DSQ_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TORCH_PIN=torch==2.13.0
@@ -67,7 +66,7 @@ train() {
     local log=$1
     shift
     fairseq-train "$@" --user-dir "$DSQ_ROOT/fairseq_dsq" >> "$log" 2>&1 && return
-    grep -E '[Ee]rror' "$log" | tail -n 1 >&2
+    grep -E '[Ee]rror' "$log" | tail -n 1 >&2 || true
     fail "training failed, see $log"
 }
 
@@ -88,6 +87,8 @@ score() {
     sed -n 's/^ *"score": \([0-9.]*\).*/\1/p' "$2/score.json"
 }
 
+# use_env EXTRAS: makes .venv where it is missing, installs the package with these extras, activates. PYTHON names the
+# interpreter to make it with; DSQ_ENV an environment (a folder with bin/) to use as it is instead.
 use_env() {
     local extras=$1 venv=$DSQ_ROOT/.venv python stamp
     if [ -n "${DSQ_ENV:-}" ]; then

@@ -9,4 +9,5 @@ cd "$DSQ_ROOT"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# A file stays in one process: its fixtures train models.
+python -m pytest --numprocesses auto --dist loadfile "$@"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
 from fairseq_dsq import formats
@@ -155,6 +156,9 @@ def set_defaults(args: Any) -> None:
             setattr(args, name, value)
 
 
+# With these fairseq drops the best loss of the checkpoint that it starts from, and the schedule does.
+RESTARTS = ("finetune_from_model", "reset_meters", "reset_optimizer")
+
 Shape = tuple[int, ...] | None
 
 
@@ -188,17 +192,26 @@ class DSQState(nn.Module):
         levels: the precision levels; ``level_in_force`` is the index of the current one.
         schedule: decides when the level rises.
         context: where the level in force is put.
+        may_restart: the command may begin another training from a checkpoint; only :meth:`begin_training` then refuses
+            a level that ``levels`` does not have.
     """
 
     level: Tensor
     best_loss: Tensor
     bad_validations: Tensor
 
-    def __init__(self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext) -> None:
+    def __init__(
+        self,
+        levels: Sequence[PrecisionConfig],
+        schedule: PrecisionSchedule,
+        context: DSQContext,
+        may_restart: bool = False,
+    ) -> None:
         super().__init__()
         self.levels = tuple(levels)
         self.schedule = schedule
         self.context = context
+        self.may_restart = may_restart
         for name, value in self._buffers_of(ScheduleState()).items():
             self.register_buffer(name, value)
         self._apply_level()
@@ -230,6 +243,28 @@ class DSQState(nn.Module):
             )
             self._apply_level()
 
+    def begin_training(self, restart: bool) -> None:
+        """Before the first update: ``restart`` forgets what another training reached, the level and the best loss.
+
+        Raises:
+            SystemExit: the checkpoint's level is not among ``levels``, and is not forgotten.
+        """
+        if not restart:
+            self._check_level()
+        elif self.state != ScheduleState():
+            logger.info(f"the precision schedule starts anew; the checkpoint was at level {int(self.level)}")
+            for name, value in self._buffers_of(ScheduleState()).items():
+                getattr(self, name).copy_(value)
+            self._apply_level()
+
+    def _check_level(self) -> None:
+        if not 0 <= int(self.level) < len(self.levels):
+            flag_error(
+                "--dsq-levels",
+                f"got {levels_to_str(self.levels)!r}, expected the more than {int(self.level)} levels that the "
+                "checkpoint was trained with",
+            )
+
     def _apply_level(self) -> None:
         # Kept as a number too: reading a buffer on a GPU would wait for it, every step.
         self.level_in_force = int(self.level)
@@ -238,12 +273,9 @@ class DSQState(nn.Module):
     @staticmethod
     def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         assert isinstance(module, DSQState)
-        if not 0 <= int(module.level) < len(module.levels):
-            flag_error(
-                "--dsq-levels",
-                f"got {levels_to_str(module.levels)!r}, expected the more than {int(module.level)} levels that the "
-                "checkpoint was trained with",
-            )
+        if module.may_restart and int(module.level) >= len(module.levels):
+            return  # the first level stays in force
+        module._check_level()
         module._apply_level()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQState:
@@ -340,8 +372,9 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
     except ValueError as error:
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
-    model.dsq = DSQState(levels, schedule, context)
-    _hang_on_validation(task)
+    may_restart = any(getattr(args, flag, None) for flag in RESTARTS)
+    model.dsq = DSQState(levels, schedule, context, may_restart)
+    _hang_on_training(task)
     _warn_of_lone_workers()
 
 
@@ -364,15 +397,26 @@ def convert_added(model: nn.Module, args: Any, name: str) -> None:
         flag_error("--arch", str(error))
 
 
-def _hang_on_validation(task: Any) -> None:
-    """Have ``task`` tell the model's schedule the loss of the first valid subset of every validation.
+def _hang_on_training(task: Any) -> None:
+    """Have ``task`` tell the model's schedule the loss of the first valid subset of every validation, and of a restart.
 
     ``post_validate`` runs after each subset and before the checkpoint is written; a task's own is kept.
     """
     if getattr(task, "_dsq_hooked", False):
         return
-    begin, own = task.begin_valid_epoch, getattr(task, "post_validate", None)
-    pending = False
+    own_begin_epoch, begin, own = task.begin_epoch, task.begin_valid_epoch, getattr(task, "post_validate", None)
+    started = pending = False
+
+    def begin_epoch(epoch: int, model: nn.Module) -> None:
+        nonlocal started
+        # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
+        # another training, perhaps of another task, has reached says nothing of this one.
+        if not started:
+            state = model.dsq
+            assert isinstance(state, DSQState)
+            state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
+        started = True
+        own_begin_epoch(epoch, model)
 
     def begin_valid_epoch(epoch: int, model: nn.Module) -> None:
         nonlocal pending
@@ -390,6 +434,7 @@ def _hang_on_validation(task: Any) -> None:
             assert isinstance(state, DSQState)
             state.validated(float(stats["loss"]))
 
+    task.begin_epoch = begin_epoch
     task.begin_valid_epoch = begin_valid_epoch
     task.post_validate = post_validate
     task._dsq_hooked = True

@@ -111,6 +111,41 @@ def test_generation_runs_at_the_checkpoint_s_level(cli, trained):
     assert sum(line.startswith("D-") for line in out.splitlines()) == 24
 
 
+RESET = ("--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler")
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [
+        (("--finetune-from-model", "{checkpoint}"), 0),
+        (("--restore-file", "{checkpoint}", *RESET), 0),
+        (("--restore-file", "{checkpoint}", "--reset-dataloader"), 1),
+    ],
+)
+def test_the_schedule_starts_anew_where_fairseq_s_best_does(cli, trained, tmp_path, flags, level):
+    checkpoint = trained / "run/checkpoint_last.pt"
+    former = load(checkpoint)["model"]
+    assert former["dsq.level"] == 1
+    flags = [flag.format(checkpoint=checkpoint) for flag in flags]
+    # Nothing is learnt and dropped, so that the loss alone tells whose best it is.
+    log = cli.train(tmp_path / "run", *TWO_LEVELS, "--max-epoch", 1, "--lr", 0, "--dropout", 0, *flags)
+    assert f'"train_dsq_level": "{level}"' in log
+    assert ("starts anew; the checkpoint was at level 1" in log) == (level == 0)
+    after = load(tmp_path / "run/checkpoint_last.pt")["model"]
+    assert (after["dsq.level"], after["dsq.bad_validations"]) == (level, 0 if level == 0 else 2)
+    assert (after["dsq.best_loss"] == former["dsq.best_loss"]) == (level == 1)
+
+
+def test_fine_tuning_may_have_fewer_levels_than_the_checkpoint_s_training(cli, trained, tmp_path):
+    flags = ("--dsq-levels", "[4,4,4,16]", "--finetune-from-model", trained / "run/checkpoint_last.pt", "--max-epoch")
+    log = cli.train(tmp_path / "run", *flags, 1)
+    assert '"train_dsq_level": "0"' in log and "starts anew; the checkpoint was at level 1" in log
+    cli.train(tmp_path / "run", *TWO_LEVELS, *flags[2:], 3)
+    assert load(tmp_path / "run/checkpoint_last.pt")["model"]["dsq.level"] == 1
+    _, error = cli.run(*cli.train_command(tmp_path / "run", *flags, 4), code=1)
+    assert "argument --dsq-levels: got '[4,4,4,16]', expected the more than 1 levels" in error.splitlines()[-1]
+
+
 def test_a_float_checkpoint_loads_into_dsq_and_an_exported_one_back(cli, tmp_path):
     cli.train(tmp_path / "float", "--max-epoch", 1, arch="transformer", criterion="label_smoothed_cross_entropy")
     before = load(tmp_path / "float/checkpoint_last.pt")["model"]
