@@ -319,7 +319,7 @@ def middle_padding(tgt_len):
     return mask
 
 
-@pytest.mark.parametrize("padding", [None, left_padding, middle_padding], ids=str)
+@pytest.mark.parametrize("padding", [None, left_padding, middle_padding])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_decoding_step_by_step_equals_the_whole_and_fairseqs(padding, mode):
     attention, twin = (module.train(mode == "train") for module in pair("self"))

@@ -239,7 +239,6 @@ def test_a_copy_of_a_converted_model_has_a_context_of_its_own():
         (["decoder.layers"], {name for name in LINEARS if name.startswith("decoder.layers.")}),
         (["ENCODER"], None),
     ],
-    ids=str,
 )  # fmt: skip
 def test_skip_patterns(skip, floats):
     how = context(*BFP_MIXED.q)
