@@ -23,6 +23,9 @@ class Task:
     def __init__(self):
         self.seen = []
 
+    def begin_epoch(self, epoch, model):
+        pass
+
     def begin_valid_epoch(self, epoch, model):
         self.seen.append(("begin", epoch))
 
