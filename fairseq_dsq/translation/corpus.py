@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,18 +119,20 @@ def extract(archive: Path, members: Iterable[str], folder: Path) -> list[Path]:
         OSError: one cannot be written.
         ValueError: the archive is broken or has no such member; names both.
     """
-    paths = [folder / member for member in members]
-    if all(path.is_file() for path in paths):
-        return paths
-    try:
-        with tarfile.open(archive) as content:
-            wanted = {path.relative_to(folder).as_posix() for path in paths}
-            for entry in content:
-                if entry.name in wanted:
-                    content.extract(entry, folder, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive}: a broken archive: {error}") from None
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{archive}: has no {path.relative_to(folder)}")
-    return paths
+    paths = {member: folder / member for member in members}
+    if not all(path.is_file() for path in paths.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # Moved when it is whole: what a stopped command left must not pass for the member.
+            with tempfile.TemporaryDirectory(dir=folder) as partial, tarfile.open(archive) as content:
+                for entry in content:
+                    if entry.name in paths:
+                        content.extract(entry, partial, filter="data")
+                        paths[entry.name].parent.mkdir(parents=True, exist_ok=True)
+                        Path(partial, entry.name).rename(paths[entry.name])
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ValueError(f"{archive}: a broken archive: {error}") from None
+        for member, path in paths.items():
+            if not path.is_file():
+                raise ValueError(f"{archive}: has no {member}")
+    return list(paths.values())

@@ -8,7 +8,6 @@ import tarfile
 
 import pytest
 import sacrebleu.dataset
-import sacrebleu.utils
 from fairseq.data import Dictionary
 from sacrebleu.dataset.fake_sgml import FakeSGMLDataset
 
@@ -131,10 +130,13 @@ def test_an_address_that_cannot_be_reached_says_what_to_do(name, module, tmp_pat
 
 
 def test_a_broken_archive_and_a_missing_member_are_named(tmp_path):
-    pack(tmp_path / "whole.tgz", {"a.de": "x\n" * 5000})
-    (tmp_path / "cut.tgz").write_bytes((tmp_path / "whole.tgz").read_bytes()[:60])
-    with pytest.raises(ValueError, match=r"cut\.tgz: a broken archive"):
-        extract(tmp_path / "cut.tgz", ["a.de"], tmp_path / "out")
+    pack(tmp_path / "whole.tgz", {"a.de": "".join(f"{number**3}\n" for number in range(50_000))})
+    whole = (tmp_path / "whole.tgz").read_bytes()
+    for size in (60, len(whole) // 2):
+        (tmp_path / "cut.tgz").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.tgz: a broken archive"):
+            extract(tmp_path / "cut.tgz", ["a.de"], tmp_path / "out")
+        assert not list((tmp_path / "out").rglob("*"))
     with pytest.raises(ValueError, match=r"whole\.tgz: has no a\.en"):
         extract(tmp_path / "whole.tgz", ["a.de", "a.en"], tmp_path / "out")
 
