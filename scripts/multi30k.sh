@@ -14,11 +14,8 @@ layers=2 dim=128 ffn=512 heads=4
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # shellcheck source=scripts/translation.sh
 . "$DSQ_ROOT/scripts/translation.sh"
-parse_flags "$TRANSLATION_FLAGS layers dim ffn heads" "" "$@"
-[ -z "$argument" ] || reject "$argument"
-check_epochs "$epochs"
+begin "layers dim ffn heads" "$@"
 use_env dev
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 recipe=(
     --arch transformer_dsq --share-all-embeddings --encoder-layers "$layers" --decoder-layers "$layers"
@@ -27,4 +24,4 @@ recipe=(
 )
 search=(--beam 4 --max-tokens 4096)
 prepare_corpus
-train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$format-${levels:-default}-seed$seed}"
+train_one

@@ -24,7 +24,8 @@ prepare_corpus() {
     prepared=$DSQ_ROOT/runs/$corpus/data-$vocab
     [ ! -e "$prepared/done" ] || return 0
     mkdir -p "$prepared"
-    fairseq-dsq translation-prepare "$corpus" "$prepared" --vocab "$vocab"
+    fairseq-dsq translation-prepare "$corpus" "$prepared" --vocab "$vocab" \
+        --downloads "$DSQ_ROOT/runs/$corpus/downloads"
     fairseq-preprocess --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$prepared/dict.txt" \
         --trainpref "$prepared/train" --validpref "$prepared/valid" --testpref "$prepared/test" --destdir "$prepared/bin" \
         > "$prepared/preprocess.out" 2>&1 || fail "fairseq-preprocess failed, see $prepared/preprocess.out"
@@ -47,21 +48,33 @@ train_method() {
     echo "$test sacreBLEU: $(score "$prepared/raw.test.$target" "$folder" 2)"
 }
 
+# begin "OWN_FLAGS" ARGUMENTS...: what comes first in each of these scripts
+begin() {
+    local own=$1
+    shift
+    parse_flags "$TRANSLATION_FLAGS $own" "" "$@"
+    [ -z "$argument" ] || reject "$argument"
+    check_epochs "$epochs"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
+
+# train_one: the method that --format and --levels name
+train_one() {
+    train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$format-${levels:-default}-seed$seed}"
+}
+
 # run_table ARGUMENTS...: what iwslt17.sh and wmt14.sh do
 run_table() {
     local method folders=()
-    parse_flags "$TRANSLATION_FLAGS methods" "" "$@"
-    [ -z "$argument" ] || reject "$argument"
+    begin methods "$@"
     [ -n "$format" ] || [ -z "$levels" ] || fail "--levels: got '$levels' without --format" 2
-    check_epochs "$epochs"
     for method in $methods; do
         (find_method "$method")  # all are known before the first is trained
     done
     use_env ""
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     prepare_corpus
     if [ -n "$format" ]; then
-        train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$format-${levels:-default}-seed$seed}"
+        train_one
         return
     fi
     for method in $methods; do

@@ -14,11 +14,12 @@ PIECE_SENTENCES = 2_000_000
 _SPECIAL_PIECES = 3
 
 
-def prepare(corpus: Corpus, folder: Path, vocab_size: int) -> dict[str, tuple[int, int]]:
+def prepare(corpus: Corpus, folder: Path, vocab_size: int, downloads: Path | None = None) -> dict[str, tuple[int, int]]:
     """Write, for every split and language, raw.SPLIT.LANGUAGE and SPLIT.LANGUAGE, spm.model and fairseq's dict.txt.
 
     Args:
         vocab_size: sentence pieces (BPE) of both languages together.
+        downloads: where archives are kept (default: in ``folder``).
 
     Returns:
         per split, the pairs that were written in pieces and those that were left out (of the training split alone).
@@ -31,7 +32,7 @@ def prepare(corpus: Corpus, folder: Path, vocab_size: int) -> dict[str, tuple[in
     for split in SPLITS:
         sides = [folder / f"raw.{split}.{language}" for language in corpus.languages]
         with open(sides[0], "w", encoding="utf-8") as source, open(sides[1], "w", encoding="utf-8") as target:
-            for pair in corpus.read(split, folder / "downloads"):
+            for pair in corpus.read(split, downloads or folder / "downloads"):
                 # fairseq and sentencepiece disagree on what ends a line, so that none may be left within one.
                 source.write(" ".join(pair[0].split()) + "\n")
                 target.write(" ".join(pair[1].split()) + "\n")
