@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_dsq.flags import ENCODER_DEFAULTS
-from fairseq_dsq.models.dsq import shape_to_str
+from fairseq_dsq.models.checkpoints import shape_to_str
 from fairseq_dsq.models.hf_vocabulary import read_json
 from fairseq_dsq.models.probe import training_config
 from fairseq_dsq.models.roberta_dsq import HEADS, POOLER

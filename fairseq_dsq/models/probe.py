@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fairseq_dsq import data_files
 from fairseq_dsq.models import dsq
+from fairseq_dsq.models.state import DSQState
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig, Ledger, Work
 
 FOLDER = "models"
@@ -254,7 +255,7 @@ def trace(spec: ModelSpec, training: bool = True) -> Work:
     """
     model = build(spec)
     state = getattr(model, "dsq", None)
-    if isinstance(state, dsq.DSQState):
+    if isinstance(state, DSQState):
         ledger = state.context.ledger
         state.context.set_precision(FLOAT32)
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fairseq_dsq.flags import ENCODER_DEFAULTS, flag_error
 from fairseq_dsq.models import dsq
+from fairseq_dsq.models.checkpoints import DSQModelMixin, Shape, shape_to_str
 
 # The head of a checkpoint that holds BERT's pooler (dense, tanh). It has no classes; fairseq's own roberta drops it.
 POOLER = "pooler"
@@ -81,7 +82,7 @@ def set_defaults(args: Any) -> None:
 
 
 @register_model("roberta_dsq")
-class RobertaDSQModel(dsq.DSQModelMixin, RobertaModel):
+class RobertaDSQModel(DSQModelMixin, RobertaModel):
     """fairseq's ``roberta`` under dynamic stashing quantization; parameter names and shapes are the same.
 
     ``--token-types`` and ``--layer-norm-eps`` make it BERT.
@@ -156,13 +157,13 @@ class RobertaDSQModel(dsq.DSQModelMixin, RobertaModel):
         if has != expected:
             flag_error(
                 "--head-from-pooler",
-                f"the checkpoint's pooler is {dsq.shape_to_str(has)}, expected {dsq.shape_to_str(expected)}",
+                f"the checkpoint's pooler is {shape_to_str(has)}, expected {shape_to_str(expected)}",
             )
         with torch.no_grad():
             dense.weight.copy_(pooler["dense.weight"])
             dense.bias.copy_(pooler["dense.bias"])
 
-    def blame(self, name: str, has: dsq.Shape, expected: dsq.Shape) -> str:
+    def blame(self, name: str, has: Shape, expected: Shape) -> str:
         """What gives a model's tensor its shape."""
         args = self.args
         part = name.removeprefix("encoder.sentence_encoder.")

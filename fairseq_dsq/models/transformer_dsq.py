@@ -14,10 +14,11 @@ from fairseq.models.transformer.transformer_legacy import (
 )
 
 from fairseq_dsq.models import dsq
+from fairseq_dsq.models.checkpoints import DSQModelMixin
 
 
 @register_model("transformer_dsq")
-class TransformerDSQModel(dsq.DSQModelMixin, TransformerModel):
+class TransformerDSQModel(DSQModelMixin, TransformerModel):
     """fairseq's ``transformer`` under dynamic stashing quantization; parameter names and shapes are the same."""
 
     @classmethod
