@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 MIN_BITS, MAX_BITS = 2, 32
 # float32 has 24 significant bits: no larger code can come out of one.
@@ -20,6 +21,8 @@ SIGNIFICAND_BITS = 24
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 EXPONENT_BIAS = 127
 DEFAULT_BOX_SIZE = 16
+# A box that no row fills, and that a kernel's 32-bit sizes hold.
+ROW = 1 << 30
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
 
@@ -149,12 +152,16 @@ class BlockFloat:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Fixed point: two's complement codes with one power-of-two scale for the whole tensor.
+    """Fixed point: two's complement codes with one power-of-two scale for the whole tensor, or for each row.
+
+    Where the scale follows from the tensor, all that a batch holds shares it: a sentence's result then depends on the
+    others, and a position's on later ones. A scale per row has no such dependence.
 
     Attributes:
         bits: bits of an element, sign included; 2 to 32.
-        fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the
-            tensor's largest magnitude, as :class:`BlockFloat` does for a box.
+        fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the largest
+            magnitude, as :class:`BlockFloat` does for a box.
+        per_row: one scale for each row along the dimension that a GEMM sums over, not for the tensor.
 
     Raises:
         TypeError, ValueError: a width that is not defined.
@@ -162,21 +169,24 @@ class FixedPoint:
 
     bits: int
     fraction_bits: int | None = None
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
         fraction = self.fraction_bits
         if fraction is None:
             return
+        if self.per_row:
+            raise ValueError(f"per_row: got True with fraction_bits {fraction!r}, expected None: a scale that follows")
         if isinstance(fraction, bool) or not isinstance(fraction, int):
             raise TypeError(f"fraction_bits: got {fraction!r}, expected an integer from 0 to {self.bits}")
         if not 0 <= fraction <= self.bits:
             raise ValueError(f"fraction_bits: got {self.fraction_bits!r}, expected 0 to {self.bits}")
 
     @property
-    def box_size(self) -> None:
-        """None: the whole tensor is one box."""
-        return None
+    def box_size(self) -> int | None:
+        """None: the whole tensor is one box; else larger than any row."""
+        return ROW if self.per_row else None
 
     @property
     def max_code(self) -> int:
@@ -201,17 +211,21 @@ class FixedPoint:
         return None if self.fraction_bits is None else self.bits - 2 - self.fraction_bits
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
-        """Bytes of a packed tensor of ``shape``: one exponent and the codes; ``dim`` does not matter."""
-        return packed_nbytes(shape, dim, self.bits, None)
+        """Bytes of a packed tensor of ``shape``: the codes and one exponent, or one for each row along ``dim``."""
+        return packed_nbytes(shape, dim, self.bits, self.box_size)
 
     def __str__(self) -> str:
         if self.fraction_bits is None:
-            return f"fixed{self.bits}"
+            return f"fixed{self.bits}/row" if self.per_row else f"fixed{self.bits}"
         return f"fixed{self.bits}.{self.fraction_bits}"
 
 
 Format = Float32 | BlockFloat | FixedPoint
 ScaledInteger = BlockFloat | FixedPoint
+
+
+FixedScale = Literal["dynamic", "row", "static"]
+FIXED_SCALES: tuple[FixedScale, ...] = ("dynamic", "row", "static")
 
 
 @dataclass(frozen=True)
@@ -220,15 +234,21 @@ class FormatOptions:
 
     Attributes:
         sign_bit_extra: q counts magnitude bits only; the sign comes on top (``--dsq-sign-bit extra``).
-        static_scale: fixed point with half the bits as fraction (``--dsq-fixed-scale static``).
+        fixed_scale: fixed point's scale, one of :data:`FIXED_SCALES` (``--dsq-fixed-scale``): ``dynamic`` follows from
+            the tensor, ``row`` from each row, ``static`` makes half the bits fraction.
     """
 
     sign_bit_extra: bool = False
-    static_scale: bool = False
+    fixed_scale: FixedScale = "dynamic"
 
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
         return q + 1 if self.sign_bit_extra else q
+
+
+def per_row(fmt: Format) -> Format:
+    """``fmt`` with one scale for each row along the dimension of its boxes; as it is if its scale is the tensor's."""
+    return replace(fmt, box_size=ROW) if isinstance(fmt, BlockFloat) else fmt
 
 
 _FAMILIES: dict[str, Callable[[int, FormatOptions], Format]] = {}
@@ -243,7 +263,7 @@ def register(name: str, make: Callable[[int, FormatOptions], Format]) -> None:
 
 def _fixed(q: int, options: FormatOptions) -> FixedPoint:
     bits = options.bits(q)
-    return FixedPoint(bits, bits // 2 if options.static_scale else None)
+    return FixedPoint(bits, bits // 2 if options.fixed_scale == "static" else None, options.fixed_scale == "row")
 
 
 register("bfp", lambda q, options: BlockFloat(options.bits(q)))
@@ -271,8 +291,8 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 def parse(text: str) -> Format:
     """The inverse of ``str``.
 
-    ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8.4`` (four fraction bits),
-    ``float32``; a name registered elsewhere with its bits.
+    ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8/row`` (one for each row),
+    ``fixed8.4`` (four fraction bits), ``float32``; a name registered elsewhere with its bits.
 
     Raises:
         ValueError: text that names no format.
@@ -283,6 +303,8 @@ def parse(text: str) -> Format:
         return BlockFloat(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"fixed(\d+)\.(\d+)", text):
         return FixedPoint(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"fixed(\d+)/row", text):
+        return FixedPoint(int(match[1]), per_row=True)
     match = re.fullmatch(r"([a-z]\w*?)(\d+)", text)
     if match is None or match[1] not in _FAMILIES:
         raise ValueError(f"format: got {text!r}, expected such as bfp4, bfp4x32, fixed8, fixed8.4 or float32")

@@ -35,6 +35,7 @@ class DSQLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.context = context
+        self.number = context.number_layer()
         # The quantized weight and what it was made from; see _quantized_weight.
         self._inference_weight: tuple[PrecisionConfig, Tensor, int, Tensor] | None = None
 
@@ -90,4 +91,5 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
         quantized = fake_quantize(x, config.precision.output_operands, -1)
         return [layer.infer(quantized) for layer in layers]
     params = [(layer.weight, layer.bias) for layer in layers]
-    return list(linear_group(x, params, context.for_mode(first.training), context.ledger))
+    numbers = [layer.number for layer in layers]
+    return list(linear_group(x, params, context.for_mode(first.training), context.ledger, numbers))
