@@ -125,6 +125,11 @@ def _backward_seed(seed: int | None) -> int | None:
     return None if seed is None else seed + _BACKWARD
 
 
+def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x``, a new contiguous tensor, in another shape: no view, which autograd lets nobody change in place."""
+    return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
+
+
 def _packed(data: Tensor | None, spec: Any) -> Packed | None:
     return None if data is None else Packed(data, *spec)
 
@@ -151,7 +156,7 @@ class _Linear(torch.autograd.Function):
             assert weight is not None
             # output: MxK @ KxN => MxN
             y = multiply(operand, quantizer.operand(weight, fmt, -1, how), config.gemm, bias)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            outputs.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x or needs)
         ctx.config, ctx.seed, ctx.x_shape = config, seed, x.shape
@@ -197,7 +202,7 @@ class _Linear(torch.autograd.Function):
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
-        return None, None, None, None if grad_x is None else grad_x.view(ctx.x_shape), *grad_params
+        return None, None, None, None if grad_x is None else _reshaped(grad_x, ctx.x_shape), *grad_params
 
 
 def record_linear(ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, training: bool) -> None:

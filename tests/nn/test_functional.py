@@ -552,3 +552,36 @@ def test_checkpointing_gives_the_same_gradients(kind, use_reentrant, rounding):
     for grad, reference in zip(actual[1], expected[1], strict=True):
         assert (grad is None) == (reference is None)
         assert grad is None or torch.equal(grad, reference)
+
+
+# What comes after a layer may work in place, as after torch's own
+
+IN_PLACE = [lambda y: y.relu_(), lambda y: y.masked_fill_(y > 0, 0.5), lambda y: y[..., :1].add_(1)]
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("shape", [(4, 21), (2, 3, 21), (21,)], ids=str)
+@pytest.mark.parametrize("precision", [MIXED.precision, FLOAT32], ids=str)
+def test_a_linear_layers_outputs_may_be_changed_in_place(precision, shape, change):
+    weights = [normal(18, 21, seed=seed).requires_grad_() for seed in (1, 2)]
+    results = []
+    for clone in (True, False):
+        x = normal(*shape).requires_grad_()
+        outputs = linear_group(x, [(weight, None) for weight in weights], GemmConfig(precision))
+        assert not any(y._is_view() for y in outputs)
+        outputs = [y.clone() for y in outputs] if clone else outputs
+        for y in outputs:
+            change(y)
+        grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *weights])
+        results.append([*outputs, *grads])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("transpose_b", [True, False])
+def test_a_products_output_and_gradients_may_be_changed_in_place(transpose_b):
+    a, b = normal(2, 5, 7).requires_grad_(), normal(2, *((6, 7) if transpose_b else (7, 6)), seed=1).requires_grad_()
+    y = matmul(a, b, MIXED, transpose_b=transpose_b)
+    assert not y._is_view()
+    y.relu_().sum().backward()
+    for grad in (a.grad, b.grad):
+        grad.mul_(2)
