@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "dsq_box_dim": "reduction",
     "dsq_attention_matmul": "on",
     "dsq_fixed_scale": "dynamic",
+    "dsq_scale": "floor",
     "dsq_stash_scope": "gemm",
     "dsq_skip": "",
     "dsq_gemm": "auto",

@@ -112,6 +112,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "MODE",
         "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction",
     ),
+    "dsq_scale": (
+        _choice(*formats.SCALES),
+        "MODE",
+        "scale of a box, or of a tensor in dynamic fixed point: floor, from the power of two below its largest "
+        "magnitude, values above the largest code clip; fit, twice that where one would, so that none does",
+    ),
     "dsq_stash_scope": (
         _choice(*STASH_SCOPES),
         "SCOPE",
@@ -173,7 +179,10 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     Raises:
         SystemExit: flags that contradict each other or the model; one line names the flag.
     """
-    options = FormatOptions(sign_bit_extra=args.dsq_sign_bit == "extra", static_scale=args.dsq_fixed_scale == "static")
+    static = args.dsq_fixed_scale == "static"
+    if static and args.dsq_format == "fixed" and args.dsq_scale != "floor":
+        flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
+    options = FormatOptions(args.dsq_sign_bit == "extra", static, args.dsq_scale)
     try:
         levels = parse_levels(args.dsq_levels, args.dsq_format, options)
     except ValueError as error:
