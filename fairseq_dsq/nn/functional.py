@@ -125,6 +125,11 @@ def _backward_seed(seed: int | None) -> int | None:
     return None if seed is None else seed + _BACKWARD
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., N) as a matrix; any of the sizes may be 0, which leaves nothing for reshape's -1 to follow from."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     """``x``, a new contiguous tensor, in another shape: no view, which autograd lets nobody change in place."""
     return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
@@ -143,7 +148,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         precision = config.precision
         weights, biases = params[0::2], params[1::2]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         needs_x = grad_enabled and ctx.needs_input_grad[3]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[4::2]]
         seed = _draw_seed(config)
@@ -184,7 +189,7 @@ class _Linear(torch.autograd.Function):
             grad_weight: Tensor | None = None
             grad_bias: Tensor | None = None
             if grad is not None:
-                rows = grad.reshape(-1, grad.shape[-1])
+                rows = _rows(grad)
                 m, n, k = *rows.shape, weight.shape[1]
                 along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[3], needs_weight), how)
                 if along_n is not None:

@@ -23,12 +23,24 @@ from nn.common import (
     seeded,
     uneven,
 )
+from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GemmConfig, Ledger, LedgerKey, StashKey, linear, linear_group, matmul
-from fairseq_dsq.precision import Gemm, Stash
+from fairseq_dsq.formats import BlockFloat, FormatOptions
+from fairseq_dsq.nn import (
+    BOX_DIMS,
+    FLOAT32,
+    GEMM_MODES,
+    GemmConfig,
+    Ledger,
+    LedgerKey,
+    StashKey,
+    linear,
+    linear_group,
+    matmul,
+)
+from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
 
 # M, K, N: whole boxes; short last boxes along each; less than a box; single rows and columns.
 SHAPES = [(32, 16, 48), (37, 21, 18), (1, 5, 3), (17, 33, 1), (16, 1, 7)]
@@ -552,6 +564,45 @@ def test_checkpointing_gives_the_same_gradients(kind, use_reentrant, rounding):
     for grad, reference in zip(actual[1], expected[1], strict=True):
         assert (grad is None) == (reference is None)
         assert grad is None or torch.equal(grad, reference)
+
+
+# Nothing to multiply
+
+EMPTY = [shape for shape in itertools.product((0, 5), (0, 7), (0, 6)) if 0 in shape]
+FEW = [
+    MIXED.precision,
+    PrecisionConfig((4, 4, 4, 8), "fixed"),
+    PrecisionConfig((4, 4, 4, 8), "bfp", FormatOptions(scale="fit")),
+    FLOAT32,
+]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("gemm", GEMM_MODES)
+@pytest.mark.parametrize("precision", FEW, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), EMPTY)
+def test_sizes_of_zero_are_torchs(m, k, n, precision, gemm, rounding):
+    how = GemmConfig(precision, rounding, gemm=gemm)
+    weight, bias = normal(n, k, seed=1), normal(n, seed=2)
+    cases = [
+        (lambda x, w, b: linear(x, w, b, how, Ledger()), nn.functional.linear, (normal(*shape, k), weight, bias))
+        for shape in ((m,), (2, m), (m, 0))
+    ]
+    cases += [
+        (lambda a, b: matmul(a, b, how, Ledger()), torch.bmm, (normal(batch, m, k), normal(batch, k, n)))
+        for batch in (0, 2)
+    ]
+    cases += [
+        (lambda a, b: matmul(a, b, how, Ledger(), True), lambda a, b: a @ b.mT, (normal(2, m, k), normal(2, n, k)))
+    ]
+    for ours, plain, tensors in cases:
+        results = []
+        for function in (ours, plain):
+            leaves = trainable(*tensors)
+            y = function(*leaves)
+            results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        for actual, expected in zip(*results, strict=True):
+            assert actual.shape == expected.shape and torch.allclose(actual, expected)
 
 
 # What comes after a layer may work in place, as after torch's own
