@@ -27,6 +27,7 @@ from fairseq_dsq.nn import (
     GemmConfig,
     convert,
     matching_patterns,
+    warn_of_float,
 )
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
@@ -162,8 +163,9 @@ def set_defaults(args: Any) -> None:
 
 def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
     """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
-    convert(model, context, skip, optional)
+    convert(model, context, skip, optional, warn=False)
     convert_heads(model)
+    warn_of_float(model, skip)
 
 
 def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:

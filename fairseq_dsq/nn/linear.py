@@ -1,9 +1,9 @@
-"""DSQLinear: nn.Linear with quantized GEMMs."""
+"""Linear layers with quantized GEMMs: DSQLinear, an nn.Linear, and DSQConv1D, GPT-2's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ class DSQLinear(nn.Linear):
         bias, device, dtype: as for nn.Linear.
     """
 
+    # See fairseq_dsq.nn.convert.left_float.
+    products_are_quantized = True
+
     def __init__(
         self,
         in_features: int,
@@ -40,11 +43,16 @@ class DSQLinear(nn.Linear):
         self._held: tuple[GemmConfig, Tensor, Tensor] | None = None
 
     @classmethod
-    def from_float(cls, module: nn.Linear, context: DSQContext) -> DSQLinear:
+    def from_float(cls, module: Any, context: DSQContext) -> Self:
         """The twin of ``module``, holding its very parameters (so that ties survive)."""
         twin = cls(module.in_features, module.out_features, context, module.bias is not None, device="meta")
         twin.weight, twin.bias = module.weight, module.bias
         return twin.train(module.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight, N x K."""
+        return self.weight
 
     def freeze(self) -> None:
         """Declare the weight final: in evaluation without gradients its quantized values are computed once and held.
@@ -58,12 +66,12 @@ class DSQLinear(nn.Linear):
         """fairseq's commands that only generate or evaluate call this once the model is loaded."""
         self.freeze()
 
-    def train(self, mode: bool = True) -> DSQLinear:
+    def train(self, mode: bool = True) -> Self:
         self._held = None
         self._frozen = self._frozen and not mode
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._held = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
@@ -82,7 +90,7 @@ class DSQLinear(nn.Linear):
     def _held_weight(self, config: GemmConfig) -> Tensor:
         """The output GEMM's weight operand, held between the steps of a decoder."""
         if self._held is None or self._held[0] != config or self._held[1] is not self.weight:
-            quantized = fake_quantize(self.weight, config.precision.output_operands, config.dim(-1))
+            quantized = fake_quantize(self.matrix, config.precision.output_operands, config.dim(-1))
             self._held = config, self.weight, quantized
         return self._held[2]
 
@@ -92,10 +100,30 @@ class DSQLinear(nn.Linear):
 
     def _infer(self, quantized: Tensor, config: GemmConfig) -> Tensor:
         """Forward of an already quantized input by the held weight."""
-        record_linear(self.context.ledger, config, quantized.shape[:-1].numel(), self.weight, False)
+        record_linear(self.context.ledger, config, quantized.shape[:-1].numel(), self.matrix, False)
         fmt = config.precision.output_operands
         rows, weight = (Operand(x, fmt, -1, boxed=False) for x in (quantized, self._held_weight(config)))
         return multiply(rows, weight, "float32", self.bias)
+
+
+class DSQConv1D(DSQLinear):
+    """Hugging Face's ``Conv1D`` (GPT-2's linear layer, whose weight is K x N) with quantized GEMMs.
+
+    Its attributes are that class's own: ``nx`` is K, ``nf`` is N.
+    """
+
+    @classmethod
+    def from_float(cls, module: Any, context: DSQContext) -> Self:
+        """The twin of ``module``, holding its very parameters."""
+        nx, nf = module.weight.shape
+        twin = cls(nx, nf, context, device="meta")
+        twin.weight, twin.bias = module.weight, module.bias
+        twin.nx, twin.nf = nx, nf
+        return twin.train(module.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
 
 
 def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
@@ -106,5 +134,5 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
         quantized = fake_quantize(x, config.precision.output_operands, config.dim(-1))
         return [layer._infer(quantized, config) for layer in layers]
-    params = [(layer.weight, layer.bias) for layer in layers]
+    params = [(layer.matrix, layer.bias) for layer in layers]
     return list(linear_group(x, params, config, first.context.ledger))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -32,10 +33,12 @@ from fairseq_dsq.nn import (
     BOX_DIMS,
     FLOAT32,
     GEMM_MODES,
+    DSQContext,
     GemmConfig,
     Ledger,
     LedgerKey,
     StashKey,
+    convert,
     linear,
     linear_group,
     matmul,
@@ -636,3 +639,19 @@ def test_a_products_output_and_gradients_may_be_changed_in_place(transpose_b):
     y.relu_().sum().backward()
     for grad in (a.grad, b.grad):
         grad.mul_(2)
+
+
+def test_an_in_place_activation_follows_a_converted_layer():
+    def step(model):
+        x = normal(5, 21).requires_grad_()
+        y = model(x)
+        y.sum().backward()
+        return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
+
+    model = nn.Sequential(nn.Linear(21, 18), nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True), nn.Linear(18, 4))
+    twin = convert(copy.deepcopy(model), DSQContext(GemmConfig(FLOAT32)))
+    for actual, expected in zip(step(twin), step(model), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
+    twin.zero_grad()
+    twin[0].context.set_precision(BFP_MIXED)
+    assert all(value.isfinite().all() for value in step(twin))
