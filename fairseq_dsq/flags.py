@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "dsq_value_boxes": "row",
     "dsq_attention_matmul": "on",
     "dsq_fixed_scale": "dynamic",
+    "dsq_scale": "floor",
     "dsq_stash_scope": "gemm",
     "dsq_skip": "",
     "dsq_gemm": "auto",

@@ -25,9 +25,17 @@ DEFAULT_BOX_SIZE = 16
 ROW = 1 << 30
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
+Scale = Literal["floor", "fit"]
+_FIT = "-fit"  # ends a format's text
+SCALES: tuple[Scale, ...] = ("floor", "fit")
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Refuse a width that no format has.
+
+    Raises:
+        TypeError, ValueError: it is no integer, or out of range.
+    """
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"bits: got {bits!r}, expected an integer from {MIN_BITS} to {MAX_BITS}")
     if not MIN_BITS <= bits <= MAX_BITS:
@@ -38,6 +46,20 @@ def _largest_code(bits: int) -> int:
     """The largest magnitude ``bits`` bits with the sign hold *and* a float32 can have."""
     magnitude_bits = bits - 1
     return (1 << magnitude_bits) - (1 << max(0, magnitude_bits - SIGNIFICAND_BITS))
+
+
+def _headroom(bits: int, scale: Scale) -> int:
+    """What is added to the bits of the largest magnitude, a float32, before its exponent is read.
+
+    Above the largest code's value lie the last 2^(25-bits) - 1 significands of a binade: the sum carries into the next
+    exponent for these. From 25 bits on no float32 lies there.
+    """
+    return (1 << max(0, SIGNIFICAND_BITS + 1 - bits)) - 1 if scale == "fit" else 0
+
+
+def _check_scale(scale: str) -> None:
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)}")
 
 
 def box_nbytes(values: int, bits: int) -> int:
@@ -95,6 +117,8 @@ class BlockFloat:
 
     With E = floor(log2 of the box's largest magnitude), clamped to float32's normal range: scale =
     2^(E - (bits - 2)) and codes are sign-magnitude integers of up to 2^(bits-1) - 1. Two bits are ternary.
+    Values above the largest code's clip to it: at 2 bits those from 2^E to 2^(E+1), at 8 the last 1.6 % of these. With
+    the scale ``fit``, E is one more where the largest magnitude would clip.
     Source: Rouhani et al., "Pushing the Limits of Narrow Precision Inferencing at Cloud Scale with Microsoft
     Floating Point", NeurIPS 2020.
 
@@ -102,6 +126,7 @@ class BlockFloat:
         bits: bits of an element, sign included; 2 to 32.
         box_size: values that share an exponent.
         shared_exponent_bits: bits of the stored exponent; only 8 (float32's own) is defined.
+        scale: ``floor``, or ``fit``, under which nothing clips but what is within a step of float32's largest number.
 
     Raises:
         TypeError, ValueError: a width, box size or exponent width that is not defined.
@@ -110,13 +135,15 @@ class BlockFloat:
     bits: int
     box_size: int = DEFAULT_BOX_SIZE
     shared_exponent_bits: int = 8
+    scale: Scale = "floor"
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        check_bits(self.bits)
         if isinstance(self.box_size, bool) or not isinstance(self.box_size, int) or self.box_size < 1:
             raise ValueError(f"box_size: got {self.box_size!r}, expected an integer >= 1")
         if self.shared_exponent_bits != 8:
             raise ValueError(f"shared_exponent_bits: got {self.shared_exponent_bits!r}, expected 8")
+        _check_scale(self.scale)
 
     @property
     def max_code(self) -> int:
@@ -135,6 +162,10 @@ class BlockFloat:
     def fixed_exponent(self) -> int | None:
         return None
 
+    @property
+    def headroom(self) -> int:
+        return _headroom(self.bits, self.scale)
+
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor: per box one exponent and its codes, rounded up to whole bytes.
 
@@ -147,7 +178,8 @@ class BlockFloat:
         return packed_nbytes(shape, dim, self.bits, self.box_size)
 
     def __str__(self) -> str:
-        return f"bfp{self.bits}" if self.box_size == DEFAULT_BOX_SIZE else f"bfp{self.bits}x{self.box_size}"
+        boxes = "" if self.box_size == DEFAULT_BOX_SIZE else f"x{self.box_size}"
+        return f"bfp{self.bits}{boxes}{_FIT if self.scale == 'fit' else ''}"
 
 
 @dataclass(frozen=True)
@@ -162,17 +194,22 @@ class FixedPoint:
         fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the largest
             magnitude, as :class:`BlockFloat` does for a box.
         per_row: one scale for each row along the dimension that a GEMM sums over, not for the tensor.
+        scale: how it is taken from there, ``floor`` or ``fit``, as for :class:`BlockFloat`.
 
     Raises:
-        TypeError, ValueError: a width that is not defined.
+        TypeError, ValueError: a width or a scale that is not defined.
     """
 
     bits: int
     fraction_bits: int | None = None
     per_row: bool = False
+    scale: Scale = "floor"
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        check_bits(self.bits)
+        _check_scale(self.scale)
+        if self.fraction_bits is not None and self.scale != "floor":
+            raise ValueError(f"scale: got {self.scale!r} beside fraction_bits, which is the scale, expected floor")
         fraction = self.fraction_bits
         if fraction is None:
             return
@@ -210,13 +247,17 @@ class FixedPoint:
         """The E that gives the fixed scale, None where it follows from the tensor."""
         return None if self.fraction_bits is None else self.bits - 2 - self.fraction_bits
 
+    @property
+    def headroom(self) -> int:
+        return _headroom(self.bits, self.scale)
+
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor of ``shape``: the codes and one exponent, or one for each row along ``dim``."""
         return packed_nbytes(shape, dim, self.bits, self.box_size)
 
     def __str__(self) -> str:
         if self.fraction_bits is None:
-            return f"fixed{self.bits}/row" if self.per_row else f"fixed{self.bits}"
+            return f"fixed{self.bits}{'/row' if self.per_row else ''}{_FIT if self.scale == 'fit' else ''}"
         return f"fixed{self.bits}.{self.fraction_bits}"
 
 
@@ -236,17 +277,20 @@ class FormatOptions:
         sign_bit_extra: q counts magnitude bits only; the sign comes on top (``--dsq-sign-bit extra``).
         fixed_scale: fixed point's scale, one of :data:`FIXED_SCALES` (``--dsq-fixed-scale``): ``dynamic`` follows from
             the tensor, ``row`` from each row, ``static`` makes half the bits fraction.
+        scale: how block floating point and dynamic fixed point take theirs from the largest magnitude
+            (``--dsq-scale``).
     """
 
     sign_bit_extra: bool = False
     fixed_scale: FixedScale = "dynamic"
+    scale: Scale = "floor"
 
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
         return q + 1 if self.sign_bit_extra else q
 
 
-def per_row(fmt: Format) -> Format:
+def per_row(fmt: ScaledInteger) -> ScaledInteger:
     """``fmt`` with one scale for each row along the dimension of its boxes; as it is if its scale is the tensor's."""
     return replace(fmt, box_size=ROW) if isinstance(fmt, BlockFloat) else fmt
 
@@ -263,10 +307,11 @@ def register(name: str, make: Callable[[int, FormatOptions], Format]) -> None:
 
 def _fixed(q: int, options: FormatOptions) -> FixedPoint:
     bits = options.bits(q)
-    return FixedPoint(bits, bits // 2 if options.fixed_scale == "static" else None, options.fixed_scale == "row")
+    fraction_bits = bits // 2 if options.fixed_scale == "static" else None
+    return FixedPoint(bits, fraction_bits, options.fixed_scale == "row", options.scale)
 
 
-register("bfp", lambda q, options: BlockFloat(options.bits(q)))
+register("bfp", lambda q, options: BlockFloat(options.bits(q), scale=options.scale))
 register("fixed", _fixed)
 register("float32", lambda q, options: Float32(q))
 
@@ -292,20 +337,22 @@ def parse(text: str) -> Format:
     """The inverse of ``str``.
 
     ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8/row`` (one for each row),
-    ``fixed8.4`` (four fraction bits), ``float32``; a name registered elsewhere with its bits.
+    ``fixed8.4`` (four fraction bits), ``float32``; ``bfp4-fit``, ``bfp4x32-fit``, ``fixed8-fit`` and ``fixed8/row-fit``
+    (a scale under which nothing clips); a name registered elsewhere with its bits.
 
     Raises:
         ValueError: text that names no format.
     """
     if text == str(Float32()):
         return Float32()
-    if match := re.fullmatch(r"bfp(\d+)x(\d+)", text):
-        return BlockFloat(int(match[1]), int(match[2]))
+    if match := re.fullmatch(rf"bfp(\d+)(?:x(\d+))?({_FIT})?", text):
+        box_size = DEFAULT_BOX_SIZE if match[2] is None else int(match[2])
+        return BlockFloat(int(match[1]), box_size, scale="fit" if match[3] else "floor")
+    if match := re.fullmatch(rf"fixed(\d+)(/row)?({_FIT})?", text):
+        return FixedPoint(int(match[1]), per_row=bool(match[2]), scale="fit" if match[3] else "floor")
     if match := re.fullmatch(r"fixed(\d+)\.(\d+)", text):
         return FixedPoint(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"fixed(\d+)/row", text):
-        return FixedPoint(int(match[1]), per_row=True)
     match = re.fullmatch(r"([a-z]\w*?)(\d+)", text)
     if match is None or match[1] not in _FAMILIES:
-        raise ValueError(f"format: got {text!r}, expected such as bfp4, bfp4x32, fixed8, fixed8.4 or float32")
+        raise ValueError(f"format: got {text!r}, expected such as bfp4, bfp4x32, bfp4-fit, fixed8, fixed8.4 or float32")
     return make_format(match[1], int(match[2]))

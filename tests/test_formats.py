@@ -200,7 +200,10 @@ def test_the_choices_of_the_flag():
         ("fixed", 8, FormatOptions(fixed_scale="static"), FixedPoint(8, 4)),
         ("fixed", 5, FormatOptions(fixed_scale="static"), FixedPoint(5, 2)),
         ("fixed", 7, FormatOptions(sign_bit_extra=True, fixed_scale="static"), FixedPoint(8, 4)),
+        ("fixed", 7, FormatOptions(fixed_scale="row"), FixedPoint(7, per_row=True)),
         ("bfp", 4, FormatOptions(fixed_scale="static"), BlockFloat(4)),
+        ("bfp", 4, FormatOptions(scale="fit"), BlockFloat(4, scale="fit")),
+        ("fixed", 4, FormatOptions(scale="fit"), FixedPoint(4, scale="fit")),
         ("float32", 32, FormatOptions(sign_bit_extra=True), Float32()),
     ],
 )
@@ -280,3 +283,26 @@ def test_formats_are_values(fmt):
     assert len({fmt, dataclasses.replace(fmt)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.bits = 5
+
+
+# A scale that does not clip
+
+
+@pytest.mark.parametrize("fmt", [BlockFloat(4, scale="fit"), BlockFloat(7, 5, scale="fit"), FixedPoint(8, scale="fit")])
+def test_a_scale_that_fits_is_part_of_the_name(fmt):
+    assert str(fmt).endswith("-fit") and parse(str(fmt)) == fmt
+    assert fmt.nbytes((3, 40)) == dataclasses.replace(fmt, scale="floor").nbytes((3, 40))
+
+
+@pytest.mark.parametrize("text", ["float32-fit", "fixed8.4-fit", "bfp4-floor", "bfp4-fit-fit"])
+def test_names_that_no_scale_has_are_refused(text):
+    with pytest.raises(ValueError, match=f"format: got '{text}', expected such as"):
+        parse(text)
+
+
+def test_a_scale_that_is_none_is_refused():
+    for family in (BlockFloat, FixedPoint):
+        with pytest.raises(ValueError, match="scale: got 'ceil', expected one of floor, fit"):
+            family(4, scale="ceil")
+    with pytest.raises(ValueError, match="scale: got 'fit' beside fraction_bits"):
+        FixedPoint(8, 4, scale="fit")

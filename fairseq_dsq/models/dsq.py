@@ -28,6 +28,7 @@ from fairseq_dsq.nn import (
     GemmConfig,
     convert,
     matching_patterns,
+    warn_of_float,
 )
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
@@ -120,6 +121,12 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "fixed point's scale: dynamic, from each tensor's largest magnitude (a sentence then depends on its batch); "
         "row, from each row's; static, half the bits are fraction",
     ),
+    "dsq_scale": (
+        _choice(*formats.SCALES),
+        "MODE",
+        "scale of a box, or of a tensor in dynamic fixed point: floor, from the power of two below its largest "
+        "magnitude, values above the largest code clip; fit, twice that where one would, so that none does",
+    ),
     "dsq_stash_scope": (
         _choice(*STASH_SCOPES),
         "SCOPE",
@@ -164,8 +171,9 @@ def set_defaults(args: Any) -> None:
 
 def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
     """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
-    convert(model, context, skip, optional)
+    convert(model, context, skip, optional, warn=False)
     convert_heads(model)
+    warn_of_float(model, skip)
 
 
 def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:
@@ -181,7 +189,9 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     Raises:
         SystemExit: flags that contradict each other or the model; one line names the flag.
     """
-    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale)
+    if args.dsq_fixed_scale == "static" and args.dsq_format == "fixed" and args.dsq_scale != "floor":
+        flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
+    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, args.dsq_scale)
     try:
         levels = parse_levels(args.dsq_levels, args.dsq_format, options)
     except ValueError as error:

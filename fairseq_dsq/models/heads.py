@@ -14,6 +14,8 @@ from fairseq_dsq.nn.saved import Activation, is_known_activation
 class DSQRobertaLMHead(RobertaLMHead):
     """RoBERTa's language-model head: its projection to the vocabulary shares the embedding's weight."""
 
+    products_are_quantized = True
+
     def forward(self, features: Tensor, masked_tokens: Tensor | None = None, **kwargs: Any) -> Tensor:
         """(..., C) to (..., vocabulary); with ``masked_tokens``, a boolean mask, of those positions alone."""
         if masked_tokens is not None:

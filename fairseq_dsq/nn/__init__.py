@@ -16,9 +16,9 @@ from fairseq_dsq.nn.context import (
     StashScope,
     Work,
 )
-from fairseq_dsq.nn.convert import convert, matching_patterns
+from fairseq_dsq.nn.convert import convert, left_float, matching_patterns, warn_of_float
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
-from fairseq_dsq.nn.linear import DSQLinear
+from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
 from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
 
@@ -30,6 +30,7 @@ __all__ = [
     "VALUE_BOXES",
     "BoxDim",
     "DSQContext",
+    "DSQConv1D",
     "DSQDropout",
     "DSQLayerNorm",
     "DSQLinear",
@@ -41,9 +42,11 @@ __all__ = [
     "StashScope",
     "Work",
     "convert",
+    "left_float",
     "linear",
     "linear_group",
     "log_softmax",
     "matching_patterns",
     "matmul",
+    "warn_of_float",
 ]

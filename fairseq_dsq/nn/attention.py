@@ -89,6 +89,8 @@ class DSQMultiheadAttention(nn.Module):
         encoder_decoder_attention: values are the keys.
     """
 
+    products_are_quantized = True
+
     def __init__(
         self,
         embed_dim: int,

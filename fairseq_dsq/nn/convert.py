@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_dsq.nn.attention import DSQMultiheadAttention
 from fairseq_dsq.nn.context import DSQContext
-from fairseq_dsq.nn.linear import DSQLinear
+from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, is_known_activation
 
 
@@ -27,6 +27,15 @@ def _is_dropout(module: nn.Module) -> bool:
         "fairseq.modules.fairseq_dropout",
         "FairseqDropout",
     )
+
+
+def _linear_twin(module: nn.Module) -> type[DSQLinear] | None:
+    """The class that takes the place of a linear layer; by name where that is not torch's."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return DSQLinear
+    hugging_face = ("transformers.pytorch_utils", "transformers.modeling_utils")
+    return DSQConv1D if kind.__module__ in hugging_face and kind.__qualname__ == "Conv1D" else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -57,14 +66,74 @@ def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modul
         if child is None:
             continue
         name = f"{prefix}{attribute}"
-        if type(child) is nn.Linear or _is_fairseq_attention(child):
+        if _linear_twin(child) or _is_fairseq_attention(child):
             yield module, attribute, name
-        elif _is_other_attention(child):
-            warnings.warn(f"{name}: {type(child).__name__} reads its weights directly and stays float", stacklevel=3)
-        elif isinstance(child, nn.Linear) and not isinstance(child, DSQLinear):
-            warnings.warn(f"{name}: {type(child).__name__} is more than an nn.Linear and stays float", stacklevel=3)
-        else:
+        elif not (_is_other_attention(child) or isinstance(child, nn.Linear)):
             yield from _convertible(child, f"{name}.")
+
+
+# Their weights of several dimensions are looked up, or multiply value by value.
+_NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+
+
+def _is_matrix(parameter: Tensor | None) -> bool:
+    if parameter is None or nn.parameter.is_lazy(parameter):
+        return parameter is not None
+    return sum(size != 1 for size in parameter.shape) >= 2
+
+
+def _why_float(module: nn.Module) -> str | None:
+    """What a module multiplies that is not quantized; None for one that is, or where nothing says that it multiplies.
+
+    A module's parameters tell, and some names: what its code does with its submodules' weights cannot be seen.
+    """
+    if getattr(module, "products_are_quantized", False):
+        return None
+    if _is_other_attention(module):
+        return "reads its weights directly"
+    if isinstance(module, nn.Linear):
+        return "is more than an nn.Linear"
+    matrices = [name for name, parameter in module._parameters.items() if _is_matrix(parameter)]
+    if matrices and not isinstance(module, _NO_PRODUCTS):
+        known = type(module).__module__.startswith("torch.nn.")
+        return f"{'multiplies' if known else 'may multiply'} by {', '.join(matrices)}"
+    # fairseq's decoders without an output projection of their own.
+    if getattr(module, "share_input_output_embed", False) and not hasattr(module, "output_projection"):
+        return "multiplies by its embedding"
+    kinds = {type(part) for part in list(module.modules())[1:]}
+    innermost = "Attention" in type(module).__name__ and not any("Attention" in kind.__name__ for kind in kinds)
+    if innermost and any(issubclass(kind, DSQLinear) for kind in kinds):
+        return "multiplies activations by activations"
+    return None
+
+
+def left_float(model: nn.Module) -> dict[str, str]:
+    """The modules of a converted model that multiply in float: nothing of theirs is quantized, packed or counted.
+
+    Returns:
+        Full name -> class and what it multiplies. Layers that a skip pattern left out are not among them: their GEMMs
+        are counted, as float32.
+    """
+    found: dict[str, str] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        why = _why_float(module)
+        if why is not None:
+            found[name or "model"] = f"{type(module).__name__} {why}"
+        if why is None or not (_is_other_attention(module) or isinstance(module, nn.Linear)):
+            for attribute, child in module.named_children():
+                visit(child, f"{name}.{attribute}" if name else attribute)
+
+    visit(model, "")
+    return found
+
+
+def warn_of_float(model: nn.Module, skip: Sequence[str] = ()) -> None:
+    """One warning that names what :func:`left_float` finds, but for what a skip pattern matches."""
+    found = {name: what for name, what in left_float(model).items() if not matching_patterns(skip, name)}
+    if found:
+        names = "; ".join(f"{name}: {what}" for name, what in found.items())
+        warnings.warn(f"{names}: stays float, neither quantized nor counted", stacklevel=3)
 
 
 def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
@@ -96,12 +165,18 @@ def _keep_less(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> No
             module.activation_fn = Activation(function, fc2.context)
 
 
-def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> nn.Module:
-    """Replace every nn.Linear and fairseq attention of ``model`` by its quantized twin.
+def convert(
+    model: nn.Module,
+    context: DSQContext,
+    skip: Sequence[str] = (),
+    optional: Iterable[str] = (),
+    warn: bool = True,
+) -> nn.Module:
+    """Replace every nn.Linear, Hugging Face Conv1D and fairseq attention of ``model`` by its quantized twin.
 
     Under the stash scope ``all``, every nn.LayerNorm and dropout too; activation functions between fairseq's fc1 and
     fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
-    already.
+    already. One warning names whatever else multiplies, see :func:`left_float`; a pattern of ``skip`` silences it.
 
     Args:
         model: any torch module, changed in place; itself an nn.Linear or attention, its twin is returned.
@@ -109,6 +184,7 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), opt
         skip: shell-style patterns; a module whose name, or a containing module's name, matches stays float32 (its
             GEMMs are still counted, as float32).
         optional: the patterns that need not match a layer.
+        warn: say what stays float; who converts more calls :func:`warn_of_float` after that.
 
     Returns:
         The converted model.
@@ -117,9 +193,9 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), opt
         ValueError: a pattern that matches no layer, a layer with hooks (quant noise), or an attention
             option that has no quantized path; the message names it. The model is left as it was.
     """
-    if type(model) is nn.Linear or _is_fairseq_attention(model):
+    if _linear_twin(model) or _is_fairseq_attention(model):
         holder = nn.Sequential(model)
-        convert(holder, context, skip)
+        convert(holder, context, skip, optional)
         return holder[0]
     float_context = context.float32()
     unused = set(skip) - set(optional)
@@ -131,8 +207,8 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), opt
         matching = matching_patterns(skip, name)
         unused -= matching
         own = float_context if matching else context
-        if isinstance(module, nn.Linear):
-            twins.append((parent, attribute, DSQLinear.from_float(module, own)))
+        if linear := _linear_twin(module):
+            twins.append((parent, attribute, linear.from_float(module, own)))
             continue
         try:
             attention = DSQMultiheadAttention.from_float(module, own)
@@ -149,6 +225,8 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), opt
     if context.stash_scope == "all":
         for _, _, name in _keepers(model):
             unused -= matching_patterns(skip, name)
+    for name in left_float(model):
+        unused -= matching_patterns(skip, name)
     if unused:
         patterns = ", ".join(sorted(map(repr, unused)))
         raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")
@@ -158,4 +236,6 @@ def convert(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), opt
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
+    if warn:
+        warn_of_float(model, skip)
     return model

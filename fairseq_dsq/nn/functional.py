@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import Float32, Format
+from fairseq_dsq.formats import Float32, Format, ScaledInteger
 from fairseq_dsq.nn.context import GemmConfig, Ledger
 from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, rounds_on_the_way
 from fairseq_dsq.precision import StashRole
@@ -142,7 +142,7 @@ class _Quantizer:
         self._record(packed, "input", ledger)
         return Operand(rounded, fmt, -1, self._boxed(-1)), packed
 
-    def rows_apart(self, a: Tensor, b: Tensor, fmt: Format) -> tuple[Operand, Operand]:
+    def rows_apart(self, a: Tensor, b: Tensor, fmt: ScaledInteger) -> tuple[Operand, Operand]:
         """Operands of a (..., M, K) @ b (..., K, N) in which no two rows of b share an exponent.
 
         ``value_boxes`` says how. ``row``: each row of b has one scale, which goes over to the column of a that it
@@ -154,7 +154,9 @@ class _Quantizer:
             b = fake_quantize(b, fmt, -1, rounding, generator)
             how = arithmetic(a, fmt, fmt, self.config.gemm, boxed=False)
             return self.operand(a, fmt, -1, how), Operand(b, fmt, -2, boxed=False)
-        exponents = (b.float().abs().amax(-1, keepdim=True).view(torch.int32) & _EXPONENT).clamp_(*_NORMAL)
+        exponents = (b.float().abs().amax(-1, keepdim=True).view(torch.int32) + fmt.headroom & _EXPONENT).clamp_(
+            *_NORMAL
+        )
         scale = exponents.view(torch.float32).to(b.dtype)
         codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).div_(scale)
         how = self.arithmetic(a, fmt, fmt, -1, -2)
@@ -183,6 +185,16 @@ class _Quantizer:
         return along_n, self.operand(grad, fmt, -2, how[1])
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(..., N) as a matrix; any of the sizes may be 0, which leaves nothing for reshape's -1 to follow from."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x``, a new contiguous tensor, in another shape: no view, which autograd lets nobody change in place."""
+    return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
+
+
 def _packed(data: Tensor | None, spec: Any) -> Packed | None:
     return None if data is None else Packed(data, *spec)
 
@@ -202,7 +214,7 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         precision = config.precision
         weights, biases = params[0::2], params[1::2]
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         needs_x = grad_enabled and ctx.needs_input_grad[4]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[5::2]]
         seeds = _draw_seeds(config)
@@ -215,7 +227,7 @@ class _Linear(torch.autograd.Function):
             assert weight is not None
             # output: MxK @ KxN => MxN
             y = multiply(operand, quantizer.weight(weight, layer, fmt, -1, how), config.gemm, bias)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            outputs.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x or needs)
         ctx.config, ctx.seeds, ctx.layers, ctx.x_shape = config, seeds, layers, x.shape
@@ -243,7 +255,7 @@ class _Linear(torch.autograd.Function):
             grad_weight: Tensor | None = None
             grad_bias: Tensor | None = None
             if grad is not None:
-                rows = grad.reshape(-1, grad.shape[-1])
+                rows = _rows(grad)
                 m, n, k = *rows.shape, weight.shape[1]
                 along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[4], needs_weight), how)
                 if along_n is not None:
@@ -262,7 +274,7 @@ class _Linear(torch.autograd.Function):
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
-        return None, None, None, None, None if grad_x is None else grad_x.view(ctx.x_shape), *grad_params
+        return None, None, None, None, None if grad_x is None else _reshaped(grad_x, ctx.x_shape), *grad_params
 
 
 def record_linear(ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, training: bool) -> None:
@@ -345,7 +357,7 @@ class _Matmul(torch.autograd.Function):
         quantizer = _Quantizer(config, seeds)
         # output: MxK @ KxN => MxN
         fmt = precision.output_operands
-        if apart and fmt.box_size is not None:
+        if apart and not isinstance(fmt, Float32) and fmt.box_size is not None:
             operand_a, operand_b = quantizer.rows_apart(a, b, fmt)
             stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
         else:

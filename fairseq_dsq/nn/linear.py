@@ -1,16 +1,16 @@
-"""DSQLinear: nn.Linear with quantized GEMMs."""
+"""Linear layers with quantized GEMMs: DSQLinear, an nn.Linear, and DSQConv1D, GPT-2's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_dsq.nn.context import DSQContext
+from fairseq_dsq.nn.context import DSQContext, GemmConfig
 from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.nn.gemm import Operand, multiply
 from fairseq_dsq.quant import fake_quantize
 
 
@@ -24,6 +24,9 @@ class DSQLinear(nn.Linear):
         bias, device, dtype: as for nn.Linear.
     """
 
+    # See fairseq_dsq.nn.convert.left_float.
+    products_are_quantized = True
+
     def __init__(
         self,
         in_features: int,
@@ -36,60 +39,101 @@ class DSQLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.context = context
         self.number = context.number_layer()
-        # The quantized weight and what it was made from; see _quantized_weight.
-        self._inference_weight: tuple[PrecisionConfig, Tensor, int, Tensor] | None = None
+        self._frozen = False
+        # Of a frozen layer: what the weight was quantized for, the weight, and its quantized values.
+        self._held: tuple[GemmConfig, Tensor, Tensor] | None = None
 
     @classmethod
-    def from_float(cls, module: nn.Linear, context: DSQContext) -> DSQLinear:
+    def from_float(cls, module: Any, context: DSQContext) -> Self:
         """The twin of ``module``, holding its very parameters (so that ties survive)."""
         twin = cls(module.in_features, module.out_features, context, module.bias is not None, device="meta")
         twin.weight, twin.bias = module.weight, module.bias
         return twin.train(module.training)
 
-    # Optimizers and casts write through .data, which leaves a weight's version as it is: what is held is dropped when
-    # the mode or the dtype changes, and does not travel with a copy.
-    def train(self, mode: bool = True) -> DSQLinear:
-        self._inference_weight = None
+    @property
+    def matrix(self) -> Tensor:
+        """The weight, N x K."""
+        return self.weight
+
+    def freeze(self) -> None:
+        """Declare the weight final: in evaluation without gradients its quantized values are computed once and held.
+
+        Nothing notices a write to a weight that is declared final. ``train()`` takes the declaration back, and no copy
+        inherits it; a load, a cast or move, another weight and another precision have the values computed anew.
+        """
+        self._frozen = True
+
+    def make_generation_fast_(self, **options: Any) -> None:
+        """fairseq's commands that only generate or evaluate call this once the model is loaded."""
+        self.freeze()
+
+    def train(self, mode: bool = True) -> Self:
+        self._held = None
+        self._frozen = self._frozen and not mode
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQLinear:
-        self._inference_weight = None
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._held = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inference_weight": None}
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._held = None
+        super()._load_from_state_dict(*args)
 
-    def _quantized_weight(self, precision: PrecisionConfig) -> Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frozen": False, "_held": None}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight is declared final."""
+        return self._frozen
+
+    def _held_weight(self, config: GemmConfig) -> Tensor:
         """The output GEMM's weight operand, held between the steps of a decoder."""
-        weight = self.weight
-        version = -1 if weight.is_inference() else weight._version
-        held = self._inference_weight
-        if held is not None and version >= 0 and held[0] == precision and held[1] is weight and held[2] == version:
-            return held[3]
-        dim = self.context.for_mode(training=False).dim(-1)
-        quantized = fake_quantize(weight, precision.output_operands, dim)
-        self._inference_weight = (precision, weight, version, quantized)
-        return quantized
+        if self._held is None or self._held[0] != config or self._held[1] is not self.weight:
+            quantized = fake_quantize(self.matrix, config.precision.output_operands, config.dim(-1))
+            self._held = config, self.weight, quantized
+        return self._held[2]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         return forward_group(input, [self])[0]
 
-    def infer(self, quantized: Tensor) -> Tensor:
-        """Forward of an already quantized input where nothing needs a gradient and the weight does not change."""
-        precision = self.context.config.precision
-        record_linear(self.context.ledger, self.context.config, quantized.shape[:-1].numel(), self.weight, False)
-        return nn.functional.linear(quantized, self._quantized_weight(precision), self.bias)
+    def _infer(self, quantized: Tensor, config: GemmConfig) -> Tensor:
+        """Forward of an already quantized input by the held weight."""
+        record_linear(self.context.ledger, config, quantized.shape[:-1].numel(), self.matrix, False)
+        fmt = config.precision.output_operands
+        rows, weight = (Operand(x, fmt, -1, boxed=False) for x in (quantized, self._held_weight(config)))
+        return multiply(rows, weight, "float32", self.bias)
+
+
+class DSQConv1D(DSQLinear):
+    """Hugging Face's ``Conv1D`` (GPT-2's linear layer, whose weight is K x N) with quantized GEMMs.
+
+    Its attributes are that class's own: ``nx`` is K, ``nf`` is N.
+    """
+
+    @classmethod
+    def from_float(cls, module: Any, context: DSQContext) -> Self:
+        """The twin of ``module``, holding its very parameters."""
+        nx, nf = module.weight.shape
+        twin = cls(nx, nf, context, device="meta")
+        twin.weight, twin.bias = module.weight, module.bias
+        twin.nx, twin.nf = nx, nf
+        return twin.train(module.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.t()
 
 
 def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     """Outputs of several layers of one context on one input, quantized and stashed once."""
     first = layers[0]
-    context = first.context
-    if not torch.is_grad_enabled() and not first.training and not torch.is_autocast_enabled(autocast_device(x)):
-        config = context.for_mode(training=False)
-        quantized = fake_quantize(x, config.precision.output_operands, -1)
-        return [layer.infer(quantized) for layer in layers]
-    params = [(layer.weight, layer.bias) for layer in layers]
-    numbers = [layer.number for layer in layers]
-    return list(linear_group(x, params, context.for_mode(first.training), context.ledger, numbers))
+    config = first.context.for_mode(first.training)
+    autocast = torch.is_autocast_enabled(autocast_device(x))
+    if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
+        quantized = fake_quantize(x, config.precision.output_operands, config.dim(-1))
+        return [layer._infer(quantized, config) for layer in layers]
+    params = [(layer.matrix, layer.bias) for layer in layers]
+    return list(linear_group(x, params, config, first.context.ledger, [layer.number for layer in layers]))

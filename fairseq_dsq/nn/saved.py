@@ -2,25 +2,31 @@
 
 Their forward passes are torch's own. Their gradients are torch's own too, of the values that were kept:
 
-=================  =========================================  ====================
-operation          kept                                       gradient
-=================  =========================================  ====================
-ReLU               one bit per value                          exact
-other activations  the input at 8 bits                        of the rounded input
-LayerNorm          the input at 8 bits, mean and 1/deviation  of the rounded input
-softmax            the probabilities at 8 bits but for the    of these
-                   largest of each row
-dropout            a seed                                     exact
-=================  =========================================  ====================
+=================  ===============================================  ===================
+operation          kept                                             gradient
+=================  ===============================================  ===================
+ReLU               one bit per value                                exact
+other activations  the derivative at 8 bits                         of these
+LayerNorm          the normalized input at 8 bits, and 1/deviation  of these
+softmax            the probabilities at 8 bits but for the largest  of these, scaled to
+                   of each row                                      a sum of 1 again
+dropout            a seed                                           exact
+=================  ===============================================  ===================
+
+What is rounded is what the gradient is multiplied with, after every subtraction that cancels: an input far from zero
+would lose in rounding what its normalized value and its derivative are made of. A derivative that is not finite comes
+back as NaN and touches no other value. A row of LayerNorm or softmax that holds Inf or NaN is NaN throughout, as
+torch's is.
 
 Eight bits are block floating point with boxes along the last dimension, rounded to nearest: 17 bytes for 16 values.
-Where the context's precision is float32, or nothing needs a gradient, torch's own operations run. What is kept here is
-no operand of a GEMM, and the ledger does not count it.
+Where the context's precision is float32, nothing needs a gradient, or a tensor has no elements, torch's own operations
+run. What is kept here is no operand of a GEMM, and the ledger does not count it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -33,11 +39,31 @@ from fairseq_dsq.nn.functional import autocast_device
 from fairseq_dsq.quant import Packed, ops, pack
 
 KEPT = BlockFloat(8)
+# Rows go through the caches in pieces of about so many values: a second float copy would show in the peak.
+VALUES_PER_PIECE = 1 << 18
+# A code of KEPT takes a byte. That of -0 is none that a derivative needs, and marks one that is not finite.
+_NOT_FINITE = 0x80
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would keep anything of an operation on these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def keeps_less(context: DSQContext, x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether an operation other than a GEMM on ``x`` is to keep less for its gradient than torch's own does."""
+    return context.packs_everything and needs_gradient(x, *parameters) and x.numel() > 0
+
+
+def pieces(x: Tensor, length: int | None = None) -> Sequence[Tensor]:
+    """Rows of ``length`` values, the last dimension's unless given, some at a time; views of a contiguous tensor."""
+    length = length or (x.shape[-1] if x.dim() else 1)
+    rows: Tensor = x.reshape(-1, length)
+    return rows.split(_rows_per_piece(length))  # type: ignore[no-any-return]
+
+
+def _rows_per_piece(length: int) -> int:
+    return max(1, VALUES_PER_PIECE // length)
 
 
 class _ReLU(torch.autograd.Function):
@@ -54,24 +80,58 @@ class _ReLU(torch.autograd.Function):
         return ops.mask(grad, bits)
 
 
+def _derivatives(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of a function of single values, at each value."""
+    x = x.detach().requires_grad_()
+    # Hooks on saved tensors, such as checkpointing's, are not meant for a graph that is gone in a moment.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        y = function(x)
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _pack_apart(x: Tensor) -> Packed:
+    """Rows (rows, N) at 8 bits; what is not finite is no part of its box."""
+    finite = x.isfinite()
+    packed = pack(x.where(finite, 0.0), KEPT)
+    # Bytes: exponents and codes of the full boxes, then exponents and codes of the short last ones.
+    rows, (full, rest) = len(x), divmod(x.shape[1], KEPT.box_size)
+    in_full, in_short = rows * full * KEPT.box_size, rows * rest
+    _, codes, _, short = packed.data.split(
+        [rows * full, in_full, len(packed.data) - rows * full - in_full - in_short, in_short]
+    )
+    for part, known in zip((codes, short), finite.split([full * KEPT.box_size, rest], 1), strict=True):
+        part.masked_fill_(part == _NOT_FINITE, 0).masked_fill_(~known.flatten(), _NOT_FINITE)
+    return packed
+
+
+def _unpack_apart(packed: Packed) -> Tensor:
+    """What :func:`_pack_apart` packed; NaN where it was not finite."""
+    x = packed.unpack()
+    return x.masked_fill_(x.signbit() & (x == 0), torch.nan)
+
+
 class _Elementwise(torch.autograd.Function):
-    """Any function of single values, computed again from the rounded input."""
+    """Any function of single values."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        packed = pack(x, KEPT)
-        ctx.save_for_backward(packed.data)
-        ctx.function, ctx.spec = function, packed.spec
+        kept = [_pack_apart(_derivatives(function, piece)) for piece in pieces(x)]
+        ctx.save_for_backward(*(packed.data for packed in kept))
+        ctx.specs, ctx.dtype = [packed.spec for packed in kept], x.dtype
         return function(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        (data,) = ctx.saved_tensors
-        x = Packed(data, *ctx.spec).unpack().requires_grad_()
-        with torch.enable_grad():
-            y = ctx.function(x)
-        return None, torch.autograd.grad(y, x, grad.to(y.dtype))[0]
+        grad_x = torch.empty_like(grad, dtype=ctx.dtype, memory_format=torch.contiguous_format)
+        parts = zip(pieces(grad_x), pieces(grad), ctx.saved_tensors, ctx.specs, strict=True)
+        for target, source, data, spec in parts:
+            target.copy_(_unpack_apart(Packed(data, *spec)).mul_(source))
+        return None, grad_x
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -80,18 +140,27 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, shape: tuple[int, ...], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        packed = pack(x, KEPT)
-        ctx.save_for_backward(packed.data, mean, rstd, weight, bias)
-        ctx.spec, ctx.shape = packed.spec, shape
+        length = math.prod(shape)
+        statistics = (each.view(-1, 1).split(_rows_per_piece(length)) for each in (mean, rstd))
+        kept = []
+        for rows, row_mean, row_rstd in zip(pieces(x, length), *statistics, strict=True):
+            kept.append(pack((rows.float() - row_mean).mul_(row_rstd), KEPT))
+        ctx.save_for_backward(rstd, weight, bias, *(packed.data for packed in kept))
+        ctx.specs, ctx.shape = [packed.spec for packed in kept], shape
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        data, mean, rstd, weight, bias = ctx.saved_tensors
-        x = Packed(data, *ctx.spec).unpack()
-        arguments = grad, x, ctx.shape, mean, rstd, weight, bias, ctx.needs_input_grad[2:]
-        return None, None, *torch.ops.aten.native_layer_norm_backward(*arguments)
+        rstd, weight, bias, *kept = ctx.saved_tensors
+        normalized = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        targets = pieces(normalized, math.prod(ctx.shape))
+        for target, data, spec in zip(targets, kept, ctx.specs, strict=True):
+            target.copy_(Packed(data, *spec).unpack())
+        # The gradient of an input that is normalized already: its mean is 0 and its deviation 1.
+        arguments = grad, normalized, ctx.shape, torch.zeros_like(rstd), torch.ones_like(rstd), weight, bias
+        grad_x, *grads = torch.ops.aten.native_layer_norm_backward(*arguments, ctx.needs_input_grad[2:])
+        return None, None, None if grad_x is None else grad_x.mul_(rstd), *grads
 
 
 def pack_probabilities(probabilities: Tensor) -> tuple[Packed, Tensor, Tensor]:
@@ -128,13 +197,15 @@ class _Softmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         data, *largest = ctx.saved_tensors
         probabilities = unpack_probabilities(Packed(data, *ctx.spec), *largest)
+        # Of a sum of 1 again: what all gradients of a row have in common cancels.
+        probabilities.div_(probabilities.sum(-1, keepdim=True))
         grad_scores: Tensor = torch.ops.aten._softmax_backward_data(grad, probabilities, -1, torch.float32)
         return grad_scores
 
 
 def softmax(x: Tensor, context: DSQContext) -> Tensor:
     """``torch.softmax(x, -1, dtype=torch.float32)``."""
-    if context.packs_everything and needs_gradient(x):
+    if keeps_less(context, x):
         return _Softmax.apply(x.float())  # type: ignore[no-any-return]
     return torch.softmax(x, -1, dtype=torch.float32)
 
@@ -168,11 +239,10 @@ class Activation:
         self.context = context
 
     def __call__(self, x: Tensor) -> Tensor:
-        if needs_gradient(x):
-            if self.function in _RELU and self.context.packs:
-                return _ReLU.apply(x)  # type: ignore[no-any-return]
-            if self.function not in _RELU and self.context.packs_everything:
-                return _Elementwise.apply(self.function, x)  # type: ignore[no-any-return]
+        if self.function in _RELU and self.context.packs and needs_gradient(x):
+            return _ReLU.apply(x)  # type: ignore[no-any-return]
+        if self.function not in _RELU and keeps_less(self.context, x):
+            return _Elementwise.apply(self.function, x)  # type: ignore[no-any-return]
         return self.function(x)
 
 
@@ -193,7 +263,7 @@ def is_known_activation(function: Any) -> TypeGuard[Callable[[Tensor], Tensor]]:
 
 
 class DSQLayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` (same parameters, same names) that keeps its input at 8 bits."""
+    """``nn.LayerNorm`` (same parameters, same names) that keeps its normalized input at 8 bits."""
 
     context: DSQContext
 
@@ -207,10 +277,10 @@ class DSQLayerNorm(nn.LayerNorm):
         return twin.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        tensors: list[Tensor | None] = [input, self.weight, self.bias]
+        tensors = input, self.weight, self.bias
         # Autocast may have the operation run in another dtype: that differs from device to device.
         autocast = torch.is_autocast_enabled(autocast_device(input))
-        if autocast or not self.context.packs_everything or not needs_gradient(*tensors):
+        if autocast or not keeps_less(self.context, *tensors):
             return super().forward(input)
         return _LayerNorm.apply(self.normalized_shape, self.eps, *tensors)  # type: ignore[no-any-return]
 

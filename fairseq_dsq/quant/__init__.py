@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import Float32, Format
-from fairseq_dsq.quant import ops
+from fairseq_dsq.quant import checks, ops
 from fairseq_dsq.quant.ops import BFLOAT16_BITS
 from fairseq_dsq.quant.reference import code_spec
 
@@ -17,7 +17,6 @@ __all__ = ["ROUNDINGS", "Packed", "Rounding", "fake_quantize", "pack", "quantize
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class Packed:
 
 
 def _check(x: Tensor, dim: int, rounding: str) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16")
-    if not -max(1, x.dim()) <= dim < max(1, x.dim()):
-        raise IndexError(f"dim: got {dim}, expected one of a tensor with {x.dim()} dimensions")
+    checks.tensor(x)
+    checks.along(x.shape, dim)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: got {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
 
@@ -89,7 +86,7 @@ def _seed(rounding: Rounding, generator: torch.Generator | None) -> int | None:
     """The one draw of a call; None where nothing is drawn."""
     if rounding == "nearest":
         return None
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else None))
+    return int(torch.randint(checks.SEEDS, (), generator=generator, device=generator.device if generator else None))
 
 
 def fake_quantize(
@@ -106,7 +103,9 @@ def fake_quantize(
         x: any shape and strides; float32, bfloat16 or float16.
         fmt: the number format.
         dim: the dimension along which the boxes lie: the reduction dimension of the GEMM that reads the result.
-        rounding: ``nearest`` (ties to even) or ``stochastic`` (unbiased).
+        rounding: ``nearest`` (ties to even) or ``stochastic``: up or down, the expected value being the value itself.
+            That holds for values that do not clip: none does in a format whose ``scale`` is ``fit``, nor from 25 bits
+            on; under ``floor`` those above the largest code's value do, which shrinks a Gaussian by 8 % at 2 bits.
         generator: draws one seed a call for stochastic rounding; None takes torch's default.
         dtype: of the result; None takes ``x``'s. float32, or bfloat16 for formats of up to 9 bits, whose values it
             holds exactly.

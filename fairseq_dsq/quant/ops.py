@@ -13,23 +13,25 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import BlockFloat, packed_nbytes
-from fairseq_dsq.quant import masks, native, packing, reference
+from fairseq_dsq.quant import checks, masks, native, packing, reference
 from fairseq_dsq.quant.reference import CodeSpec
 
 # What bfloat16 holds exactly: a sign and 8 significant bits.
 BFLOAT16_BITS = 9
 _NUMBERS = len(CodeSpec._fields)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _spec_schema(whose: str = "") -> str:
-    kinds = ("int", "int?", "int", "int", "bool", "int?")
+    kinds = ("int", "int?", "int", "int", "bool", "int?", "int")
     return ", ".join(f"{kind} {whose}{name}" for kind, name in zip(kinds, CodeSpec._fields, strict=True))
 
 
@@ -92,19 +94,36 @@ def _cuda_kernels(x: Tensor, spec: CodeSpec) -> Any:
     return kernels if kernels is not None and kernels.covers(spec) else None
 
 
+def _checked(check: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """An implementation that refuses what ``check`` does, before it runs."""
+
+    def wrap(implementation: Callable[P, R]) -> Callable[P, R]:
+        @wraps(implementation)
+        def checked(*arguments: P.args, **options: P.kwargs) -> R:
+            check(*arguments, **options)
+            return implementation(*arguments, **options)
+
+        return checked
+
+    return wrap
+
+
 # Each operator in plain torch for any device, on the CPU, on CUDA, and the shape of its result. Arguments are those of
 # the schemas, a spec's numbers in a row.
 
 
+@_checked(checks.fake_quantize)
 def _fake_quantize(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     *numbers, seed, dtype = arguments
     return reference.fake_quantize(x, CodeSpec._make(numbers), dim, seed, dtype)
 
 
+@_checked(checks.fake_quantize)
 def _fake_quantize_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return _fake_quantize_by(native.kernels, x, dim, *arguments)
 
 
+@_checked(checks.fake_quantize)
 def _fake_quantize_cuda(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return _fake_quantize_by(_cuda_kernels(x, CodeSpec._make(arguments[:_NUMBERS])), x, dim, *arguments)
 
@@ -120,19 +139,23 @@ def _fake_quantize_by(kernels: Any, x: Tensor, dim: int, *arguments: Any) -> Ten
     return out if out.dtype is dtype else out.to(dtype)
 
 
+@_checked(checks.fake_quantize)
 def _fake_quantize_fake(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return torch.empty(x.shape, dtype=arguments[-1], device=x.device)
 
 
+@_checked(checks.pack)
 def _pack(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     *numbers, seed = arguments
     return packing.pack(x, CodeSpec._make(numbers), dim, seed)
 
 
+@_checked(checks.pack)
 def _pack_cpu(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return _pack_by(native.kernels, x, dim, *arguments)
 
 
+@_checked(checks.pack)
 def _pack_cuda(x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return _pack_by(_cuda_kernels(x, CodeSpec._make(arguments[:_NUMBERS])), x, dim, *arguments)
 
@@ -148,19 +171,24 @@ def _pack_by(kernels: Any, x: Tensor, dim: int, *arguments: Any) -> Tensor:
     return data
 
 
-def _pack_fake(x: Tensor, dim: int, bits: int, box_size: int | None, *_: Any) -> Tensor:
+@_checked(checks.pack)
+def _pack_fake(x: Tensor, dim: int, *arguments: Any) -> Tensor:
+    bits, box_size, *_ = arguments
     return x.new_empty(packed_nbytes(x.shape, dim, bits, box_size), dtype=torch.uint8)
 
 
+@_checked(checks.unpack)
 def _unpack(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
     *numbers, dtype = arguments
     return packing.unpack(data, shape, CodeSpec._make(numbers), dim, dtype)
 
 
+@_checked(checks.unpack)
 def _unpack_cpu(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
     return _unpack_by(native.kernels, data, shape, dim, *arguments)
 
 
+@_checked(checks.unpack)
 def _unpack_cuda(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
     return _unpack_by(_cuda_kernels(data, CodeSpec._make(arguments[:_NUMBERS])), data, shape, dim, *arguments)
 
@@ -170,14 +198,12 @@ def _unpack_by(kernels: Any, data: Tensor, shape: Sequence[int], dim: int, *argu
         return _unpack(data, shape, dim, *arguments)
     *numbers, dtype = arguments
     spec = CodeSpec._make(numbers)
-    nbytes = packed_nbytes(shape, dim, spec.bits, spec.box_size)
-    if data.dtype is not torch.uint8 or data.numel() != nbytes:
-        raise ValueError(f"data: got {data.numel()} of {data.dtype}, expected {nbytes} of torch.uint8")
     out = data.new_empty(shape, dtype=_kernel_dtype(dtype, spec))
     kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), spec)
     return out if out.dtype is dtype else out.to(dtype)
 
 
+@_checked(checks.unpack)
 def _unpack_fake(data: Tensor, shape: Sequence[int], dim: int, *arguments: Any) -> Tensor:
     return data.new_empty(shape, dtype=arguments[-1])
 
@@ -190,18 +216,18 @@ def _one_by_one(
     return fake_quantize(x, -1, *operand, operand_seed, dtype), pack(x, -2, *stash, stash_seed)
 
 
+@_checked(checks.quantize_and_pack)
 def _quantize_and_pack(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _one_by_one(_fake_quantize, _pack, x, arguments)
 
 
+@_checked(checks.quantize_and_pack)
 def _quantize_and_pack_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     kernels = native.kernels
     if kernels is None or x.numel() == 0:
         return _quantize_and_pack(x, *arguments)
     operand_spec, stash_spec = CodeSpec._make(arguments[:_NUMBERS]), CodeSpec._make(arguments[_NUMBERS : 2 * _NUMBERS])
     operand_seed, stash_seed, dtype = arguments[2 * _NUMBERS :]
-    if operand_spec.box_size is None or stash_spec.box_size is None:
-        raise ValueError("quantize_and_pack: expected formats with a box size: a whole tensor cannot go tile by tile")
     x = x.float().contiguous()
     operand = torch.empty_like(x, dtype=_kernel_dtype(dtype, operand_spec))
     stash = x.new_empty(packed_nbytes(x.shape, -2, stash_spec.bits, stash_spec.box_size), dtype=torch.uint8)
@@ -210,13 +236,14 @@ def _quantize_and_pack_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return operand if operand.dtype is dtype else operand.to(dtype), stash
 
 
+@_checked(checks.quantize_and_pack)
 def _quantize_and_pack_cuda(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _one_by_one(_fake_quantize_cuda, _pack_cuda, x, arguments)
 
 
+@_checked(checks.quantize_and_pack)
 def _quantize_and_pack_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    bits, box_size, *_ = arguments[_NUMBERS:]
-    return _fake_quantize_fake(x, -1, *arguments), _pack_fake(x, -2, bits, box_size)
+    return _one_by_one(_fake_quantize_fake, _pack_fake, x, arguments)
 
 
 def _gemm(
@@ -264,6 +291,7 @@ def _gemm_fake(out: Tensor, *arguments: Any) -> None:
     pass
 
 
+@_checked(checks.dropout)
 def _dropout_cpu(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
     kernels = native.kernels
     if kernels is None or x.numel() == 0:
@@ -274,36 +302,38 @@ def _dropout_cpu(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
     return out.to(x.dtype)
 
 
+@_checked(checks.dropout)
 def _dropout_fake(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@_checked(checks.pack_positive)
 def _pack_positive_cpu(x: Tensor) -> Tensor:
     kernels = native.kernels
     if kernels is None or x.numel() == 0:
         return masks.pack_positive(x)
-    data = _pack_positive_fake(x)
+    data = x.new_empty(masks.nbytes(x.numel()), dtype=torch.uint8)
     kernels.pack_positive(x.float().contiguous(), data)
     return data
 
 
+@_checked(checks.pack_positive)
 def _pack_positive_fake(x: Tensor) -> Tensor:
     return x.new_empty(masks.nbytes(x.numel()), dtype=torch.uint8)
 
 
+@_checked(checks.mask)
 def _mask_cpu(x: Tensor, data: Tensor) -> Tensor:
     kernels = native.kernels
     if kernels is None or x.numel() == 0:
         return masks.mask(x, data)
-    if data.dtype is not torch.uint8 or data.numel() != masks.nbytes(x.numel()):
-        expected = masks.nbytes(x.numel())
-        raise ValueError(f"data: got {data.numel()} of {data.dtype}, expected {expected} of torch.uint8")
     values = x.float().contiguous()
     out = torch.empty_like(values)
     kernels.mask(values, data.contiguous(), out)
     return out.to(x.dtype)
 
 
+@_checked(checks.mask)
 def _mask_fake(x: Tensor, data: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -317,9 +347,14 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callab
         _quantize_and_pack_fake,
     ),
     "gemm": (_gemm, _gemm_cpu, None, _gemm_fake),
-    "dropout": (masks.dropout, _dropout_cpu, None, _dropout_fake),
-    "pack_positive": (masks.pack_positive, _pack_positive_cpu, None, _pack_positive_fake),
-    "mask": (masks.mask, _mask_cpu, None, _mask_fake),
+    "dropout": (_checked(checks.dropout)(masks.dropout), _dropout_cpu, None, _dropout_fake),
+    "pack_positive": (
+        _checked(checks.pack_positive)(masks.pack_positive),
+        _pack_positive_cpu,
+        None,
+        _pack_positive_fake,
+    ),
+    "mask": (_checked(checks.mask)(masks.mask), _mask_cpu, None, _mask_fake),
 }
 for _name, (_any_device, _cpu, _cuda, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])

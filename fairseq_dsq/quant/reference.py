@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import EXPONENT_BIAS, MIN_EXPONENT, NAN_EXPONENT, ScaledInteger
+from fairseq_dsq.formats import EXPONENT_BIAS, MAX_EXPONENT, MIN_EXPONENT, NAN_EXPONENT, ScaledInteger
 
 
 class CodeSpec(NamedTuple):
@@ -26,12 +26,14 @@ class CodeSpec(NamedTuple):
     max_code: int
     signed_zero: bool
     fixed_exponent: int | None
+    headroom: int = 0
 
 
 @cache
 def code_spec(fmt: ScaledInteger) -> CodeSpec:
     """The spec of a format, registered by whomever."""
-    return CodeSpec(*(getattr(fmt, name) for name in CodeSpec._fields))
+    given = {name: getattr(fmt, name) for name in CodeSpec._fields if name not in CodeSpec._field_defaults}
+    return CodeSpec(**given, headroom=getattr(fmt, "headroom", 0))
 
 
 def split_boxes(x: Tensor, box_size: int | None, dim: int) -> list[Tensor]:
@@ -75,13 +77,15 @@ def box_exponent(boxes: Tensor, spec: CodeSpec) -> Tensor:
 
     Returns:
         int32 (..., 1): 1 to 254, or 255 for a box that holds Inf or NaN. Read from the exponent field of the largest
-        magnitude, never through a logarithm, so that an exact power of two keeps its own exponent. Zero and
-        subnormal maxima count as the smallest normal exponent.
+        magnitude, never through a logarithm, so that an exact power of two keeps its own exponent; the spec's headroom
+        is added to its bits before. Zero and subnormal maxima count as the smallest normal exponent.
     """
-    largest = boxes.abs().amax(dim=-1, keepdim=True)
-    exponent = (largest.view(torch.int32) >> 23) & NAN_EXPONENT
+    largest = boxes.abs().amax(dim=-1, keepdim=True).view(torch.int32)
+    exponent = (largest >> 23) & NAN_EXPONENT
     if spec.fixed_exponent is None:
-        return exponent.clamp_(min=MIN_EXPONENT + EXPONENT_BIAS)
+        raised = ((largest & 0x7FFFFFFF) + spec.headroom) >> 23
+        raised.clamp_(MIN_EXPONENT + EXPONENT_BIAS, MAX_EXPONENT + EXPONENT_BIAS)
+        return torch.where(exponent == NAN_EXPONENT, exponent, raised)
     fixed = torch.full_like(exponent, spec.fixed_exponent + EXPONENT_BIAS)
     return torch.where(exponent == NAN_EXPONENT, exponent, fixed)
 

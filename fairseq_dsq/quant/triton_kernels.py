@@ -55,10 +55,12 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _exponent(x):
+def _exponent(x, headroom):
     """Biased exponents (boxes, 1) of float32 boxes, 255 where one holds Inf or NaN: no float is compared."""
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.maximum(tl.max(magnitude, axis=1) >> 23, 1)[:, None]
+    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    finite = tl.minimum(largest, 0x7F7FFFFF)
+    raised = tl.minimum(tl.maximum((finite + headroom) >> 23, 1), 254)
+    return tl.where(largest == finite, raised, 255)[:, None]
 
 
 @triton.jit
@@ -115,9 +117,9 @@ def _store(pointers, value, mask):
 # The kernels. ``total`` boxes of ``values`` values each, see _Part; ``low`` and ``high`` are the halves of the seed.
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=["headroom", "low", "high"])
 def _fake_quantize(
-    x_ptr, out_ptr, total, first, length, boxes, after, values, low, high,
+    x_ptr, out_ptr, total, first, length, boxes, after, values, headroom, low, high,
     BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -126,15 +128,15 @@ def _fake_quantize(
     index = base + place * after
     inside = (box < total) & (place < values)
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
-    exponent = _exponent(x)
+    exponent = _exponent(x, headroom)
     magnitude = _magnitudes(x, exponent, index, low, high, BITS, MAX_CODE, STOCHASTIC)
     value = _values(magnitude, x.to(tl.uint32, bitcast=True) >> 31, exponent, BITS)
     _store(out_ptr + index, value, inside)
 
 
-@triton.jit(do_not_specialize=["low", "high"])
+@triton.jit(do_not_specialize=["headroom", "low", "high"])
 def _pack(
-    x_ptr, exponent_ptr, code_ptr, total, first, length, boxes, after, values, box_bytes, low, high,
+    x_ptr, exponent_ptr, code_ptr, total, first, length, boxes, after, values, box_bytes, headroom, low, high,
     BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
     STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +144,7 @@ def _pack(
     place = tl.arange(0, BOX).to(base.dtype)[None, :]
     exists = box < total
     x = tl.load(x_ptr + base + place * after, mask=exists & (place < values), other=0.0)
-    exponent = _exponent(x)
+    exponent = _exponent(x, headroom)
     tl.store(exponent_ptr + box, exponent.to(tl.uint8), mask=exists)
     # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
@@ -220,10 +222,11 @@ def check(device: torch.device) -> None:
     Raises:
         RuntimeError: the result is not that of the definition. Triton raises errors of its own.
     """
-    shape, spec = (1, 37, 48), reference.code_spec(BlockFloat(4))
+    shape = 1, 37, 48
     x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
     x[:, 5] *= 2.0**-126
-    for seed in (None, 0x2BCDEF01_FEDCBA98):
+    for fmt, seed in ((BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98)):
+        spec = reference.code_spec(fmt)
         data = packing.pack(x, spec, 0, seed)
         expected = packing.unpack(data, x.shape, spec, 0, x.dtype)
         rounded, packed, unpacked = torch.empty_like(x), torch.empty_like(data), torch.empty_like(x)
@@ -245,7 +248,8 @@ def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: in
     with torch.cuda.device_of(x):
         for part in _parts(shape, spec):
             tile = _tile(part, spec, x.numel())
-            _fake_quantize[_grid(part, tile)](x, out, *part, *_seed_halves(seed), **tile, **_rounding(spec, seed))
+            numbers = (*part, spec.headroom, *_seed_halves(seed))
+            _fake_quantize[_grid(part, tile)](x, out, *numbers, **tile, **_rounding(spec, seed))
 
 
 def pack(x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
@@ -256,7 +260,7 @@ def pack(x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None
         for part, exponents, codes, box_bytes in _packed_parts(data, shape, spec):
             tile = _tile(part, spec, max(x.numel(), data.numel()))
             _pack[_grid(part, tile)](
-                *(x, exponents, codes, *part, box_bytes, *_seed_halves(seed)),
+                *(x, exponents, codes, *part, box_bytes, spec.headroom, *_seed_halves(seed)),
                 **tile,
                 **_rounding(spec, seed),
                 BYTES=triton.next_power_of_2(box_bytes),

@@ -140,6 +140,9 @@ def test_few_gradient_bits_are_warned_of_once(caplog):
         ({"sign_bit": "extra"}, "bfp3 bfp3 bfp3 bfp17"),
         ({"format": "fixed"}, "fixed2 fixed2 fixed2 fixed16"),
         ({"format": "fixed", "fixed_scale": "static"}, "fixed2.1 fixed2.1 fixed2.1 fixed16.8"),
+        ({"scale": "fit"}, "bfp2-fit bfp2-fit bfp2-fit bfp16-fit"),
+        ({"format": "fixed", "scale": "fit"}, "fixed2-fit fixed2-fit fixed2-fit fixed16-fit"),
+        ({"fixed_scale": "static", "scale": "fit"}, "bfp2-fit bfp2-fit bfp2-fit bfp16-fit"),
         ({"format": "float32"}, "float32 float32 float32 float32"),
     ],
 )
@@ -147,6 +150,11 @@ def test_flags_choose_the_formats(changes, expected):
     level = attached(Task(), **changes)[0].context.config.precision
     formats = level.output_operands, level.stash, level.grad_input_weight, level.grad_output
     assert " ".join(map(str, formats)) == expected
+
+
+def test_a_static_scale_fits_nothing():
+    with pytest.raises(SystemExit, match="--dsq-scale: got fit beside --dsq-fixed-scale static, expected floor"):
+        attached(Task(), format="fixed", fixed_scale="static", scale="fit")
 
 
 def test_flags_reach_the_layers():

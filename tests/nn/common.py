@@ -28,6 +28,7 @@ PRECISIONS = [
     PrecisionConfig((6, 4, 8, 12), "fixed"),
     PrecisionConfig((8, 12, 6, 10), "fixed", FormatOptions(fixed_scale="static")),
     PrecisionConfig((2, 3, 4, 5), "bfp", FormatOptions(sign_bit_extra=True)),
+    PrecisionConfig((2, 4, 5, 9), "bfp", FormatOptions(scale="fit")),
     FLOAT32,
 ]
 BFP32 = PrecisionConfig((32, 32, 32, 32))

@@ -38,11 +38,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fairseq_dsq.nn import (
     FLOAT32,
     DSQContext,
+    DSQConv1D,
     DSQLinear,
     DSQMultiheadAttention,
     GemmConfig,
     LedgerKey,
     convert,
+    left_float,
     linear,
 )
 from fairseq_dsq.precision import Gemm, PrecisionConfig
@@ -628,3 +630,161 @@ def test_macs_are_half_of_torchs_flops(training):
     gemms = twin.decoder.output_projection.context.ledger.gemms
     macs = sum(key.gemm.macs * count for key, count in gemms.items())
     assert 2 * macs == counter.get_total_flops() > 0
+
+
+# Models of Hugging Face
+
+
+TOKENS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SMALL = {
+    "GPT2LMHeadModel": (
+        "GPT2Config",
+        {"n_layer": 2, "n_embd": 32, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0}
+        | {"embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "BertForMaskedLM": ("BertConfig", SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "LlamaForCausalLM": ("LlamaConfig", SIZES),
+}
+
+
+@pytest.fixture(params=SMALL)
+def hugging_face_model(request):
+    transformers = pytest.importorskip("hugging_face", reason="needs transformers and safetensors").transformers
+    config, options = SMALL[request.param]
+    torch.manual_seed(0)
+    model = getattr(transformers, request.param)(getattr(transformers, config)(vocab_size=50, **options))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def hugging_face_step(model):
+    model.zero_grad()
+    logits = model(input_ids=TOKENS).logits
+    logits.square().mean().backward()
+    return logits.detach(), gradients_of(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*stays float")
+def test_a_hugging_face_model_at_float32_equals_itself(hugging_face_model):
+    expected = hugging_face_step(hugging_face_model)
+    parameters = dict(hugging_face_model.named_parameters())
+    twin = convert(hugging_face_model, context())
+    assert twin is hugging_face_model
+    assert all(parameters[name] is parameter for name, parameter in twin.named_parameters())
+    logits, gradients = hugging_face_step(twin)
+    assert torch.allclose(logits, expected[0], rtol=1e-5, atol=1e-6)
+    for name, gradient in expected[1].items():
+        assert difference(gradients[name], gradient) < 1e-4 or gradient.norm() < 1e-5, name
+    for frozen in (False, True):
+        for module in twin.eval().modules():
+            if frozen and isinstance(module, DSQLinear):
+                module.freeze()
+        with torch.no_grad():
+            assert torch.allclose(twin(input_ids=TOKENS).logits, expected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*stays float")
+def test_the_ledger_sees_every_product_by_a_weight_of_a_hugging_face_model(hugging_face_model):
+    with FlopCounterMode(display=False) as counter:
+        hugging_face_step(hugging_face_model)
+    flops = counter.get_flop_counts()["Global"]
+    by_weights = sum(flops.get(operation, 0) for operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    how = context(*BFP_MIXED.q)
+    hugging_face_step(convert(hugging_face_model, how))
+    assert sum(2 * key.gemm.macs * count for key, count in how.ledger.gemms.items()) == by_weights > 0
+    assert {key.precision for key in how.ledger.gemms} == {BFP_MIXED}
+
+
+def test_what_a_hugging_face_model_still_multiplies_in_float_is_named(hugging_face_model):
+    with pytest.warns(UserWarning, match="stays float, neither quantized nor counted") as said:
+        convert(hugging_face_model, context(*BFP_MIXED.q))
+    found = left_float(hugging_face_model)
+    assert len(said) == 1 and all(name in str(said[0].message) for name in found)
+    assert len(found) == 2 and all(what.endswith("multiplies activations by activations") for what in found.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(hugging_face_model, context(*BFP_MIXED.q), skip=list(found))
+
+
+@pytest.mark.parametrize("precision", [BFP_MIXED, FLOAT32], ids=["bfp", "float32"])
+def test_a_conv1d_is_a_linear_layer_of_a_transposed_weight(precision):
+    hugging_face = pytest.importorskip("hugging_face", reason="needs transformers and safetensors")
+    conv1d = hugging_face.transformers.pytorch_utils.Conv1D(18, 21)
+    plain = nn.Linear(21, 18)
+    with torch.no_grad():
+        plain.weight.copy_(conv1d.weight.t()), plain.bias.copy_(conv1d.bias)
+    twin, other = (convert(module, DSQContext(GemmConfig(precision))) for module in (conv1d, plain))
+    assert type(twin) is DSQConv1D and twin.weight is conv1d.weight and (twin.nx, twin.nf) == (21, 18)
+    x, grad = normal(2, 7, 21), normal(2, 7, 18, seed=1)
+    for module in (twin, other):
+        module(x).backward(grad)
+    assert torch.equal(twin(x), other(x))
+    assert torch.allclose(twin.weight.grad, other.weight.grad.t(), atol=1e-6)
+    assert torch.equal(twin.bias.grad, other.bias.grad)
+    with torch.no_grad():
+        for freeze in (False, True):
+            if freeze:
+                twin.eval().freeze(), other.eval().freeze()
+            assert torch.equal(twin(x), other(x))
+
+
+# What stays float is named
+
+
+class Raw(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(3, 4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+
+
+class Tied(nn.Module):
+    """As fairseq's decoders that project onto their embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(5, 4)
+        self.share_input_output_embed = True
+
+
+class MoreThanLinear(nn.Linear):
+    pass
+
+
+FLOATS = [
+    (MoreThanLinear(4, 4), "is more than an nn.Linear"),
+    (nn.Conv1d(4, 4, 1), "multiplies by weight"),
+    (nn.Conv2d(4, 4, 2), "multiplies by weight"),
+    (nn.Bilinear(4, 4, 4), "multiplies by weight"),
+    (nn.LSTM(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
+    (nn.GRU(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
+    (nn.RNNCell(4, 4), "multiplies by weight_ih, weight_hh"),
+    (nn.MultiheadAttention(4, 2), "reads its weights directly"),
+    (nn.LazyConv1d(4, 1), "multiplies by weight, bias"),
+    (nn.LazyLinear(4), "is more than an nn.Linear"),
+    (Raw(), "may multiply by matrix"),
+    (Tied(), "multiplies by its embedding"),
+]
+
+
+@pytest.mark.parametrize(("module", "what"), FLOATS, ids=lambda value: str(value).split("(")[0])
+def test_whatever_multiplies_and_stays_float_is_named(module, what):
+    model = nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(4, 4), module])})
+    with pytest.warns(UserWarning) as said:
+        convert(model, context(*BFP_MIXED.q))
+    assert [str(each.message) for each in said] == [
+        f"inner.1: {type(module).__name__} {what}: stays float, neither quantized nor counted"
+    ]
+    assert left_float(model) == {"inner.1": f"{type(module).__name__} {what}"}
+    assert left_float(module) == {"model": f"{type(module).__name__} {what}"}
+
+
+def test_what_does_not_multiply_is_not_named():
+    parts = [nn.Embedding(4, 4), nn.EmbeddingBag(4, 4), nn.LayerNorm((4, 4)), nn.RMSNorm((4, 4)), nn.BatchNorm1d(4)]
+    for model in (nn.ModuleList([nn.Linear(4, 4), *parts, nn.PReLU(), nn.Dropout()]), tiny_transformer()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(model, context(*BFP_MIXED.q))
+        assert not left_float(model)

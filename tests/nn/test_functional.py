@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
@@ -23,12 +24,26 @@ from nn.common import (
     seeded,
     uneven,
 )
+from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GemmConfig, Ledger, LedgerKey, StashKey, linear, linear_group, matmul
-from fairseq_dsq.precision import Gemm, Stash
+from fairseq_dsq.formats import BlockFloat, FormatOptions
+from fairseq_dsq.nn import (
+    BOX_DIMS,
+    FLOAT32,
+    GEMM_MODES,
+    DSQContext,
+    GemmConfig,
+    Ledger,
+    LedgerKey,
+    StashKey,
+    convert,
+    linear,
+    linear_group,
+    matmul,
+)
+from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
 
 # M, K, N: whole boxes; short last boxes along each; less than a box; single rows and columns.
 SHAPES = [(32, 16, 48), (37, 21, 18), (1, 5, 3), (17, 33, 1), (16, 1, 7)]
@@ -552,3 +567,91 @@ def test_checkpointing_gives_the_same_gradients(kind, use_reentrant, rounding):
     for grad, reference in zip(actual[1], expected[1], strict=True):
         assert (grad is None) == (reference is None)
         assert grad is None or torch.equal(grad, reference)
+
+
+# Nothing to multiply
+
+EMPTY = [shape for shape in itertools.product((0, 5), (0, 7), (0, 6)) if 0 in shape]
+FEW = [
+    MIXED.precision,
+    PrecisionConfig((4, 4, 4, 8), "fixed"),
+    PrecisionConfig((4, 4, 4, 8), "bfp", FormatOptions(scale="fit")),
+    FLOAT32,
+]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("gemm", GEMM_MODES)
+@pytest.mark.parametrize("precision", FEW, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), EMPTY)
+def test_sizes_of_zero_are_torchs(m, k, n, precision, gemm, rounding):
+    how = GemmConfig(precision, rounding, gemm=gemm)
+    weight, bias = normal(n, k, seed=1), normal(n, seed=2)
+    cases = [
+        (lambda x, w, b: linear(x, w, b, how, Ledger()), nn.functional.linear, (normal(*shape, k), weight, bias))
+        for shape in ((m,), (2, m), (m, 0))
+    ]
+    cases += [
+        (lambda a, b: matmul(a, b, how, Ledger()), torch.bmm, (normal(batch, m, k), normal(batch, k, n)))
+        for batch in (0, 2)
+    ]
+    cases += [
+        (lambda a, b: matmul(a, b, how, Ledger(), True), lambda a, b: a @ b.mT, (normal(2, m, k), normal(2, n, k)))
+    ]
+    for ours, plain, tensors in cases:
+        results = []
+        for function in (ours, plain):
+            leaves = trainable(*tensors)
+            y = function(*leaves)
+            results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        for actual, expected in zip(*results, strict=True):
+            assert actual.shape == expected.shape and torch.allclose(actual, expected)
+
+
+# What comes after a layer may work in place, as after torch's own
+
+IN_PLACE = [lambda y: y.relu_(), lambda y: y.masked_fill_(y > 0, 0.5), lambda y: y[..., :1].add_(1)]
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("shape", [(4, 21), (2, 3, 21), (21,)], ids=str)
+@pytest.mark.parametrize("precision", [MIXED.precision, FLOAT32], ids=str)
+def test_a_linear_layers_outputs_may_be_changed_in_place(precision, shape, change):
+    weights = [normal(18, 21, seed=seed).requires_grad_() for seed in (1, 2)]
+    results = []
+    for clone in (True, False):
+        x = normal(*shape).requires_grad_()
+        outputs = linear_group(x, [(weight, None) for weight in weights], GemmConfig(precision))
+        assert not any(y._is_view() for y in outputs)
+        outputs = [y.clone() for y in outputs] if clone else outputs
+        for y in outputs:
+            change(y)
+        grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *weights])
+        results.append([*outputs, *grads])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("transpose_b", [True, False])
+def test_a_products_output_and_gradients_may_be_changed_in_place(transpose_b):
+    a, b = normal(2, 5, 7).requires_grad_(), normal(2, *((6, 7) if transpose_b else (7, 6)), seed=1).requires_grad_()
+    y = matmul(a, b, MIXED, transpose_b=transpose_b)
+    assert not y._is_view()
+    y.relu_().sum().backward()
+    for grad in (a.grad, b.grad):
+        grad.mul_(2)
+
+
+def test_an_in_place_activation_follows_a_converted_layer():
+    def step(model):
+        x = normal(5, 21).requires_grad_()
+        y = model(x)
+        y.sum().backward()
+        return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
+
+    model = nn.Sequential(nn.Linear(21, 18), nn.ReLU(inplace=True), nn.Dropout(0.0, inplace=True), nn.Linear(18, 4))
+    twin = convert(copy.deepcopy(model), DSQContext(GemmConfig(FLOAT32)))
+    for actual, expected in zip(step(twin), step(model), strict=True):
+        assert torch.allclose(actual, expected, atol=1e-6)
+    twin.zero_grad()
+    twin[0].context.set_precision(BFP_MIXED)
+    assert all(value.isfinite().all() for value in step(twin))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.optim.adam import Adam as FairseqAdam
 from nn.common import (
     BFP_MIXED,
     assert_product,
@@ -15,12 +17,13 @@ from nn.common import (
     difference,
     linear_reference,
     normal,
+    tiny_transformer,
     uneven,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, linear
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, convert, linear
 from fairseq_dsq.nn.linear import forward_group
 from fairseq_dsq.precision import Gemm, PrecisionConfig
 
@@ -129,9 +132,15 @@ def test_stochastic_rounding_is_nearest_in_evaluation(grad):
     assert not torch.equal(first, nearest)
 
 
-# The weight kept for inference
+# Evaluation without gradients, and the weight held where it is declared final
 
 
+def frozen(layer):
+    layer.eval().freeze()
+    return layer
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "not frozen"])
 @pytest.mark.parametrize("box_dim", BOX_DIMS)
 @pytest.mark.parametrize(
     "precision",
@@ -139,8 +148,10 @@ def test_stochastic_rounding_is_nearest_in_evaluation(grad):
     ids=["bfp", "fixed", "float32"],
 )
 @pytest.mark.parametrize("shape", [(K,), (9, K), (2, 7, K), (0, K)], ids=str)
-def test_inference_equals_the_uncached_result(precision, box_dim, shape):
+def test_inference_equals_the_uncached_result(precision, box_dim, shape, freeze):
     layer = layer_with(DSQContext(GemmConfig(precision, box_dim=box_dim))).eval()
+    if freeze:
+        layer.freeze()
     x = normal(*shape, seed=1)
     for _ in range(3):
         y = infer(layer, x)
@@ -166,12 +177,22 @@ def operations(layer, x):
     return counter.count
 
 
-def test_the_weight_is_quantized_once():
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+def test_a_frozen_weight_is_quantized_once():
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     first, second, third = (operations(layer, x) for _ in range(3))
     assert second == third < first
+    layer.eval()
+    assert layer.frozen and operations(layer, x) == first
     layer.train().eval()
-    assert operations(layer, x) == first
+    assert not layer.frozen
+
+
+def test_fairseqs_preparation_for_inference_freezes_every_layer():
+    model = convert(tiny_transformer(), context(*BFP_MIXED.q)).eval()
+    layers = [module for module in model.modules() if isinstance(module, DSQLinear)]
+    assert not any(layer.frozen for layer in layers)
+    model.prepare_for_inference_(SimpleNamespace(generation=SimpleNamespace()))
+    assert layers and all(layer.frozen for layer in layers)
 
 
 def negate_in_place(layer):
@@ -203,15 +224,33 @@ def optimize(layer):
     optimizer.step()
 
 
-def write_through_data_then_train(layer):
-    layer.train()
-    layer.weight.data.add_(1)  # as fairseq's optimizers do
-    layer.eval()
+def optimize_fused(layer):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    layer(normal(5, K, seed=8)).sum().backward()
+    optimizer.step()
 
 
-def write_through_data_then_eval(layer):
+def optimize_as_fairseq(layer):
+    optimizer = FairseqAdam(layer.parameters(), lr=0.1)
+    layer(normal(5, K, seed=8)).sum().backward()
+    optimizer.step()
+
+
+def write_through_data(layer):
     layer.weight.data.add_(1)
-    layer.eval()
+
+
+def replace_data(layer):
+    layer.weight.data = normal(N, K, seed=7)
+
+
+def set_storage(layer):
+    with torch.no_grad():
+        layer.weight.set_(normal(N, K, seed=7))
+
+
+def write_through_numpy(layer):
+    layer.weight.detach().numpy()[:] = 1.0
 
 
 def zero_the_bias(layer):
@@ -220,16 +259,25 @@ def zero_the_bias(layer):
 
 
 CHANGES = [
-    negate_in_place, copy_in_place, load, load_by_assignment, replace_parameter, optimize,
-    write_through_data_then_train, write_through_data_then_eval, zero_the_bias,
+    negate_in_place, copy_in_place, load, load_by_assignment, replace_parameter, optimize, optimize_fused,
+    optimize_as_fairseq, write_through_data, replace_data, set_storage, write_through_numpy, zero_the_bias,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_inference_follows_a_changed_weight(change):
+def test_evaluation_follows_whatever_writes_to_a_weight(change):
     layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
-    replace_parameter(layer)  # as new as the one that takes its place: the same count of changes
-    layer.weight.data.mul_(2)
+    before = infer(layer, x)
+    change(layer)
+    assert not layer.training
+    after = infer(layer, x)
+    assert torch.equal(after, uncached(layer, x))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("change", [load, load_by_assignment, replace_parameter], ids=lambda change: change.__name__)
+def test_a_frozen_layer_follows_another_weight(change):
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     before = infer(layer, x)
     change(layer)
     after = infer(layer, x)
@@ -238,7 +286,7 @@ def test_inference_follows_a_changed_weight(change):
 
 
 def test_inference_follows_changes_of_the_parent():
-    model = nn.Sequential(layer_with(context(*BFP_MIXED.q))).eval()
+    model = nn.Sequential(frozen(layer_with(context(*BFP_MIXED.q))))
     x = normal(9, K)
     infer(model, x)
     model.train()
@@ -249,7 +297,7 @@ def test_inference_follows_changes_of_the_parent():
 
 def test_inference_follows_a_changed_precision():
     how = context(*BFP_MIXED.q)
-    layer, x = layer_with(how).eval(), normal(9, K)
+    layer, x = frozen(layer_with(how)), normal(9, K)
     results = []
     levels = [(2, 2, 2, 16), (16, 4, 4, 16), (2, 2, 2, 16)]
     for q in levels:
@@ -264,7 +312,7 @@ def test_inference_follows_a_changed_precision():
 
 
 def test_inference_follows_a_changed_context():
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     quantized = infer(layer, x)
     layer.context = layer.context.float32()
     assert torch.equal(infer(layer, x), nn.functional.linear(x, layer.weight, layer.bias))
@@ -273,7 +321,7 @@ def test_inference_follows_a_changed_context():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_inference_follows_a_change_of_dtype(dtype):
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     infer(layer, x)
     layer.to(dtype)
     y = infer(layer, x.to(dtype))
@@ -290,11 +338,12 @@ def pickled(layer):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_a_copy_follows_its_own_weight(duplicate):
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     infer(layer, x)
     # A copy starts a count of changes of its own, which must not be taken for the original's.
     for changes in range(1, 5):
         twin = duplicate(layer)
+        assert layer.frozen and not twin.frozen
         for _ in range(changes):
             with torch.no_grad():
                 twin.weight.add_(1)
@@ -302,7 +351,7 @@ def test_a_copy_follows_its_own_weight(duplicate):
 
 
 def test_training_and_gradients_in_evaluation_do_not_use_the_kept_weight():
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     infer(layer, x)
     layer.weight.data.neg_()
     for grad, training in ((True, False), (False, True)):
@@ -313,7 +362,7 @@ def test_training_and_gradients_in_evaluation_do_not_use_the_kept_weight():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_then_training(mode):
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     with mode():
         inferred = layer(x).clone()
     y = layer(x)
@@ -336,7 +385,7 @@ def test_parameters_made_in_inference_mode():
 
 
 def test_autocast_in_evaluation():
-    layer, x = layer_with(context(*BFP_MIXED.q)).eval(), normal(9, K)
+    layer, x = frozen(layer_with(context(*BFP_MIXED.q))), normal(9, K)
     full = infer(layer, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half, expected = infer(layer, x), uncached(layer, x)

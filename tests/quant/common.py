@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_FLOATS = [BlockFloat(bits) for bits in WIDTHS]
 DYNAMIC_FIXED = [FixedPoint(bits) for bits in WIDTHS]
 STATIC_FIXED = [FixedPoint(bits, bits // 2) for bits in WIDTHS]
+FITTED = [family(bits, scale="fit") for family in (BlockFloat, FixedPoint) for bits in WIDTHS]
 SCALED_INTEGERS = BLOCK_FLOATS + DYNAMIC_FIXED + STATIC_FIXED
 # Scaled from what they hold: nothing is further than one step from where it was.
 SELF_SCALED = BLOCK_FLOATS + DYNAMIC_FIXED
@@ -148,7 +149,9 @@ def step_of(values, fmt):
     """The scale of one box (of a whole tensor in fixed point)."""
     if isinstance(fmt, FixedPoint) and fmt.fraction_bits is not None:
         return power_of_two(-fmt.fraction_bits)
-    return power_of_two(box_exponent(values) - (fmt.bits - 2))
+    step = power_of_two(box_exponent(values) - (fmt.bits - 2))
+    clips = max(abs(value) for value in values) > code_limits(fmt)[1] * step
+    return 2 * step if clips and fmt.scale == "fit" and box_exponent(values) < 127 else step
 
 
 def scalar_quantize(values, fmt):

@@ -13,6 +13,7 @@ from quant.common import (
     BLOCK_FLOATS,
     DTYPES,
     DYNAMIC_FIXED,
+    FITTED,
     SCALED_INTEGERS,
     SELF_SCALED,
     SHAPES_AND_DIMS,
@@ -99,7 +100,7 @@ def test_equals_the_definition_along_any_dimension(shape, dim):
 
 
 @property_test
-@given(values=any_values(), fmt=st.sampled_from(SCALED_INTEGERS))
+@given(values=any_values(), fmt=st.sampled_from(SCALED_INTEGERS + FITTED))
 def test_equals_the_definition_on_whatever_hypothesis_thinks_of(values, fmt):
     expected = [value for box in in_boxes(values, fmt) for value in scalar_quantize(box, fmt)]
     assert signed(quantized(values, fmt)) == signed(expected)
@@ -202,7 +203,7 @@ def test_fixed_point_has_one_zero(fmt, rounding):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_idempotent(rounding):
     @property_test
-    @given(values=any_values(), fmt=st.sampled_from(SCALED_INTEGERS))
+    @given(values=any_values(), fmt=st.sampled_from(SCALED_INTEGERS + FITTED))
     def check(values, fmt):
         once = fake_quantize(torch.tensor(values), fmt, rounding=rounding, generator=seeded(1))
         for again in ROUNDINGS:
@@ -226,7 +227,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(rounding):
 
 
 @property_test
-@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED))
+@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED + FITTED))
 def test_negation_commutes_with_rounding(values, fmt):
     x = torch.tensor(values)
     expected = -fake_quantize(x, fmt)
@@ -234,14 +235,14 @@ def test_negation_commutes_with_rounding(values, fmt):
 
 
 @property_test
-@given(values=any_values(max_size=16), fmt=st.sampled_from(SCALED_INTEGERS))
+@given(values=any_values(max_size=16), fmt=st.sampled_from(SCALED_INTEGERS + FITTED))
 def test_monotone_within_a_box(values, fmt):
     result = quantized(sorted(values), fmt)
     assert result == sorted(result)
 
 
 @property_test
-@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED))
+@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED + FITTED))
 def test_error_is_half_a_step_and_one_where_the_code_saturates(values, fmt):
     _, largest = code_limits(fmt)
     half = Fraction(1, 2)
@@ -255,7 +256,7 @@ def test_error_is_half_a_step_and_one_where_the_code_saturates(values, fmt):
 
 
 @property_test
-@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED))
+@given(values=any_values(), fmt=st.sampled_from(SELF_SCALED + FITTED))
 def test_stochastic_rounding_takes_one_of_the_two_neighbours(values, fmt):
     _, largest = code_limits(fmt)
     result = quantized(values, fmt, rounding="stochastic", generator=seeded(4))
@@ -439,6 +440,42 @@ def test_stochastic_rounding_of_many_values_is_unbiased_within_three_sigma():
     # As far from x as independent draws are; nearest rounding is half as far.
     spread = ((result - x.double()) ** 2).sum().item()
     assert spread == pytest.approx(sigma**2, rel=0.01)
+
+
+@pytest.mark.parametrize("make", [BlockFloat, FixedPoint])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_scale_that_fits_makes_stochastic_rounding_of_a_gaussian_unbiased(bits, make):
+    x = torch.randn(40_000, 16, generator=seeded(0))
+    fmt = make(bits, scale="fit")
+    result = fake_quantize(x, fmt, rounding="stochastic", generator=seeded(1))
+    # Towards zero or away from it: shrinking is no noise.
+    error = (result.double() - x.double()) * x.double().sign()
+    step = 2 * x.abs().amax(-1, keepdim=True).double() if make is BlockFloat else 2 * x.abs().max().double()
+    step = step * 2.0 ** -(bits - 2)
+    sigma = error.square().sum().sqrt().item()
+    assert (error.abs() <= step).all()
+    assert abs(error.sum().item()) <= 3 * sigma
+
+
+def test_the_scale_of_the_paper_clips_a_gaussian_at_two_bits():
+    x = torch.randn(40_000, 16, generator=seeded(0))
+    for scale, low, high in (("floor", 0.905, 0.92), ("fit", 0.995, 1.005)):
+        result = fake_quantize(x, BlockFloat(2, scale=scale), rounding="stochastic", generator=seeded(1))
+        assert low < ((result * x.sign()).sum() / x.abs().sum()).item() < high
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_pair_of_eighths_of_a_step_under_a_scale_that_fits(bits):
+    eighths = torch.arange(0, 8 * 2 ** (bits - 1) + 1) / 8.0
+    largest, other = (each.flatten() for each in torch.meshgrid(eighths, eighths, indexing="ij"))
+    x = torch.stack([largest, -other], 1)[other <= largest]
+    for exponent in (-120, 0, 100):
+        boxes = torch.ldexp(x, torch.tensor(exponent))
+        for fmt in (BlockFloat(bits, 2, scale="fit"), BlockFloat(bits, 2)):
+            assert_equal_bits(fake_quantize(boxes, fmt, 1), quantize_by_scalars(boxes, fmt, 1))
+        result = fake_quantize(boxes, BlockFloat(bits, 2, scale="fit"), 1)
+        step = torch.tensor([[float(step_of(box, BlockFloat(bits, 2, scale="fit")))] for box in boxes.tolist()])
+        assert ((result - boxes).abs() <= step / 2).all()
 
 
 @pytest.mark.parametrize("fmt", FOUR_BITS, ids=str)

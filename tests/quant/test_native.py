@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from quant.common import (
     BLOCK_FLOATS,
     DYNAMIC_FIXED,
+    FITTED,
     SCALED_INTEGERS,
     SHAPES_AND_DIMS,
     STATIC_FIXED,
@@ -32,6 +36,7 @@ from fairseq_dsq.quant import (
     pack,
     packing,
     quantize_and_pack,
+    reference,
 )
 from fairseq_dsq.quant.reference import CodeSpec, code_spec, noise
 from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
@@ -70,7 +75,7 @@ def assert_equals_definition(x, fmt, dim, seed):
 # Bit for bit
 
 
-@pytest.mark.parametrize("fmt", SCALED_INTEGERS, ids=str)
+@pytest.mark.parametrize("fmt", SCALED_INTEGERS + FITTED, ids=str)
 def test_every_width_equals_the_definition(isa, fmt):
     for index, (shape, dim) in enumerate(EDGES):
         x = awkward_tensor(shape, seed=index, finite=isinstance(fmt, FixedPoint) and index > 0)
@@ -107,7 +112,8 @@ def test_the_fast_widths_equal_the_definition_on_a_large_matrix(isa, dim, seed):
 def test_any_shape_equals_the_definition(shape, data, bits, box_size, seed, which):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1), label="dim")
     x = awkward_tensor(tuple(shape), seed=which)
-    for fmt in (BlockFloat(bits, box_size), FixedPoint(bits), FixedPoint(bits, bits // 2)):
+    fitted = BlockFloat(bits, box_size, scale="fit"), FixedPoint(bits, scale="fit")
+    for fmt in (BlockFloat(bits, box_size), FixedPoint(bits), FixedPoint(bits, bits // 2), *fitted):
         assert_equals_definition(x, fmt, dim, seed)
 
 
@@ -164,7 +170,14 @@ def test_two_threads_are_two_of_torchs_own():
 # The operand and the stash at once
 
 
-FUSED = [(BlockFloat(4), BlockFloat(4)), (BlockFloat(2), BlockFloat(16)), (BlockFloat(7, 5), BlockFloat(3, 20))]
+FITTED_4 = BlockFloat(4, scale="fit")
+FUSED = [
+    (FITTED_4, BlockFloat(2)),
+    (BlockFloat(2), FITTED_4),
+    (BlockFloat(4), BlockFloat(4)),
+    (BlockFloat(2), BlockFloat(16)),
+    (BlockFloat(7, 5), BlockFloat(3, 20)),
+]
 NOT_FUSED = [(BlockFloat(4), FixedPoint(4)), (FixedPoint(4, 2), BlockFloat(4))]
 
 
@@ -222,6 +235,36 @@ def test_a_transposed_matrix_is_read_as_it_lies(isa):
         result = fake_quantize(x.mT, BlockFloat(4), dim)
         assert_equal_bits(result, fake_quantize(x.mT.contiguous(), BlockFloat(4), dim))
         assert result.mT.is_contiguous()
+
+
+# A scale that does not clip, around every edge of the largest code
+
+
+@pytest.mark.parametrize("make", [BlockFloat, FixedPoint])
+@pytest.mark.parametrize("bits", [*range(2, 10), 16, 24, 25, 26, 32])
+def test_a_scale_that_fits_at_every_edge_equals_the_definition(isa, make, bits):
+    edge = torch.tensor(float(make(bits).max_code) * 2.0 ** -(bits - 2)).view(torch.int32)
+    steps = [edge - 1, edge, edge + 1, 0x3F800000, 0x3FFFFFFF, 0x40000000]
+    largest = torch.tensor([int(step) for step in steps], dtype=torch.int32).view(torch.float32)
+    huge = [torch.finfo(torch.float32).max, 2.0**-126, 2.0**-149, math.inf, math.nan]
+    for top in [*largest.tolist(), *huge]:
+        for sign in (1, -1):
+            x = normal_within(16, abs(top))
+            x[3] = sign * top
+            for seed in SEEDS:
+                assert_equals_definition(x, make(bits, scale="fit"), 0, seed)
+            finite = x.isfinite().all() and top < 2.0**127
+            if finite:
+                spec = code_spec(make(bits, scale="fit"))
+                floor = code_spec(make(bits))
+                clips = top > floor.max_code * 2.0 ** (math.frexp(top)[1] - 1 - (bits - 2)) and top >= 2.0**-126
+                exponents = [reference.box_exponent(x, each).item() for each in (floor, spec)]
+                assert exponents[1] - exponents[0] == clips
+
+
+def normal_within(count, top):
+    x = torch.randn(count, generator=seeded(1))
+    return (x / x.abs().max()).clamp(-1, 1) * (top if math.isfinite(top) else 1.0)
 
 
 # Noise
@@ -334,6 +377,104 @@ def test_dropout_and_masks_are_registered_as_torch_wants_them():
     torch.library.opcheck(ops.dropout, (x, 0.3, 2.0, 5))
     torch.library.opcheck(ops.pack_positive, (x,))
     torch.library.opcheck(ops.mask, (x, ops.pack_positive(x)))
+
+
+FOUR = code_spec(BlockFloat(4))
+BYTES = torch.zeros(34, dtype=torch.uint8)
+BAD_SPECS = {
+    "bits: got 0, expected 2 to 32": FOUR._replace(bits=0),
+    "bits: got -3, expected 2 to 32": FOUR._replace(bits=-3),
+    "bits: got 1, expected 2 to 32": FOUR._replace(bits=1),
+    "bits: got 33, expected 2 to 32": FOUR._replace(bits=33),
+    "bits: got 64, expected 2 to 32": FOUR._replace(bits=64),
+    "box_size: got 0, expected an integer >= 1": FOUR._replace(box_size=0),
+    "box_size: got -16, expected an integer >= 1": FOUR._replace(box_size=-16),
+    "max_code: got 8, expected 0 to 7 in 4 bits": FOUR._replace(max_code=8),
+    "max_code: got -1, expected 0 to 7 in 4 bits": FOUR._replace(max_code=-1),
+    "min_code: got -8, expected -7 to 0 in 4 bits": FOUR._replace(min_code=-8),
+    "min_code: got -9, expected -8 to 0 in 4 bits": FOUR._replace(min_code=-9, signed_zero=False),
+    "min_code: got 1, expected -7 to 0 in 4 bits": FOUR._replace(min_code=1),
+    "max_code: got 2147483647, expected at most 24 significant bits": CodeSpec(32, 16, 0, 2**31 - 1, True, None),
+    "fixed_exponent: got 128, expected -126 to 127, or None": FOUR._replace(fixed_exponent=128),
+    "fixed_exponent: got -127, expected -126 to 127, or None": FOUR._replace(fixed_exponent=-127),
+    "headroom: got -1, expected 0 to 8388607": FOUR._replace(headroom=-1),
+    "headroom: got 8388608, expected 0 to 8388607": FOUR._replace(headroom=1 << 23),
+}
+X = torch.zeros(2, 16)
+SEED = "got {}, expected 0 to 2^62 - 1, or None for nearest rounding"
+BAD_CALLS = [
+    *((message, "fake_quantize", (X, 1, *spec, None, torch.float32)) for message, spec in BAD_SPECS.items()),
+    *((message, "pack", (X, 1, *spec, None)) for message, spec in BAD_SPECS.items()),
+    *((message, "unpack", (BYTES, [64], 0, *spec, torch.float32)) for message, spec in BAD_SPECS.items()),
+    *((message, "quantize_and_pack", (X, *FOUR, *spec, None, None, X.dtype)) for message, spec in BAD_SPECS.items()),
+    *((message, "quantize_and_pack", (X, *spec, *FOUR, None, None, X.dtype)) for message, spec in BAD_SPECS.items()),
+    *(
+        call
+        for seed in (-1, 2**62)
+        for call in (
+            (SEED.format(seed), "fake_quantize", (X, 1, *FOUR, seed, X.dtype)),
+            (SEED.format(seed), "pack", (X, 1, *FOUR, seed)),
+            (SEED.format(seed), "quantize_and_pack", (X, *FOUR, *FOUR, 1, seed, X.dtype)),
+            (SEED.format(seed), "dropout", (X, 0.5, 2.0, seed)),
+        )
+    ),
+    *(
+        call
+        for dtype in (torch.float64, torch.int8, torch.bool)
+        for call in (
+            (f"dtype: got {dtype}, expected float32, bfloat16 or float16", "fake_quantize", (X, 1, *FOUR, None, dtype)),
+            (f"dtype: got {dtype}, expected float32", "unpack", (BYTES[:18], [32], 0, *FOUR, dtype)),
+            (f"x: got {dtype}, expected float32", "fake_quantize", (X.to(dtype), 1, *FOUR, None, X.dtype)),
+            (f"x: got {dtype}, expected float32", "pack", (X.to(dtype), 1, *FOUR, None)),
+            (f"x: got {dtype}, expected float32", "dropout", (X.to(dtype), 0.5, 2.0, 1)),
+            (f"x: got {dtype}, expected float32", "pack_positive", (X.to(dtype),)),
+            (f"x: got {dtype}, expected float32", "mask", (X.to(dtype), BYTES[:4])),
+        )
+    ),
+    ("dim: got 2, expected one of a tensor with 2 dimensions", "fake_quantize", (X, 2, *FOUR, None, X.dtype)),
+    ("dim: got -3, expected one of a tensor with 2 dimensions", "pack", (X, -3, *FOUR, None)),
+    ("dim: got 1, expected one of a tensor with 1 dimensions", "unpack", (BYTES[:18], [32], 1, *FOUR, X.dtype)),
+    ("dim: got -2, expected one of a tensor with 1", "quantize_and_pack", (X[0], *FOUR, *FOUR, None, None, X.dtype)),
+    ("got 9 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:9], [32], 0, *FOUR, X.dtype)),
+    ("got 19 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:19], [32], 0, *FOUR, X.dtype)),
+    ("got 18 of torch.int8, expected 18 of torch.uint8", "unpack", (BYTES[:18].char(), [32], 0, *FOUR, X.dtype)),
+    ("got 18 of torch.float32, expected 18", "unpack", (BYTES[:18].float(), [32], 0, *FOUR, X.dtype)),
+    ("got 18 of torch.uint8, expected 32 of torch.uint8", "unpack", (BYTES[:18], [2, 16], 0, *FOUR, X.dtype)),
+    ("got 1 of torch.uint8, expected 0 of torch.uint8", "unpack", (BYTES[:1], [0], 0, *FOUR, X.dtype)),
+    ("data: got 2 dimensions, expected 1", "unpack", (BYTES[:18].view(2, 9), [32], 0, *FOUR, X.dtype)),
+    ("shape: got [-1, 16], expected no negative size", "unpack", (BYTES[:18], [-1, 16], 0, *FOUR, X.dtype)),
+    ("got 3 of torch.uint8, expected 4 of torch.uint8", "mask", (X, BYTES[:3])),
+    ("got 5 of torch.uint8, expected 4 of torch.uint8", "mask", (X, BYTES[:5])),
+    ("got 4 of torch.float32, expected 4 of torch.uint8", "mask", (X, BYTES[:4].float())),
+    ("p: got -0.1, expected 0 to 1", "dropout", (X, -0.1, 2.0, 1)),
+    ("p: got nan, expected 0 to 1", "dropout", (X, math.nan, 2.0, 1)),
+    ("seeds: got None and 1, expected both or none", "quantize_and_pack", (X, *FOUR, *FOUR, None, 1, X.dtype)),
+    (
+        "quantize_and_pack: expected formats with a box size",
+        "quantize_and_pack", (X, *FOUR, *code_spec(FixedPoint(4)), None, None, X.dtype),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", [0, 1, 2, 3], ids=["any device", "CPU", "CUDA", "shapes alone"])
+@pytest.mark.parametrize(("message", "name", "arguments"), BAD_CALLS, ids=lambda value: str(value)[:30])
+def test_what_an_operator_refuses_it_refuses_in_every_implementation(message, name, arguments, implementation):
+    run = ops._IMPLEMENTATIONS[name][implementation]
+    kind = TypeError if message.startswith("x: ") else IndexError if message.startswith("dim: ") else ValueError
+    for call in (run, getattr(ops, name)):
+        if call is not None:
+            with pytest.raises(kind, match=re.escape(message)):
+                call(*arguments)
+
+
+@pytest.mark.parametrize("name", ["fake_quantize", "unpack"])
+def test_on_the_meta_device_too(name):
+    arguments = {
+        "fake_quantize": (X.to("meta"), 1, *FOUR._replace(bits=33), None, X.dtype),
+        "unpack": (BYTES[:19].to("meta"), [32], 0, *FOUR, X.dtype),
+    }
+    with pytest.raises(ValueError, match=r"expected (2 to 32|18 of torch.uint8)"):
+        getattr(ops, name)(*arguments[name])
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused(isa):

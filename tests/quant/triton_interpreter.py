@@ -82,6 +82,23 @@ def test_ties_and_special_values(bits, seed):
     assert_equals_definition(x.T.contiguous(), BlockFloat(bits), 0, seed)
 
 
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 24, 25, 32])
+def test_a_scale_that_fits(bits, seed):
+    fmt = BlockFloat(bits, scale="fit")
+    assert triton_kernels.covers(code_spec(fmt))
+    top = 2.0 - 2.0 ** (2 - bits)  # the largest code's value where the exponent is 0
+    tops = torch.tensor(
+        [top, 1.0, 1.5, 2 - 2.0**-23, 2.0, torch.finfo(torch.float32).max, 2.0**-130, math.inf, math.nan]
+    )
+    x = torch.randn(len(tops), 16, generator=seeded(2)).clamp(-1, 1)
+    x[:, 3] = tops
+    x[6] *= 2.0**-127
+    x[[0, 1], 5] = -torch.nextafter(tops[:2], torch.tensor(9.0))
+    for y, dim in ((x, 1), (x.T.contiguous(), 0), (awkward_tensor((35, 40), seed=bits), 1)):
+        assert_equals_definition(y, fmt, dim, seed)
+
+
 def test_offsets_of_64_bits(monkeypatch):
     monkeypatch.setattr(triton_kernels, "WIDE_FROM", 0)
     for seed in SEEDS:

@@ -57,6 +57,7 @@ class _Format(ctypes.Structure):
         ("fixed_exponent", _INT32),
         ("min_code", ctypes.c_float),
         ("max_code", ctypes.c_float),
+        ("headroom", ctypes.c_uint32),
     )
 
 
@@ -64,8 +65,8 @@ class _Format(ctypes.Structure):
 def _format(spec: CodeSpec) -> Any:
     """A pointer to ``spec`` as the library reads it."""
     exponent = 0 if spec.fixed_exponent is None else spec.fixed_exponent + EXPONENT_BIAS
-    box_size = spec.box_size or 0
-    return ctypes.pointer(_Format(spec.bits, spec.signed_zero, box_size, exponent, spec.min_code, spec.max_code))
+    codes = spec.min_code, spec.max_code
+    return ctypes.pointer(_Format(spec.bits, spec.signed_zero, spec.box_size or 0, exponent, *codes, spec.headroom))
 
 
 class _Operand(ctypes.Structure):

@@ -30,6 +30,7 @@ struct DsqFormat {
     int64_t box_size;        // 0: the whole tensor is one box
     int32_t fixed_exponent;  // biased; 0: it follows from the box
     float min_code, max_code;
+    uint32_t headroom;  // added to the bits of the largest magnitude before its exponent is read
 };
 }
 
@@ -78,9 +79,10 @@ INLINE F power_of_two(I exponent) { return bits<F>((exponent + BIAS) << 23); }
 
 // The biased exponent of boxes, given the magnitude bits of their largest values.
 INLINE U exponent_of(U largest, Format format) {
-    U exponent = largest >> 23;
-    if (!format.fixed_exponent) return max(exponent, all(1u));
-    return choose((I)(exponent == NAN_EXPONENT), exponent, all((uint32_t)format.fixed_exponent));
+    U exponent = largest >> 23, raised = (largest + format.headroom) >> 23;
+    raised += (U)(raised == NAN_EXPONENT);  // a comparison is -1: float32's largest exponent stays
+    if (format.fixed_exponent) raised = all((uint32_t)format.fixed_exponent);
+    return choose((I)(exponent == NAN_EXPONENT), exponent, max(raised, all(1u)));
 }
 
 INLINE Scale encode_scale(U exponent, Format format) {
