@@ -73,9 +73,9 @@ class Record:
         values = {name: float(entries[name]) for name in _COUNTERS if name in entries}
         best = values.get("best_loss", math.inf)
         named = [match for name in entries if (match := _IN_FORCE.fullmatch(name))]
-        levels = tuple(named[0][2].split()) if named else ()
+        levels = tuple(named[-1][2].split()) if named else ()
         level = int(values.get("level", 0))
-        in_force = int(named[0][1]) if named else level
+        in_force = int(named[-1][1]) if named else level
         schedule = ScheduleState(
             level=min(max(level, in_force), len(levels) - 1) if levels else level,
             best_loss=math.inf if math.isnan(best) else best,
@@ -156,7 +156,8 @@ class DSQState(nn.Module):
         self._refuse_unknown_level(training=mode)
         if mode:
             self._problems = {}  # what the checkpoint was scored at is over
-            self._put_in_force(self.state.level)
+            if self.level_in_force != self.state.level:
+                self._put_in_force(self.state.level)
             if self._trained_at:
                 self._trained_at[0] = self.level_in_force
         elif self._loaded and get_global_rank() == 0:

@@ -14,6 +14,7 @@ from fairseq import checkpoint_utils
 from fairseq_cli import train as fairseq_train
 
 import fairseq_dsq
+from fairseq_dsq.cli import main
 
 LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]")
 RISES_AT_ONCE = (*LEVELS, "--dsq-patience", 1, "--dsq-min-delta", 100)
@@ -228,6 +229,74 @@ def test_a_checkpoint_of_integers_and_indices_still_loads(risen, tmp_path):
     model = model_of(tmp_path / "old.pt")
     assert precision_of(model) == (16, 4, 4, 16)
     assert (model.dsq.state.best_loss, model.dsq.state.bad_validations) == (4.5, 2)
+
+
+def fairseq_average(*states):
+    """The arithmetic of fairseq's scripts/average_checkpoints.py, which compares the lists of names first."""
+    names = list(states[0])
+    total = {}
+    for state in states:
+        if list(state) != names:
+            raise KeyError(f"expected list of params: {names}, but found: {list(state)}")
+        for name in names:
+            total[name] = total[name] + state[name] if name in total else state[name].clone()
+    return {
+        name: value / len(states) if value.is_floating_point() else value // len(states)
+        for name, value in total.items()
+    }
+
+
+def test_checkpoints_of_two_levels_are_averaged_at_the_higher_and_fairseq_s_script_refuses(
+    train, risen, tmp_path, capsys
+):
+    flags = (*RISES_AT_ONCE, "--restore-file", risen / "run/checkpoint_last.pt", "--max-epoch")
+    train(tmp_path / "3", *flags, 3)
+    train(tmp_path / "4", *RISES_AT_ONCE, "--restore-file", tmp_path / "3/checkpoint_last.pt", "--max-epoch", 4)
+    low, *high = (
+        risen / "run/checkpoint_last.pt",
+        tmp_path / "3/checkpoint_last.pt",
+        tmp_path / "4/checkpoint_last.pt",
+    )
+    with pytest.raises(KeyError, match="expected list of params"):
+        fairseq_average(load(low), load(high[0]))
+
+    # Among checkpoints of one level it works, and `fairseq-dsq average` agrees.
+    document = checkpoint_utils.load_checkpoint_to_cpu(str(high[0]))
+    document["model"] = fairseq_average(*map(load, high))
+    torch.save(document, tmp_path / "script.pt")
+    assert main(["average", str(tmp_path / "same.pt"), *map(str, high)]) == 0
+    script, same = model_of(tmp_path / "script.pt"), model_of(tmp_path / "same.pt")
+    assert precision_of(script) == precision_of(same) == (16, 4, 4, 16)
+    for mean, own in zip(script.parameters(), same.parameters(), strict=True):
+        assert torch.allclose(mean, own, rtol=0, atol=1e-7)
+
+    assert main(["average", str(tmp_path / "mixed.pt"), str(high[0]), str(low)]) == 0
+    assert "the average of 2 checkpoints, at precision level 1, [bfp16,bfp4,bfp4,bfp16]" in capsys.readouterr().out
+    mixed = model_of(tmp_path / "mixed.pt")
+    assert precision_of(mixed) == (16, 4, 4, 16)
+    weights = [load(path)["decoder.embed_tokens.weight"] for path in (low, high[0])]
+    assert torch.allclose(mixed.decoder.embed_tokens.weight, sum(weights) / 2, rtol=0, atol=1e-7)
+    assert sorted(path.name for path in tmp_path.glob("*.p*")) == ["mixed.pt", "same.pt", "script.pt"]
+
+
+def test_what_has_no_average_is_refused_in_one_line(train, risen, tmp_path, capsys):
+    own = str(risen / "run/checkpoint_last.pt")
+    train(tmp_path / "levels", "--dsq-levels", "[2,2,2,16] [4,4,4,16]", "--max-update", 1)
+    train(tmp_path / "shapes", *LEVELS, "--encoder-ffn-embed-dim", 40, "--max-update", 1)
+    train(tmp_path / "boxes", *LEVELS, "--dsq-box-dim", "last", "--max-update", 1)
+    (tmp_path / "text.pt").write_text("none")
+    for other, expected in (
+        ("levels/checkpoint_last.pt", "got the levels [bfp2,bfp2,bfp2,bfp16] [bfp4,bfp4,bfp4,bfp16], expected"),
+        ("shapes/checkpoint_last.pt", "encoder.layers.0.fc1.weight: got (40, 32), expected (48, 32)"),
+        ("boxes/checkpoint_last.pt", "--dsq-box-dim: got 'last', expected 'reduction'"),
+        ("text.pt", "expected a checkpoint of fairseq-train"),
+        ("missing.pt", "does not exist"),
+    ):
+        assert main(["average", str(tmp_path / "out.pt"), own, str(tmp_path / other)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"fairseq-dsq average: error: {tmp_path / other}: ")
+        assert expected in line
+    assert not list(tmp_path.glob("out.pt*"))
 
 
 @pytest.mark.parametrize(
