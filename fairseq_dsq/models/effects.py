@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -141,6 +142,9 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     if len(levels) == 1:
         for line in given("dsq_patience", "dsq_min_delta"):
             yield f"{line} with one level in --dsq-levels"
+    for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
+        if _formats(lower) == _formats(higher):
+            yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     used = {held for level in levels for held in _formats(level)}
     if used <= {formats.Float32()}:
         idle = ("rounding", "sign_bit", "box_dim", "attention_matmul", "fixed_scale", "stash_scope", "skip", "gemm")

@@ -30,6 +30,7 @@ def idle(**changes):
         ({"format": "fixed", "fixed_scale": "static", "sign_bit": "extra"}, []),
         ({"levels": "[16,4,4,16]", "patience": 3}, ["--dsq-patience 3"]),
         ({"levels": "[16,4,4,16]", "min_delta": 0.1}, ["--dsq-min-delta 0.1"]),
+        ({"levels": "[4,4,4,16] [4,4,4,16] [16,4,4,16]"}, ["--dsq-levels [4,4,4,16] [4,4,4,16] [16,4,4,16]"]),
         ({"fixed_scale": "static"}, ["--dsq-fixed-scale static"]),
         ({"format": "fixed", "box_dim": "last"}, ["--dsq-box-dim last"]),
         ({"format": "float32"}, []),
