@@ -22,8 +22,8 @@ def blame(flag: str) -> Iterator[None]:
 
 
 SUBCOMMANDS = (
-    "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags", "glue_prepare",
-    "report", "roofline", "translation_prepare",
+    "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags",
+    "glue_prepare", "report", "roofline", "translation_prepare",
 )  # fmt: skip
 
 

@@ -29,8 +29,11 @@ def shape_to_str(shape: Shape) -> str:
 
 
 def _misfits(own: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> Iterator[tuple[str, Shape, Shape]]:
-    """(name, shape in the checkpoint, shape in the model) of the tensors that differ; those that both have first."""
-    names = dict.fromkeys([*own, *checkpoint])
+    """(name, shape in the checkpoint, shape in the model) of the tensors that differ; those that both have first.
+
+    The schedule's entries fit whatever they are, see :class:`fairseq_dsq.models.state.Record`.
+    """
+    names = [name for name in dict.fromkeys([*own, *checkpoint]) if not name.startswith("dsq.")]
     for name in sorted(names, key=lambda name: name not in own or name not in checkpoint):
         has, expected = (tuple(state[name].shape) if name in state else None for state in (checkpoint, own))
         if has != expected:

@@ -17,7 +17,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FIXED_SCALES, FormatOptions
 from fairseq_dsq.models.heads import convert_heads
-from fairseq_dsq.models.state import RESTARTS, DSQState, hang_on_training
+from fairseq_dsq.models.state import DSQState, hang_on_training
 from fairseq_dsq.nn import (
     BOX_DIMS,
     FLOAT32,
@@ -219,9 +219,8 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
     except ValueError as error:
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
-    may_restart = any(getattr(args, flag, None) for flag in RESTARTS)
-    model.dsq = DSQState(levels, schedule, context, may_restart)
-    hang_on_training(task)
+    model.dsq = DSQState(levels, schedule, context)
+    hang_on_training(task, args)
     _warn_of_lone_workers()
 
 

@@ -41,16 +41,18 @@ class Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep fairseq's log and the data loader's warnings to themselves: fairseq logs all it does to standard error."""
-    logger = logging.getLogger("fairseq")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Keep the log and the data loader's warnings to themselves: fairseq logs all it does to standard error."""
+    loggers = [logging.getLogger(name) for name in ("fairseq", "fairseq_dsq")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @_quiet()

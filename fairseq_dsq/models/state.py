@@ -1,83 +1,134 @@
-"""The precision schedule's state in a model, and how fairseq's validation drives it."""
+"""The precision schedule's state in a model, and how fairseq's training drives it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.distributed.utils import get_global_rank
 from torch import Tensor, nn
 
 from fairseq_dsq.flags import flag_error
+from fairseq_dsq.models.effects import TrainingFlags, idle_flags, schedule_warnings
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
 logger = logging.getLogger(__name__)
 
-# With these fairseq drops the best loss of the checkpoint that it starts from, and the schedule does.
-RESTARTS = ("finetune_from_model", "reset_meters", "reset_optimizer")
+_COUNTERS = ("level", "best_loss", "bad_validations", "counted_update")
+_IN_FORCE = re.compile(r"in_force (\d+) of ((?:\[[^\[\]]*\] ?)+)")
+
+
+def formats_of(level: PrecisionConfig) -> str:
+    """A level by value, whichever flags spelled it: ``[bfp2,bfp2,bfp2,bfp16]``, the formats of q0 to q3."""
+    formats = (level.output_operands, level.stash, level.grad_input_weight, level.grad_output)
+    return f"[{','.join(map(str, formats))}]"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint's model entries say of the schedule.
+
+    fairseq's checkpoints carry nothing of a plugin but the model's state dict, and fairseq does arithmetic with every
+    *value* of that: its EMA multiplies by the decay, its averaging takes means, integers break the one and are floored
+    by the other. Neither touches the *names*. So the precision that the weights were scored at stands, by value, in
+    the name of an entry: an EMA takes over the training's, and an average of checkpoints of two levels has two lists
+    of names, which fairseq refuses. The schedule's counters are float64 entries.
+
+    Attributes:
+        levels: the levels by value, lowest first; empty in checkpoints of before they were kept.
+        in_force: index of the level that the checkpoint's parameters were validated at.
+        schedule: what training goes on with.
+        counted_update: the update of the last validation that counted; -1 before the first.
+    """
+
+    levels: tuple[str, ...] = ()
+    in_force: int = 0
+    schedule: ScheduleState = field(default_factory=ScheduleState)
+    counted_update: int = -1
+
+    def entries(self) -> dict[str, Tensor]:
+        """The entries of a state dict, without a prefix."""
+        schedule = self.schedule
+        values = (schedule.level, schedule.best_loss, schedule.bad_validations, self.counted_update)
+        entries = {
+            name: torch.tensor(float(value), dtype=torch.float64) for name, value in zip(_COUNTERS, values, strict=True)
+        }
+        return {**entries, f"in_force {self.in_force} of {' '.join(self.levels)}": torch.zeros(1)}
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Tensor]) -> Record:
+        """The inverse of :meth:`entries`; what is missing is as before the first validation.
+
+        Of an average of states, counters are rounded down, and no loss is the best.
+        """
+        values = {name: float(entries[name]) for name in _COUNTERS if name in entries}
+        best = values.get("best_loss", math.inf)
+        named = [match for name in entries if (match := _IN_FORCE.fullmatch(name))]
+        levels = tuple(named[-1][2].split()) if named else ()
+        level = int(values.get("level", 0))
+        in_force = int(named[-1][1]) if named else level
+        schedule = ScheduleState(
+            level=min(max(level, in_force), len(levels) - 1) if levels else level,
+            best_loss=math.inf if math.isnan(best) else best,
+            bad_validations=int(values.get("bad_validations", 0)),
+        )
+        return cls(levels, in_force, schedule, int(values.get("counted_update", -1)))
+
+    @staticmethod
+    def is_entry(name: str) -> bool:
+        """Whether a name, without its prefix, is an entry's."""
+        return name in _COUNTERS or _IN_FORCE.fullmatch(name) is not None
 
 
 class DSQState(nn.Module):
-    """The schedule and its state, as buffers of the model: fairseq's checkpoints carry nothing else of a plugin.
+    """The schedule, its state, and the level in force.
 
-    Args:
-        levels: the precision levels; ``level_in_force`` is the index of the current one.
+    A validation may raise ``state.level``; the raised level comes into force when training goes on, that is when the
+    model enters training mode. Until then all valid subsets are scored, and the checkpoint is written, at one level:
+    a checkpoint loads at the precision that was scored, and training goes on from it at the raised one.
+
+    Attributes:
+        levels: the precision levels.
         schedule: decides when the level rises.
         context: where the level in force is put.
-        may_restart: the command may begin another training from a checkpoint; only :meth:`begin_training` then refuses
-            a level that ``levels`` does not have.
+        state: where the schedule stands.
+        counted_update: the update of the last validation that counted; -1 before the first.
+        level_in_force: index of the level that GEMMs run at.
     """
 
-    level: Tensor
-    best_loss: Tensor
-    bad_validations: Tensor
-
-    def __init__(
-        self,
-        levels: Sequence[PrecisionConfig],
-        schedule: PrecisionSchedule,
-        context: DSQContext,
-        may_restart: bool = False,
-    ) -> None:
+    def __init__(self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext) -> None:
         super().__init__()
         self.levels = tuple(levels)
         self.schedule = schedule
         self.context = context
-        self.may_restart = may_restart
-        for name, value in self._buffers_of(ScheduleState()).items():
-            self.register_buffer(name, value)
-        self._apply_level()
-        self.register_load_state_dict_post_hook(DSQState._after_load)
+        self.state = ScheduleState()
+        self.counted_update = -1
+        self._values = tuple(map(formats_of, self.levels))
+        # By mode (training or evaluation): why a checkpoint's level cannot come into force.
+        self._problems: dict[bool, str] = {}
+        self._loaded = False
+        self._trained_at: list[int] = []
+        self._put_in_force(0)
 
-    @staticmethod
-    def _buffers_of(state: ScheduleState) -> dict[str, Tensor]:
-        return {
-            "level": torch.tensor(state.level),
-            "best_loss": torch.tensor(state.best_loss, dtype=torch.float64),
-            "bad_validations": torch.tensor(state.bad_validations),
-        }
-
-    @property
-    def state(self) -> ScheduleState:
-        """The schedule's state, read from the buffers."""
-        return ScheduleState(int(self.level), float(self.best_loss), int(self.bad_validations))
-
-    def validated(self, loss: float) -> None:
-        """Tell the schedule a validation loss of the first valid subset."""
+    def validated(self, loss: float, update: int = -1) -> None:
+        """Tell the schedule a validation loss of the first valid subset, after ``update`` updates."""
         before = self.state
-        after = self.schedule.step(before, loss)
-        for name, value in self._buffers_of(after).items():
-            getattr(self, name).copy_(value)
-        if after.level != before.level:
+        self.state = self.schedule.step(before, loss)
+        self.counted_update = update
+        if self.state.level != before.level:
             logger.info(
-                f"precision rises from {self.levels[before.level]} to {self.levels[after.level]} after "
-                f"{self.schedule.patience} validations without a new best (best loss {after.best_loss})"
+                f"precision rises from {self.levels[before.level]} to {self.levels[self.state.level]} after "
+                f"{self.schedule.patience} validations without a new best (best loss {self.state.best_loss})"
             )
-            self._apply_level()
 
     def begin_training(self, restart: bool) -> None:
         """Before the first update: ``restart`` forgets what another training reached, the level and the best loss.
@@ -85,86 +136,204 @@ class DSQState(nn.Module):
         Raises:
             SystemExit: the checkpoint's level is not among ``levels``, and is not forgotten.
         """
-        if not restart:
-            self._check_level()
-        elif self.state != ScheduleState():
-            logger.info(f"the precision schedule starts anew; the checkpoint was at level {int(self.level)}")
-            for name, value in self._buffers_of(ScheduleState()).items():
-                getattr(self, name).copy_(value)
-            self._apply_level()
+        if restart:
+            if self.state != ScheduleState():
+                logger.info(f"the precision schedule starts anew; the checkpoint was at level {self.state.level}")
+            self.state, self.counted_update, self._problems = ScheduleState(), -1, {}
+        self._refuse_unknown_level(training=True)
+        if get_global_rank() == 0:
+            self._log_level(self.state.level)
+            self._trained_at = [self.state.level]
+            weakref.finalize(self, _say_where_it_ended, self._trained_at, self.levels)
 
-    def _check_level(self) -> None:
-        if not 0 <= int(self.level) < len(self.levels):
-            flag_error(
-                "--dsq-levels",
-                f"got {levels_to_str(self.levels)!r}, expected the more than {int(self.level)} levels that the "
-                "checkpoint was trained with",
-            )
+    def train(self, mode: bool = True) -> DSQState:
+        """As torch's; entering training mode puts a raised level in force.
 
-    def _apply_level(self) -> None:
-        # Kept as a number too: reading a buffer on a GPU would wait for it, every step.
-        self.level_in_force = int(self.level)
-        self.context.set_precision(self.levels[self.level_in_force])
-
-    @staticmethod
-    def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-        assert isinstance(module, DSQState)
-        if module.may_restart and int(module.level) >= len(module.levels):
-            return  # the first level stays in force
-        module._check_level()
-        module._apply_level()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DSQState:
-        # model.half() must not round the best loss.
-        best_loss = self.best_loss
-        super()._apply(fn, recurse)
-        self.best_loss = best_loss.to(self.level.device)
+        Raises:
+            SystemExit: the level that a checkpoint names is not among ``levels``.
+        """
+        super().train(mode)
+        self._refuse_unknown_level(training=mode)
+        if mode:
+            self._problems = {}  # what the checkpoint was scored at is over
+            if self.level_in_force != self.state.level:
+                self._put_in_force(self.state.level)
+            if self._trained_at:
+                self._trained_at[0] = self.level_in_force
+        elif self._loaded and get_global_rank() == 0:
+            self._log_level(self.level_in_force)
+        self._loaded = False
         return self
 
-    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """Let checkpoints of the float model load strictly: they start at the first level."""
-        for buffer, value in self._buffers_of(ScheduleState()).items():
-            state_dict.setdefault(f"{name}.{buffer}", value)
+    def _refuse_unknown_level(self, training: bool) -> None:
+        if problem := self._problems.get(training):
+            flag_error("--dsq-levels", problem)
+
+    def _put_in_force(self, level: int) -> None:
+        self.level_in_force = level
+        self.context.set_precision(self.levels[level])
+
+    def _log_level(self, level: int) -> None:
+        precision = self.levels[level]
+        logger.info(
+            f"precision level in force: {level}, {precision} of --dsq-levels {levels_to_str(self.levels)!r} "
+            f"(--dsq-format {precision.format_name})"
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        record = Record(self._values, self.level_in_force, self.state, self.counted_update)
+        destination.update({prefix + name: value for name, value in record.entries().items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Nothing is missing from the float model's checkpoints: they say nothing of a schedule."""
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        unexpected_keys += [prefix + name for name in own if not Record.is_entry(name)]
+        self._loaded = strict
+        if not own:
+            return
+        record = Record.of(own)
+        self._problems = {}
+        level = self._find(record, record.schedule.level, training=True)
+        in_force = self._find(record, record.in_force, training=False)
+        self.counted_update = record.counted_update
+        self.state = ScheduleState(level, record.schedule.best_loss, record.schedule.bad_validations)
+        if not self._problems.get(False):
+            self._put_in_force(in_force)
+
+    def _find(self, record: Record, level: int, training: bool) -> int:
+        """The own index of a record's level; where there is none, its index there, and a problem."""
+        if not record.levels:  # of before the levels were kept: an index is all it has
+            if 0 <= level < len(self.levels):
+                return level
+        else:
+            value = record.levels[level]
+            alike = [index for index, own in enumerate(self._values) if own == value]
+            if alike:
+                return level if level in alike else alike[0]
+        if level >= len(self.levels):
+            expected = f"the more than {level} levels that the checkpoint was trained with"
+        else:
+            expected = "the level that the checkpoint was trained with"
+        if record.levels:
+            expected += f", {record.levels[level]} among them"
+        self._problems[training] = (
+            f"got {levels_to_str(self.levels)!r}, expected {expected} (these are {' '.join(self._values)}; "
+            "--finetune-from-model and --reset-meters start the schedule anew)"
+        )
+        return level
 
 
-def hang_on_training(task: Any) -> None:
-    """Have ``task`` tell the model's schedule the loss of the first valid subset of every validation, and of a restart.
+def _say_where_it_ended(trained_at: list[int], levels: Sequence[PrecisionConfig]) -> None:
+    """At the end of training: the levels that it never reached. Called when the state is dropped, or Python ends."""
+    unreached = tuple(levels[trained_at[0] + 1 :])
+    if unreached:
+        logger.warning(
+            f"training ended at precision level {trained_at[0]}, {levels[trained_at[0]]}: it never rose to "
+            f"{levels_to_str(unreached)}"
+        )
 
-    ``post_validate`` runs after each subset and before the checkpoint is written; a task's own is kept.
-    """
-    if getattr(task, "_dsq_hooked", False):
-        return
-    own_begin_epoch, begin, own = task.begin_epoch, task.begin_valid_epoch, getattr(task, "post_validate", None)
-    started = pending = False
 
-    def begin_epoch(epoch: int, model: nn.Module) -> None:
-        nonlocal started
+class _Hooks:
+    """What a task calls beside its own methods while it trains a DSQ model."""
+
+    def __init__(self, task: Any, args: Any) -> None:
+        self.task = task
+        self.args = args
+        self.flags = TrainingFlags.of(args)
+        self.epoch_itr: Any = None
+        self.epoch = 0
+        self.started = self.pending = False
+        self.own_begin_epoch, self.own_begin_valid_epoch = task.begin_epoch, task.begin_valid_epoch
+        self.own_post_validate = getattr(task, "post_validate", None)
+        self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
+
+    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's; the training's is remembered, since it knows where an epoch ends."""
+        assert self.own_get_batch_iterator is not None
+        iterator = self.own_get_batch_iterator(*args, **kwargs)
+        dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
+        if self.flags is not None and dataset is self.task.datasets.get(self.flags.train_subset):
+            self.epoch_itr = iterator
+        return iterator
+
+    def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
         # another training, perhaps of another task, has reached says nothing of this one.
-        if not started:
-            state = model.dsq
-            assert isinstance(state, DSQState)
+        if not self.started:
+            state = _state(model)
             state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
-        started = True
-        own_begin_epoch(epoch, model)
+            if get_global_rank() == 0:
+                self._warn(state, epoch)
+        self.started = True
+        self.own_begin_epoch(epoch, model)
 
-    def begin_valid_epoch(epoch: int, model: nn.Module) -> None:
-        nonlocal pending
-        pending = True
-        begin(epoch, model)
+    def _warn(self, state: DSQState, epoch: int) -> None:
+        for warning in idle_flags(self.args, state.levels):
+            logger.warning(warning)
+        if self.flags is None:
+            return
+        batches = None if self.epoch_itr is None else len(self.epoch_itr)
+        done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch
+        for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):
+            logger.warning(warning)
 
-    def post_validate(model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
-        nonlocal pending
-        if own is not None:
-            own(model, stats, agg)
-        if pending:
-            pending = False
+    def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
+        self.epoch, self.pending = epoch, True
+        self.own_begin_valid_epoch(epoch, model)
+
+    def post_validate(self, model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
+        """Runs after each valid subset, and before the checkpoint is written."""
+        if self.own_post_validate is not None:
+            self.own_post_validate(model, stats, agg)
+        if not self.pending:
+            return
+        self.pending = False
+        state, update = _state(model), int(stats.get("num_updates", -1))
+        if update >= 0 and update == state.counted_update:
+            return  # fairseq validates again where a gradient overflowed and no update came between
+        if self._counts(update):
             # As fairseq logs it, so that the log alone explains the level.
-            state = model.dsq
-            assert isinstance(state, DSQState)
-            state.validated(float(stats["loss"]))
+            state.validated(float(stats["loss"]), update)
+        else:
+            logger.info("a stop or a save asked for this validation: it does not count in the precision schedule")
 
-    task.begin_epoch = begin_epoch
-    task.begin_valid_epoch = begin_valid_epoch
-    task.post_validate = post_validate
-    task._dsq_hooked = True
+    def _counts(self, update: int) -> bool:
+        """Whether an undisturbed training would validate here too: fairseq also does where it stops or saves."""
+        if self.flags is None or self.epoch_itr is None:
+            return True
+        ended: bool = self.epoch_itr.end_of_epoch()
+        return self.flags.validates(update, self.epoch if ended else None)
+
+
+def _state(model: nn.Module) -> DSQState:
+    state = model.dsq
+    assert isinstance(state, DSQState)
+    return state
+
+
+def hang_on_training(task: Any, args: Any) -> None:
+    """Have ``task`` tell the model's schedule where training begins, and the loss of every validation that counts.
+
+    Of a validation the first valid subset's loss counts. The task's own hooks are kept.
+
+    Args:
+        args: the model's configuration; where it shows no flags of fairseq-train, every validation counts.
+    """
+    if hooks := getattr(task, "_dsq_hooks", None):
+        hooks.args, hooks.flags = args, TrainingFlags.of(args)
+        return
+    hooks = task._dsq_hooks = _Hooks(task, args)
+    names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
+    if hooks.own_get_batch_iterator is not None:
+        names.append("get_batch_iterator")
+    for name in names:
+        setattr(task, name, getattr(hooks, name))

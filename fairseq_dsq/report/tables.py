@@ -183,6 +183,10 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
     profiles = {run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"]) for run in runs if _costs(run)}
     if len(profiles) > 1:
         notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
+    for run in runs:
+        trained = [epoch.level for epoch in run.epochs if epoch.level is not None]
+        if trained and (unreached := levels(run)[math.ceil(max(trained)) + 1 :]):
+            notes.append(f"the precision of {run.name} never rose to {levels_to_str(unreached)}")
     rows = []
     for index, run in enumerate(runs):
         base = scores[reference] if reference is not None and index != reference else {}

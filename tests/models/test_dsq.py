@@ -13,6 +13,7 @@ from torch import nn
 
 from fairseq_dsq.models import dsq, probe
 from fairseq_dsq.nn import DSQLinear
+from fairseq_dsq.schedule import ScheduleState
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -61,8 +62,32 @@ def test_the_level_rises_after_patience_and_all_layers_follow():
         assert model.dsq.state.level == 0
     assert model[0].context.config.precision.q == (2, 2, 2, 16)
     validate(task, model, 4.0)
+    assert (model.dsq.state.level, model.dsq.level_in_force) == (1, 0)
+    model.train()
     assert (model.dsq.state.level, model.dsq.level_in_force) == (1, 1)
     assert model[0].context.config.precision.q == (16, 4, 4, 16)
+
+
+def test_a_raised_level_waits_until_training_goes_on():
+    """Later valid subsets and the checkpoint are at the level that the first subset was scored at."""
+    task = Task()
+    model = attached(task, patience=1)
+    validate(task, model, 3.0)
+    model.eval()
+    task.begin_valid_epoch(2, model)
+    task.post_validate(model, {"loss": 3.0}, None)
+    model.eval()
+    assert model[0].context.config.precision.q == (2, 2, 2, 16)
+    task.post_validate(model, {"loss": 1.0}, None)
+    loaded = attached(Task(), patience=1)
+    loaded.load_state_dict(model.state_dict())
+    loaded.eval()
+    for twin in (loaded, model):
+        assert twin[0].context.config.precision.q == (2, 2, 2, 16)
+        assert twin.dsq.state == ScheduleState(level=1, best_loss=3.0, bad_validations=0)
+        twin.train()
+        twin.eval()
+        assert twin[0].context.config.precision.q == (16, 4, 4, 16)
 
 
 def test_only_the_first_valid_subset_counts():
@@ -100,6 +125,7 @@ def test_the_state_survives_half_precision_and_a_copy():
     twin = copy.deepcopy(model)
     for _ in range(5):
         validate(task, twin, 1.0)
+    twin.train()
     assert twin[0].context.config.precision.q == (16, 4, 4, 16)
     assert model[0].context.config.precision.q == (2, 2, 2, 16)
 
@@ -109,6 +135,7 @@ def test_loading_a_state_dict_puts_its_level_in_force():
     trained = attached(task, patience=1)
     validate(task, trained, 2.0)
     validate(task, trained, 2.0)
+    trained.train()
     fresh = attached(Task(), patience=1)
     fresh.load_state_dict(trained.state_dict())
     assert fresh.dsq.state == trained.dsq.state

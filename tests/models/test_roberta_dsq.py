@@ -89,6 +89,7 @@ def test_a_head_follows_the_level():
     for _ in range(2):
         task.begin_valid_epoch(1, model)
         task.post_validate(model, {"loss": 1.0}, None)
+    model.train()
     assert head.dense.context.config.precision.q == head.out_proj.context.config.precision.q == (16, 4, 4, 16)
     model.register_classification_head(HEAD, 5)
     assert model.classification_heads[HEAD].out_proj.context.config.precision.q == (16, 4, 4, 16)

@@ -213,6 +213,22 @@ def test_a_log_that_begins_late_and_mixed_profiles_are_noted(tmp_path):
     assert "* late: begins at epoch 2; what earlier epochs cost is not in it." in notes
 
 
+def test_a_precision_that_never_rose_is_noted(tmp_path):
+    three = {**samples.DSQ, "dsq_levels": "[2,2,2,16] [4,4,4,16] [16,4,4,16]"}
+    logs = {
+        "low": samples.log(samples.DSQ, [7, 6], [0, 0], [samples.LOW] * 2),
+        "within": samples.log(samples.DSQ, [7, 6], [0, 0.4], [samples.LOW] * 2),
+        "high": samples.log(samples.DSQ, [7, 6], [0, 1], [samples.LOW] * 2),
+        "middle": samples.log(three, [7, 6], [0, 1], [samples.LOW] * 2),
+        "static": samples.log(samples.STATIC, [7, 6], [0, 0], [samples.HIGH] * 2),
+    }
+    table, _ = table_of([write_log(tmp_path, name, text) for name, text in logs.items()])
+    assert [note for note in tables.all_notes(table) if "never rose" in note] == [
+        "The precision of low never rose to [16,4,4,16].",
+        "The precision of middle never rose to [16,4,4,16].",
+    ]
+
+
 def test_special_characters_are_escaped(tmp_path):
     name = "a|b_c *x* $y$ <i>&[z](u) 50% {q}~^#"
     table, _ = table_of([write_log(tmp_path, name, samples.train_line(1, 5, 7, 0, samples.LOW))])

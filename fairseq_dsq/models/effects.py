@@ -1,0 +1,166 @@
+"""What flags will not do, said before training: flags without effect, and schedules that cannot rise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fairseq_dsq import formats
+from fairseq_dsq.flags import DEFAULTS
+from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.precision import PrecisionConfig, parse_levels
+from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """fairseq-train's flags that say when it validates and when it stops; 0 where it knows no limit."""
+
+    train_subset: str = "train"
+    validate_interval: int = 1
+    validate_interval_updates: int = 0
+    validate_after_updates: int = 0
+    disable_validation: bool = False
+    max_epoch: int = 0
+    max_update: int = 0
+    patience: int = -1
+    update_freq: tuple[int, ...] = (1,)
+
+    @classmethod
+    def of(cls, args: Any) -> TrainingFlags | None:
+        """From a model's configuration: argparse's has the flags of all of fairseq, OmegaConf's hangs in a tree.
+
+        None where it shows no such flags: a model that was built outside of fairseq-train.
+        """
+        sections = [args]
+        if isinstance(args, DictConfig):
+            root = args._get_root()
+            sections += [root[name] for name in ("checkpoint", "dataset", "optimization") if name in root]
+        found = {}
+        for field in fields(cls):
+            for section in sections:
+                value = getattr(section, field.name, None)
+                if value is not None:
+                    found[field.name] = value
+        if "validate_interval" not in found:
+            return None
+        if "update_freq" in found:
+            found["update_freq"] = tuple(found["update_freq"])
+        return cls(**found)
+
+    def validates(self, update: int, ended_epoch: int | None) -> bool:
+        """Whether training validates after ``update`` updates, at the end of ``ended_epoch`` if one ends there."""
+        interval = self.validate_interval_updates
+        return (ended_epoch is not None and ended_epoch % self.validate_interval == 0) or (
+            interval > 0 and update % interval == 0
+        )
+
+    def validations(self, epoch: int, batches: int, done: int, enough: int) -> int:
+        """How many validations will count from ``done`` of an epoch's batches on; counted up to ``enough``."""
+
+        def updates(epoch: int, batches: int) -> int:
+            return math.ceil(batches / self.update_freq[min(epoch, len(self.update_freq)) - 1])
+
+        update = sum(updates(earlier, batches) for earlier in range(1, epoch)) + updates(epoch, done)
+        max_epoch, max_update = self.max_epoch or math.inf, self.max_update or math.inf
+        count = 0
+        while not self.disable_validation and count < enough and epoch <= max_epoch and update < max_update:
+            end = update + updates(epoch, batches) - updates(epoch, done)
+            while update < min(end, max_update):
+                update += 1
+                if update >= self.validate_after_updates:
+                    count += self.validates(update, epoch if update == end else None)
+            epoch, done = epoch + 1, 0
+        return min(count, enough)
+
+
+def schedule_warnings(
+    flags: TrainingFlags,
+    schedule: PrecisionSchedule,
+    state: ScheduleState,
+    epoch: int,
+    batches: int | None,
+    done: int,
+) -> Iterator[str]:
+    """One line for each reason why a training with levels left will not reach them.
+
+    Args:
+        epoch, done: where training begins, and how many of that epoch's batches lie behind.
+        batches: of an epoch; None if that is not known.
+    """
+    rises = schedule.num_levels - 1 - state.level
+    if not rises:
+        return
+    needed = schedule.patience - state.bad_validations + (state.best_loss == math.inf)
+    takes = f"the {needed} that --dsq-patience {schedule.patience} takes"
+    if flags.disable_validation:
+        yield f"--disable-validation: no validation is scored, so the precision never rises from level {state.level}"
+    elif batches is not None and (count := flags.validations(epoch, batches, done, needed)) < needed:
+        limits = ("max_epoch", "max_update", "validate_interval", "validate_interval_updates", "validate_after_updates")
+        given = ", ".join(
+            f"--{name.replace('_', '-')} {value}" for name in limits if (value := getattr(flags, name)) > 0
+        )
+        yield f"{given}: {count} validations will count, fewer than {takes}; the precision stays at level {state.level}"
+    if 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
+        yield (
+            f"--patience {flags.patience}: training stops after that many validations without a new best, and the "
+            f"{rises} levels left take {schedule.patience * rises - state.bad_validations} of them at --dsq-patience "
+            f"{schedule.patience}: expected a --patience above that, or none"
+        )
+
+
+def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
+    """One line for each ``--dsq-*`` flag that was given a value of its own and has no effect beside the others.
+
+    Args:
+        args: with every flag of :data:`fairseq_dsq.flags.DEFAULTS`.
+        levels: what they stand for.
+    """
+
+    def given(*names: str) -> Iterator[str]:
+        for name in names:
+            value = getattr(args, name)
+            if value != DEFAULTS[name]:
+                yield f"--{name.replace('_', '-')} {value}: has no effect"
+
+    def other(**changes: bool) -> tuple[PrecisionConfig, ...] | None:
+        """The levels under other options, None where these have no such levels."""
+        options = {"sign_bit_extra": args.dsq_sign_bit == "extra", "static_scale": args.dsq_fixed_scale == "static"}
+        try:
+            return parse_levels(args.dsq_levels, args.dsq_format, FormatOptions(**{**options, **changes}))
+        except ValueError:
+            return None
+
+    def alike(changed: Sequence[PrecisionConfig] | None) -> bool:
+        return changed is not None and [_formats(level) for level in changed] == [_formats(level) for level in levels]
+
+    if len(levels) == 1:
+        for line in given("dsq_patience", "dsq_min_delta"):
+            yield f"{line} with one level in --dsq-levels"
+    for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
+        if _formats(lower) == _formats(higher):
+            yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
+    used = {held for level in levels for held in _formats(level)}
+    if used <= {formats.Float32()}:
+        idle = ("rounding", "sign_bit", "box_dim", "attention_matmul", "fixed_scale", "stash_scope", "skip", "gemm")
+        for line in given(*(f"dsq_{name}" for name in idle)):
+            yield f"{line} with --dsq-format float32, which rounds nothing"
+        return
+    if all(held.box_size is None for held in used):
+        for line in given("dsq_box_dim"):
+            yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"
+    if alike(other(static_scale=False)):
+        for line in given("dsq_fixed_scale"):
+            yield f"{line} with --dsq-format {args.dsq_format}"
+    if alike(other(sign_bit_extra=False)):
+        for line in given("dsq_sign_bit"):
+            yield f"{line} with --dsq-format {args.dsq_format}"
+
+
+def _formats(level: PrecisionConfig) -> tuple[formats.Format, ...]:
+    return level.output_operands, level.stash, level.grad_input_weight, level.grad_output

@@ -1,0 +1,132 @@
+"""Flags without effect, and schedules that cannot rise."""
+
+import argparse
+import math
+
+import pytest
+from omegaconf import OmegaConf
+
+from fairseq_dsq.flags import DEFAULTS
+from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.models.dsq import set_defaults
+from fairseq_dsq.models.effects import TrainingFlags, idle_flags, schedule_warnings
+from fairseq_dsq.precision import parse_levels
+from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+
+
+def idle(**changes):
+    args = argparse.Namespace(**{f"dsq_{name}": value for name, value in changes.items()})
+    set_defaults(args)
+    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale == "static")
+    return [line.split(":")[0] for line in idle_flags(args, parse_levels(args.dsq_levels, args.dsq_format, options))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, []),
+        ({"levels": "[16,4,4,16]"}, []),
+        ({"patience": 3, "min_delta": 0.1, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}, []),
+        ({"format": "fixed", "fixed_scale": "static", "sign_bit": "extra"}, []),
+        ({"levels": "[16,4,4,16]", "patience": 3}, ["--dsq-patience 3"]),
+        ({"levels": "[16,4,4,16]", "min_delta": 0.1}, ["--dsq-min-delta 0.1"]),
+        ({"levels": "[4,4,4,16] [4,4,4,16] [16,4,4,16]"}, ["--dsq-levels [4,4,4,16] [4,4,4,16] [16,4,4,16]"]),
+        ({"fixed_scale": "static"}, ["--dsq-fixed-scale static"]),
+        ({"format": "fixed", "box_dim": "last"}, ["--dsq-box-dim last"]),
+        ({"format": "float32"}, []),
+        (
+            {"format": "float32", "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last", "patience": 2},
+            ["--dsq-patience 2", "--dsq-rounding stochastic", "--dsq-sign-bit extra", "--dsq-box-dim last"],
+        ),
+        (
+            {"format": "float32", "attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all"},
+            ["--dsq-attention-matmul off", "--dsq-fixed-scale static", "--dsq-stash-scope all"],
+        ),
+        ({"format": "float32", "skip": "*.fc1", "gemm": "float32"}, ["--dsq-skip *.fc1", "--dsq-gemm float32"]),
+    ],
+)
+def test_a_flag_without_effect_is_named(flags, expected):
+    assert idle(**flags) == expected
+
+
+def test_every_flag_without_effect_in_float32_is_named():
+    others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
+    others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
+    assert len(idle(format="float32", **others)) == len(DEFAULTS) - len(("dsq_format", "dsq_levels"))
+
+
+PAPERS = PrecisionSchedule(2, patience=5)
+FRESH = ScheduleState()
+
+
+def warnings(schedule=PAPERS, state=FRESH, **flags):
+    """Of a training from its start, 10 batches an epoch."""
+    return list(schedule_warnings(TrainingFlags(**flags), schedule, state, epoch=1, batches=10, done=0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ({"max_epoch": 6}, 6),
+        ({"max_epoch": 5}, 5),
+        ({"max_update": 59}, 5),
+        ({"max_update": 60}, 6),
+        ({"max_epoch": 12, "validate_interval": 2}, 6),
+        ({"max_epoch": 11, "validate_interval": 2}, 5),
+        ({"max_epoch": 1, "validate_interval_updates": 2}, 5),  # the last of them is the epoch's too
+        ({"max_epoch": 1, "validate_interval_updates": 3}, 4),
+        ({"max_epoch": 8, "validate_after_updates": 25}, 6),
+        ({"max_epoch": 4, "update_freq": (5,)}, 4),
+        ({"max_update": 7, "update_freq": (10, 5)}, 4),  # epochs of 1, 2, 2, 2 updates
+        ({"max_epoch": 99, "disable_validation": True}, 0),
+        ({}, 20),
+    ],
+)
+def test_the_validations_of_a_training_are_counted(flags, count):
+    assert TrainingFlags(**flags).validations(epoch=1, batches=10, done=0, enough=20) == count
+
+
+def test_a_resumed_training_counts_from_where_it_is():
+    flags = TrainingFlags(max_epoch=4, validate_interval_updates=5)
+    assert flags.validations(epoch=3, batches=10, done=5, enough=20) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"max_epoch": 6}, []),
+        ({"max_epoch": 5}, ["--max-epoch 5, --validate-interval 1: 5 validations will count, fewer than the 6"]),
+        ({"disable_validation": True}, ["--disable-validation: no validation is scored"]),
+        ({"patience": 5}, ["--patience 5: training stops after that many validations without a new best"]),
+        ({"patience": 6}, []),
+        ({"patience": -1}, []),
+    ],
+)
+def test_a_schedule_that_cannot_rise_is_said(flags, expected):
+    lines = warnings(**flags)
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+
+
+def test_what_has_been_reached_is_taken_into_account():
+    assert warnings(state=ScheduleState(1, 3.0, 0), disable_validation=True, patience=1) == []
+    assert warnings(PrecisionSchedule(1), disable_validation=True, patience=1) == []
+    near = ScheduleState(0, 3.0, 4)
+    assert warnings(state=near, max_epoch=1, patience=2) == []
+    assert len(warnings(state=near, max_epoch=1, patience=1)) == 1
+    assert len(warnings(PrecisionSchedule(3, patience=2), patience=4)) == 1  # two rises take four
+    assert warnings(PrecisionSchedule(3, patience=2), ScheduleState(0, math.inf, 0), patience=5) == []
+
+
+def test_the_flags_are_read_from_argparse_s_namespace_and_from_hydra_s_tree():
+    args = argparse.Namespace(validate_interval=3, max_epoch=7, update_freq=[2, 1], dsq_patience=5)
+    assert TrainingFlags.of(args) == TrainingFlags(validate_interval=3, max_epoch=7, update_freq=(2, 1))
+    tree = OmegaConf.create(
+        {
+            "model": {"arch": "transformer_dsq"},
+            "dataset": {"validate_interval": 3},
+            "optimization": {"max_epoch": 7, "update_freq": [2, 1]},
+        }
+    )
+    assert TrainingFlags.of(tree.model) == TrainingFlags.of(args)
+    assert TrainingFlags.of(argparse.Namespace(arch="transformer_dsq")) is None
