@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from fairseq_dsq.flags import flag_error
+from fairseq_dsq.errors import DSQError
 from fairseq_dsq.nn import DSQContext, log_softmax
 
 Shape = tuple[int, ...] | None
-
-
-def _checkpoint_flag(args: Any) -> tuple[str, str]:
-    """The flag that named the checkpoint which is being loaded, and the start of a message: its value where known."""
-    if any(part.partition("=")[0] == "--path" for part in sys.argv):
-        return "--path", ""
-    name = "finetune_from_model" if getattr(args, "finetune_from_model", None) else "restore_file"
-    value = getattr(args, name, None)
-    return "--" + name.replace("_", "-"), f"{value}: " if value else ""
 
 
 def shape_to_str(shape: Shape) -> str:
@@ -44,7 +34,7 @@ class DSQModelMixin:
         """As fairseq's, which answers a tensor that does not fit with pages; one line names the first.
 
         Raises:
-            SystemExit: a tensor is missing, unknown or of another shape.
+            DSQError: a tensor is missing, unknown or of another shape; names the file if it was read from one.
         """
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
@@ -54,10 +44,11 @@ class DSQModelMixin:
             if problem is None:
                 raise
             name, has, expected = problem
-            args = self.args  # type: ignore[attr-defined]
-            flag, file = _checkpoint_flag(args)
+            file = getattr(state_dict, "file", "the checkpoint")
             blamed = self.blame(*problem)
-            flag_error(flag, f"{file}{name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}")
+            raise DSQError(
+                f"{file}: {name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}"
+            ) from None
 
     def blame(self, name: str, has: Shape, expected: Shape) -> str:
         """What of the command line or the data gives a model's tensor its shape, to end an error's line."""
