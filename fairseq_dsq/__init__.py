@@ -8,6 +8,8 @@ from fairseq_dsq import compat, errors
 errors.end_commands_in_one_line()
 compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
+compat.mend_numpy()
+__path__ = compat.Folders(__path__)
 
 from fairseq_dsq import criterions, models  # noqa: E402
 

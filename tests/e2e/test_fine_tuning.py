@@ -13,8 +13,8 @@ from models.encoders import masked_lm
 from models.test_roberta_dsq import official_layout
 
 import fairseq_dsq
-from fairseq_dsq.errors import line_of
 from fairseq_dsq.cli import main
+from fairseq_dsq.errors import line_of
 
 hugging_face = pytest.importorskip("hugging_face", reason="needs transformers and safetensors")
 RESET = ("--reset-optimizer", "--reset-dataloader", "--reset-meters")
