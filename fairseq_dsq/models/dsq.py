@@ -217,12 +217,13 @@ def refuse_unknown(names: Iterable[Any]) -> None:
     Raises:
         DSQError: names the first, and the flags that it may stand for.
     """
-    known = [*DEFAULTS, PROFILE_FIELD]
+    known = {name.removeprefix("dsq_"): name for name in (*DEFAULTS, PROFILE_FIELD)}
     for name in names:
         spelling = str(name).lower().replace("-", "_")
-        if spelling.startswith("dsq") and name not in known:
-            near = difflib.get_close_matches(spelling, known, n=2) or known
-            raise DSQError(f"{name}: no such flag, expected {' or '.join(near) if len(near) < 3 else ', '.join(near)}")
+        if spelling.startswith("dsq") and name not in known.values():
+            near = difflib.get_close_matches(spelling.removeprefix("dsq").lstrip("_"), known, n=2)
+            expected = " or ".join(known[match] for match in near) or "one of " + ", ".join(known.values())
+            raise DSQError(f"{name}: no such flag, expected {expected}")
 
 
 def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyType({})) -> None:

@@ -80,7 +80,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        RobertaModel.add_args(parser)
+        super().add_args(parser)
         parser.add_argument(
             "--token-types",
             type=dsq.checked("--token-types", _OWN_FLAGS["token_types"][0]),
@@ -98,12 +98,11 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
             action="store_true",
             help="start the classification head's dense layer from the pooler of a checkpoint that convert-hf made",
         )
-        dsq.add_args(parser)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> RobertaDSQModel:
         set_defaults(args)
-        model: RobertaDSQModel = super().build_model(args, task)
+        model: RobertaDSQModel = super(DSQModelMixin, cls).build_model(args, task)  # converted further down
         if args.token_types:
             TokenTypeEncoder.extend(model.encoder.sentence_encoder, args.token_types)
         for module in model.modules():
