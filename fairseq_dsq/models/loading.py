@@ -127,9 +127,10 @@ def peek(path: str) -> Mapping[str, Any]:
                 raise ValueError(f"is corrupt: {broken} does not have the checksum it was written with")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            raise ValueError(f"holds {found[1] if found else 'code'}, refused: a checkpoint must run no code") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found or is_zip:
+            what = found[1] if found else "what torch.load refuses"
+            raise ValueError(f"holds {what}, refused: a checkpoint must run no code") from None
         raise ValueError("is cut or no checkpoint: torch cannot read it") from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError, TypeError, IndexError) as error:
         raise ValueError(
