@@ -3,11 +3,16 @@
 Importing the package makes fairseq know every name it registers.
 """
 
-from fairseq_dsq import compat
+from fairseq_dsq import compat, errors
 
+errors.end_commands_in_one_line()
 compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
+compat.mend_numpy()
+__path__ = compat.Folders(__path__)
 
 from fairseq_dsq import criterions, models  # noqa: E402
+
+models.loading.guard_checkpoints()
 
 __all__ = ["criterions", "models"]

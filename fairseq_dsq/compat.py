@@ -1,4 +1,4 @@
-"""What a current PyTorch needs to run fairseq.
+"""What fairseq needs to run with a current PyTorch and numpy, and to find this package imported.
 
 torch >= 2.6 loads files with ``weights_only=True`` and refuses what fairseq's checkpoints hold beside tensors. The
 classes below are allow-listed; the safety of ``weights_only`` stays on.
@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import logging
+import os
+import types
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import omegaconf
@@ -47,3 +52,52 @@ def allow_checkpoint_classes() -> None:
         int,
     ]
     torch.serialization.add_safe_globals(classes)
+
+
+# The modules of fairseq that use names which numpy has dropped.
+NUMPY_1_MODULES = (
+    "fairseq.data.data_utils",
+    "fairseq.data.language_pair_dataset",
+    "fairseq.data.token_block_dataset",
+    "fairseq.modules.dynamic_crf_layer",
+)
+
+
+class _Numpy1(types.ModuleType):
+    """numpy with the names and keywords that version 1 had."""
+
+    int, float = int, float
+    compat = types.SimpleNamespace(long=int)
+
+    @staticmethod
+    def percentile(*args: typing.Any, interpolation: str = "linear", **kwargs: typing.Any) -> typing.Any:
+        return np.percentile(*args, **{"method": interpolation, **kwargs})
+
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(np, name)
+
+
+def mend_numpy() -> None:
+    """Give the modules of fairseq that need them numpy 1's names, and nobody else."""
+    for name in NUMPY_1_MODULES:
+        importlib.import_module(name).np = _Numpy1("numpy")  # type: ignore[attr-defined]
+
+
+class Folders(list[str]):
+    """A package's ``__path__`` that knows its folder by every path.
+
+    fairseq asks ``path in __path__`` whether ``--user-dir`` is imported already, with a path that it puts together,
+    such as site-packages/fairseq/../fairseq_dsq, and which may lead there by a link or an editable install.
+    """
+
+    def __init__(self, folders: Iterable[str]) -> None:
+        super().__init__(folders)
+
+    def __contains__(self, folder: object) -> bool:
+        path = Path(os.path.realpath(str(folder)))
+        own = [os.path.realpath(own) for own in self]
+        # An editable install puts a package of one file in place of this one, which names its folder.
+        stands_in = path / "__init__.py"
+        return str(path) in own or (
+            stands_in.is_file() and any(repr(folder) in stands_in.read_text(encoding="utf-8") for folder in own)
+        )

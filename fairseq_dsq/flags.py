@@ -1,10 +1,10 @@
-"""The flags' defaults, and how fairseq's commands refuse a flag."""
+"""The flags' defaults, and how a flag is refused."""
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any, NoReturn
+
+from fairseq_dsq.errors import DSQError
 
 # The paper's two levels and patience (arXiv 2303.05295, section 4).
 DEFAULTS: dict[str, Any] = {
@@ -30,9 +30,9 @@ PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
 
 
 def flag_error(flag: str, message: str) -> NoReturn:
-    """Stop with one line that names the flag.
+    """Refuse the value of a flag.
 
     Raises:
-        SystemExit: always; its text goes to standard error and the exit code is 1.
+        DSQError: always; one line that names the flag.
     """
-    sys.exit(f"{os.path.basename(sys.argv[0])}: error: argument {flag}: {message}")
+    raise DSQError(f"argument {flag}: {message}")

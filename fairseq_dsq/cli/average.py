@@ -99,15 +99,10 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     record = Record.of(entries)
     if record.levels:
         return record
-    from fairseq_dsq.formats import FormatOptions
-    from fairseq_dsq.precision import parse_levels
+    from fairseq_dsq.models.dsq import levels_of
 
-    flags = state["cfg"]["model"]
-    options = FormatOptions(
-        sign_bit_extra=flags.dsq_sign_bit == "extra", static_scale=flags.dsq_fixed_scale == "static"
-    )
     try:
-        levels = parse_levels(flags.dsq_levels, flags.dsq_format, options)
+        levels = levels_of(state["cfg"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: --dsq-levels: {error}") from None
     return Record(tuple(map(formats_of, levels)), record.in_force, record.schedule, record.counted_update)

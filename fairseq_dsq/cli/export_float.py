@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.flags import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
@@ -16,6 +19,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="checkpoint to write, for plain fairseq")
 
 
+def plain(value: Any) -> Any:
+    """``value`` in types that torch.load takes without an allow-list: fairseq's configurations become dictionaries."""
+    import numpy as np
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def as_registered(model: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a float model as fairseq has it: the fields of the model's dataclass, if it has one."""
+    from fairseq.dataclass.utils import interpret_dc_type
+    from fairseq.models import ARCH_MODEL_REGISTRY
+
+    from fairseq_dsq.models.checkpoints import base_dataclass
+
+    dataclass = base_dataclass(ARCH_MODEL_REGISTRY.get(model["_name"], object))
+    if dataclass is None:
+        return model
+    found = {"_name": model["_name"]}
+    for field in dataclasses.fields(dataclass):
+        if not field.name.startswith("_") and field.name in model:
+            value, kind = model[field.name], interpret_dc_type(field.type)
+            # Architectures set numbers of another type than the field's, such as False for 0.
+            found[field.name] = kind(value) if kind in (bool, int, float) and value is not None else value
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     import torch
     from fairseq import checkpoint_utils
@@ -23,25 +63,26 @@ def main(args: argparse.Namespace) -> int:
     if not args.checkpoint.is_file():
         raise OSError(f"{args.checkpoint}: does not exist, expected a checkpoint")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
+    state = plain(state)
     model = state["cfg"]["model"]
-    arch = str(getattr(model, "arch", "") or getattr(model, "_name", ""))
+    arch = str(model.get("arch") or model.get("_name"))
     if SUFFIX not in arch:
         raise ValueError(f"{args.checkpoint}: got architecture {arch!r}, expected a *{SUFFIX} one")
     for name in ("token_types", "layer_norm_eps"):
-        value, own = getattr(model, name, ENCODER_DEFAULTS[name]), ENCODER_DEFAULTS[name]
+        value, own = model.get(name, ENCODER_DEFAULTS[name]), ENCODER_DEFAULTS[name]
         if value != own:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{args.checkpoint}: {flag}: got {value}, expected {own}: fairseq has no such float model")
-    for name in ("arch", "_name"):
-        if hasattr(model, name):
-            setattr(model, name, str(getattr(model, name)).replace(SUFFIX, ""))
-    for name in (*DEFAULTS, *ENCODER_DEFAULTS):
-        if hasattr(model, name):
-            delattr(model, name)
+    model |= dict.fromkeys(("arch", "_name"), arch.replace(SUFFIX, ""))
+    for section in state["cfg"].values():
+        for name in (*DEFAULTS, *ENCODER_DEFAULTS, PROFILE_FIELD) if isinstance(section, dict) else ():
+            section.pop(name, None)
+    state["cfg"]["model"] = as_registered(model)
+    state["cfg"]["common"]["user_dir"] = None
     criterion = state["cfg"]["criterion"]
     criterion["_name"] = str(criterion["_name"]).removeprefix(PREFIX)
-    criterion.pop(PROFILE_FIELD, None)
+    state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
     state["model"] = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
     torch.save(state, args.output)
-    print(f"wrote {args.output} ({model.arch})")
+    print(f"wrote {args.output} ({model['arch']})")
     return 0

@@ -31,8 +31,11 @@ class DSQCriterionMixin:
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> Any:
         criterion = super().build_criterion(cfg, task)  # type: ignore[misc]
+        profile = getattr(cfg, PROFILE_FIELD, DEFAULT_PROFILE)
         try:
-            criterion.cost_profile = load_profile(getattr(cfg, PROFILE_FIELD, DEFAULT_PROFILE))
+            if not isinstance(profile, str):
+                raise ValueError(f"got {profile!r}, expected the name of a cost profile or the path of a .yaml file")
+            criterion.cost_profile = load_profile(profile)
         except ValueError as error:
             flag_error(f"--{PROFILE_FIELD.replace('_', '-')}", str(error))
         return criterion
@@ -113,6 +116,9 @@ def _wrap_all() -> None:
         base = CRITERION_REGISTRY[name]
         wrapped = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
         register_criterion(PREFIX + name, dataclass=_with_profile(dataclass))(wrapped)
+        # fairseq takes up a checkpoint's optimizer state only under a criterion of the same class name: this one
+        # computes the same loss, so either goes on from the other. (Set last: fairseq registers no name twice.)
+        wrapped.__name__ = base.__name__
 
 
 _wrap_all()

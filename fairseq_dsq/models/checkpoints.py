@@ -1,26 +1,22 @@
-"""A checkpoint that does not fit the model, said in one line; what a DSQ model does its own way in fairseq."""
+"""What makes a fairseq model its quantized twin: flags, building, and a checkpoint that does not fit, in one line."""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.utils import safe_hasattr
+from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-from fairseq_dsq.flags import flag_error
+from fairseq_dsq.errors import DSQError
+from fairseq_dsq.models import dsq
 from fairseq_dsq.nn import DSQContext, log_softmax
 
 Shape = tuple[int, ...] | None
-
-
-def _checkpoint_flag(args: Any) -> tuple[str, str]:
-    """The flag that named the checkpoint which is being loaded, and the start of a message: its value where known."""
-    if any(part.partition("=")[0] == "--path" for part in sys.argv):
-        return "--path", ""
-    name = "finetune_from_model" if getattr(args, "finetune_from_model", None) else "restore_file"
-    value = getattr(args, name, None)
-    return "--" + name.replace("_", "-"), f"{value}: " if value else ""
 
 
 def shape_to_str(shape: Shape) -> str:
@@ -40,14 +36,66 @@ def _misfits(own: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> Iterator[
             yield name, has, expected
 
 
+def base_dataclass(cls: type) -> Any:
+    """The dataclass that a model, or the nearest model it derives from, is registered with; None for legacy models."""
+    # register_model gives a class of its own the value None where it is registered without.
+    return next((found for base in cls.__mro__ if (found := vars(base).get("__dataclass")) is not None), None)
+
+
+def _fill_from(dataclass: Any, args: Any) -> None:
+    """Give ``args`` the fields that no flag and no architecture set, as fairseq does for the float model."""
+    with open_dict(args) if OmegaConf.is_config(args) else contextlib.nullcontext():
+        for name, value in vars(dataclass()).items():
+            if not name.startswith("_") and not safe_hasattr(args, name):
+                # What refers to another part of the configuration is a flag of the task, here without a value.
+                setattr(args, name, None if str(value).startswith("${") else value)
+
+
 class DSQModelMixin:
-    """For the model classes, what every architecture does its own way under DSQ."""
+    """Makes a fairseq model its quantized twin; put in front of the model's class.
+
+    The twin is registered without a dataclass and has all flags of the model, whether that has one or not. Its
+    architectures' functions call :func:`fairseq_dsq.models.dsq.set_defaults` and the model's own. It needs nothing of
+    the model but ``nn.Linear`` layers and fairseq's attention::
+
+        @register_model("transformer_lm_dsq")
+        class TransformerLanguageModelDSQ(DSQModelMixin, TransformerLanguageModel):
+            pass
+
+
+        @register_model_architecture("transformer_lm_dsq", "transformer_lm_dsq")
+        def transformer_lm_dsq(args):
+            dsq.set_defaults(args)
+            base_lm_architecture(args)
+    """
+
+    @classmethod
+    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags of the float model, and ``--dsq-*``."""
+        super().add_args(parser)  # type: ignore[misc]
+        if (dataclass := base_dataclass(cls)) is not None:
+            gen_parser_from_dataclass(parser, dataclass(), delete_default=True)
+        dsq.add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> Any:
+        """The float model of ``args``, converted.
+
+        Raises:
+            DSQError: a flag that is refused; names it.
+        """
+        dsq.set_defaults(args)
+        if (dataclass := base_dataclass(cls)) is not None:
+            _fill_from(dataclass, args)
+        model = super().build_model(args, task)  # type: ignore[misc]
+        dsq.attach(model, args, task)
+        return model
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """As fairseq's, which answers a tensor that does not fit with pages; one line names the first.
 
         Raises:
-            SystemExit: a tensor is missing, unknown or of another shape.
+            DSQError: a tensor is missing, unknown or of another shape; names the file if it was read from one.
         """
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
@@ -57,10 +105,11 @@ class DSQModelMixin:
             if problem is None:
                 raise
             name, has, expected = problem
-            args = self.args  # type: ignore[attr-defined]
-            flag, file = _checkpoint_flag(args)
+            file = getattr(state_dict, "file", "the checkpoint")
             blamed = self.blame(*problem)
-            flag_error(flag, f"{file}{name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}")
+            raise DSQError(
+                f"{file}: {name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}"
+            ) from None
 
     def blame(self, name: str, has: Shape, expected: Shape) -> str:
         """What of the command line or the data gives a model's tensor its shape, to end an error's line."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import logging
 import math
 import os
+import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf, open_dict
 from torch import nn
 
 from fairseq_dsq import formats
-from fairseq_dsq.flags import DEFAULTS, flag_error
+from fairseq_dsq.errors import DSQError
+from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD, flag_error
 from fairseq_dsq.formats import FIXED_SCALES, FormatOptions
 from fairseq_dsq.models.heads import convert_heads
 from fairseq_dsq.models.state import DSQState, hang_on_training
@@ -30,7 +37,7 @@ from fairseq_dsq.nn import (
     matching_patterns,
     warn_of_float,
 )
-from fairseq_dsq.precision import parse_levels
+from fairseq_dsq.precision import PrecisionConfig, parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule
 
@@ -40,49 +47,96 @@ logger = logging.getLogger(__name__)
 SAFE_GRAD_BITS = 16
 
 
-def checked(flag: str, check: Callable[[str], Any]) -> Callable[[str], Any]:
+# Checks a flag's value, text from a command line or a value from YAML or Python, and gives it in its one form.
+Check = Callable[[Any], Any]
+
+
+def checked(flag: str, check: Check) -> Callable[[str], Any]:
     """An argparse type that stops with one line; argparse's own error prints pages of usage first."""
 
     def parse(text: str) -> Any:
         try:
             return check(text)
         except ValueError as error:
-            flag_error(flag, str(error))
+            sys.exit(f"{os.path.basename(sys.argv[0])}: error: argument {flag}: {error}")
 
     return parse
 
 
-def _levels(text: str) -> str:
-    parse_levels(text)
-    return text
+def _levels(value: Any) -> str:
+    if not isinstance(value, str):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"got {value!r}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
+        levels = value if any(isinstance(level, (str, list, tuple)) for level in value) else [value]
+        value = " ".join(level if isinstance(level, str) else _level(level) for level in levels)
+    parse_levels(value)
+    return cast(str, value)
 
 
-def _patience(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f"got {text!r}, expected an integer >= 1")
-    return int(text)
+def _level(value: Any) -> str:
+    return "[" + ",".join(map(str, value if isinstance(value, (list, tuple)) else [value])) + "]"
 
 
-def _min_delta(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"got {text!r}, expected a finite number >= 0")
-    return value
+def integer(expected: str, accepts: Callable[[int], bool]) -> Check:
+    """A check of an integer."""
 
-
-def _choice(*values: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text not in values:
-            raise ValueError(f"got {text!r}, expected one of {', '.join(values)}")
-        return text
+    def check(value: Any) -> int:
+        text = value.strip() if isinstance(value, str) else str(value)
+        if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch("[0-9]+", text):
+            raise ValueError(f"got {value!r}, expected {expected}")
+        if not accepts(int(text)):
+            raise ValueError(f"got {value!r}, expected {expected}")
+        return int(text)
 
     return check
 
 
-_FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+def number(expected: str, accepts: Callable[[float], bool]) -> Check:
+    """A check of a finite number."""
+
+    def check(value: Any) -> float:
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            found = math.nan
+        if not (math.isfinite(found) and accepts(found)):
+            raise ValueError(f"got {value!r}, expected {expected}")
+        return found
+
+    return check
+
+
+def boolean(value: Any) -> bool:
+    """A check of a switch without a value, such as ``--head-from-pooler``."""
+    if not isinstance(value, bool):
+        raise ValueError(f"got {value!r}, expected True or False")
+    return value
+
+
+def _choice(*values: str) -> Check:
+    def check(value: Any) -> str:
+        if isinstance(value, bool) and {"on", "off"} <= set(values):
+            value = "on" if value else "off"  # YAML reads both as booleans
+        if not isinstance(value, str) or value not in values:
+            raise ValueError(f"got {value!r}, expected one of {', '.join(values)}")
+        return value
+
+    return check
+
+
+def _patterns(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value):
+        return shlex.join(value)
+    if not isinstance(value, str):
+        raise ValueError(f"got {value!r}, expected space-separated patterns of module names")
+    try:
+        shlex.split(value)
+    except ValueError as error:
+        raise ValueError(f"got {value!r}: {error}") from None
+    return value
+
+
+_FLAGS: dict[str, tuple[Check, str, str]] = {
     "dsq_format": (_choice(*formats.names()), "NAME", "number format: " + ", ".join(formats.names())),
     "dsq_levels": (
         _levels,
@@ -90,8 +144,16 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "precision levels [q0,q1,q2,q3] in rising order: q0 both operands of the output GEMM, q1 the stash, "
         "q2 the weight of grad_input, q3 the gradient; one level means static stashing",
     ),
-    "dsq_patience": (_patience, "N", "validations in a row without a new best before the level rises"),
-    "dsq_min_delta": (_min_delta, "D", "a new best is lower than the best by more than this"),
+    "dsq_patience": (
+        integer("an integer >= 1", lambda value: value >= 1),
+        "N",
+        "validations in a row without a new best before the level rises",
+    ),
+    "dsq_min_delta": (
+        number("a finite number >= 0", lambda value: value >= 0),
+        "D",
+        "a new best is lower than the best by more than this",
+    ),
     "dsq_rounding": (
         _choice(*ROUNDINGS),
         "MODE",
@@ -133,7 +195,11 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "what is packed for backward: gemm, what GEMMs keep; all, also what LayerNorm, softmax, activation functions "
         "and dropout keep",
     ),
-    "dsq_skip": (str, "PATTERNS", "space-separated shell-style patterns of module names whose GEMMs stay float32"),
+    "dsq_skip": (
+        _patterns,
+        "PATTERNS",
+        "space-separated shell-style patterns of module names whose GEMMs stay float32",
+    ),
     "dsq_gemm": (
         _choice(*GEMM_MODES),
         "MODE",
@@ -143,7 +209,7 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    """Add the ``--dsq-*`` flags; an architecture's function fills in the defaults."""
+    """Add the ``--dsq-*`` flags; :func:`set_defaults` fills in the defaults, and checks all entrances."""
     for name, (check, metavar, text) in _FLAGS.items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(
@@ -160,13 +226,62 @@ def flag_table() -> str:
     return "\n".join(f"| `--{flag}` | `{default}` | {text} |" for flag, default, text in rows)
 
 
-def set_defaults(args: Any) -> None:
-    """Give ``args`` the flags that neither the command line nor an architecture set."""
+def refuse_unknown(names: Iterable[Any]) -> None:
+    """Refuse names that look like a ``dsq_*`` flag and are none: fairseq would keep them and nobody would read them.
+
+    Raises:
+        DSQError: names the first, and the flags that it may stand for.
+    """
+    known = {name.removeprefix("dsq_"): name for name in (*DEFAULTS, PROFILE_FIELD)}
+    for name in names:
+        spelling = str(name).lower().replace("-", "_")
+        if spelling.startswith("dsq") and name not in known.values():
+            near = difflib.get_close_matches(spelling.removeprefix("dsq").lstrip("_"), known, n=2)
+            expected = " or ".join(known[match] for match in near) or "one of " + ", ".join(known.values())
+            raise DSQError(f"{name}: no such flag, expected {expected}")
+
+
+def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyType({})) -> None:
+    """Give ``args`` the flags that are not set, and check those that are: every entrance to a model passes here.
+
+    A command line, a YAML file, ``--model-overrides``, ``from_pretrained(..., dsq_patience=3)`` and Python thus mean
+    the same: numbers may be text, levels lists, on and off booleans.
+
+    Args:
+        args: a namespace or a configuration, changed in place.
+        own: check and default of the flags that the architecture has beside these.
+
+    Raises:
+        DSQError: a value that the flag does not take, or a name that is nearly a flag's.
+    """
+    is_config = OmegaConf.is_config(args)
+    refuse_unknown(list(args) if is_config else vars(args))
     if getattr(args, "dsq_format", None) == "float32" and getattr(args, "dsq_levels", None) is None:
-        args.dsq_levels = str(FLOAT32)
-    for name, value in DEFAULTS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+        default_levels = str(FLOAT32)
+    else:
+        default_levels = DEFAULTS["dsq_levels"]
+    flags = {name: (check, DEFAULTS[name]) for name, (check, _, _) in _FLAGS.items()}
+    flags["dsq_levels"] = (_levels, default_levels)
+    with open_dict(args) if is_config else contextlib.nullcontext():
+        for name, (check, default) in {**flags, **own}.items():
+            value = getattr(args, name, None)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value)
+            try:
+                setattr(args, name, check(default if value is None else value))
+            except ValueError as error:
+                flag_error("--" + name.replace("_", "-"), str(error))
+
+
+def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
+    """The levels that the flags in ``args`` stand for.
+
+    Raises:
+        ValueError: levels that are malformed or not of the format.
+    """
+    scale = getattr(args, "dsq_scale", DEFAULTS["dsq_scale"])  # younger than the first checkpoints
+    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, scale)
+    return parse_levels(args.dsq_levels, args.dsq_format, options)
 
 
 def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
@@ -181,19 +296,19 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
 
     Args:
         model: changed in place.
-        args: the flags, after :func:`set_defaults`.
+        args: the flags; :func:`set_defaults` checks them.
         task: the fairseq task that validates.
         later: names of layers that the model gets later and hands to :func:`convert_added`; ``--dsq-skip`` may name
             them.
 
     Raises:
-        SystemExit: flags that contradict each other or the model; one line names the flag.
+        DSQError: flags that contradict each other or the model; one line names the flag.
     """
+    set_defaults(args)
     if args.dsq_fixed_scale == "static" and args.dsq_format == "fixed" and args.dsq_scale != "floor":
         flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
-    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, args.dsq_scale)
     try:
-        levels = parse_levels(args.dsq_levels, args.dsq_format, options)
+        levels = levels_of(args)
     except ValueError as error:
         flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
     for number, level in enumerate(levels):
@@ -228,7 +343,7 @@ def convert_added(model: nn.Module, args: Any, name: str) -> None:
     """Convert the module ``name``, which ``model`` was given after :func:`attach`; it shares the model's level.
 
     Raises:
-        SystemExit: it cannot be converted; one line says why.
+        DSQError: it cannot be converted; one line says why.
     """
     state = model.dsq
     assert isinstance(state, DSQState)

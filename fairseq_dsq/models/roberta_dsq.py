@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import torch
@@ -57,28 +56,19 @@ class TokenTypeEncoder(TransformerEncoder):
         return super().forward_embedding(src_tokens, token_embedding + types)  # type: ignore[no-any-return]
 
 
-def _types(text: str) -> int:
-    if not text.strip().isdigit() or int(text) == 1:
-        raise ValueError(f"got {text!r}, expected 0, for none, or an integer >= 2")
-    return int(text)
-
-
-def _eps(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"got {text!r}, expected a finite number > 0")
-    return value
+_OWN_FLAGS: dict[str, tuple[dsq.Check, Any]] = {
+    name: (check, ENCODER_DEFAULTS[name])
+    for name, check in {
+        "token_types": dsq.integer("0, for none, or an integer >= 2", lambda value: value != 1),
+        "layer_norm_eps": dsq.number("a finite number > 0", lambda value: value > 0),
+        "head_from_pooler": dsq.boolean,
+    }.items()
+}
 
 
 def set_defaults(args: Any) -> None:
-    """Give ``args`` the flags that neither the command line nor an architecture set."""
-    dsq.set_defaults(args)
-    for name, value in ENCODER_DEFAULTS.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    """As :func:`fairseq_dsq.models.dsq.set_defaults`, with this architecture's own flags."""
+    dsq.set_defaults(args, _OWN_FLAGS)
 
 
 @register_model("roberta_dsq")
@@ -90,16 +80,16 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        RobertaModel.add_args(parser)
+        super().add_args(parser)
         parser.add_argument(
             "--token-types",
-            type=dsq.checked("--token-types", _types),
+            type=dsq.checked("--token-types", _OWN_FLAGS["token_types"][0]),
             metavar="N",
             help="token types (segments), BERT's 2: what stands after the first </s> is of type 1 (default: 0, none)",
         )
         parser.add_argument(
             "--layer-norm-eps",
-            type=dsq.checked("--layer-norm-eps", _eps),
+            type=dsq.checked("--layer-norm-eps", _OWN_FLAGS["layer_norm_eps"][0]),
             metavar="E",
             help="epsilon of every LayerNorm; BERT has 1e-12 (default: 1e-5)",
         )
@@ -108,12 +98,11 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
             action="store_true",
             help="start the classification head's dense layer from the pooler of a checkpoint that convert-hf made",
         )
-        dsq.add_args(parser)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> RobertaDSQModel:
         set_defaults(args)
-        model: RobertaDSQModel = super().build_model(args, task)
+        model: RobertaDSQModel = super(DSQModelMixin, cls).build_model(args, task)  # converted further down
         if args.token_types:
             TokenTypeEncoder.extend(model.encoder.sentence_encoder, args.token_types)
         for module in model.modules():
@@ -137,7 +126,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
         """As fairseq's; a checkpoint's pooler goes into new heads under ``--head-from-pooler``, else it is dropped.
 
         Raises:
-            SystemExit: ``--head-from-pooler`` and a head that the checkpoint has neither of.
+            DSQError: ``--head-from-pooler`` and a head that the checkpoint has neither of.
         """
         prefix = f"{name}." if name else ""
         start = f"{prefix}{HEADS}.{POOLER}."

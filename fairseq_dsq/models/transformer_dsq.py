@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from fairseq.models import register_model, register_model_architecture
@@ -20,18 +19,6 @@ from fairseq_dsq.models.checkpoints import DSQModelMixin
 @register_model("transformer_dsq")
 class TransformerDSQModel(DSQModelMixin, TransformerModel):
     """fairseq's ``transformer`` under dynamic stashing quantization; parameter names and shapes are the same."""
-
-    @classmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_args(parser)
-        dsq.add_args(parser)
-
-    @classmethod
-    def build_model(cls, args: Any, task: Any) -> TransformerDSQModel:
-        dsq.set_defaults(args)
-        model: TransformerDSQModel = super().build_model(args, task)
-        dsq.attach(model, args, task)
-        return model
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq")

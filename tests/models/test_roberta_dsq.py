@@ -7,6 +7,7 @@ import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 from models.encoders import FLOAT32, HEAD, classifier, classifier_task, masked_lm, pairs
 
+from fairseq_dsq.errors import DSQError
 from fairseq_dsq.models.roberta_dsq import HEADS, token_types
 from fairseq_dsq.nn import DSQDropout, DSQLinear
 from fairseq_dsq.nn.saved import Activation
@@ -123,9 +124,9 @@ def test_skip_patterns_reach_heads(pattern, dense, out_proj, lm_dense):
 
 
 def test_a_skip_pattern_that_matches_no_layer_and_no_head_is_named():
-    with pytest.raises(SystemExit, match=r"--dsq-skip: skip pattern 'classification_heads\.other' matches no layer"):
+    with pytest.raises(DSQError, match=r"--dsq-skip: skip pattern 'classification_heads\.other' matches no layer"):
         classifier("--dsq-skip", f"{HEADS}.other encoder")
-    with pytest.raises(SystemExit, match="--dsq-skip"):
+    with pytest.raises(DSQError, match="--dsq-skip"):
         masked_lm("--dsq-skip", f"{HEADS}.*")
 
 
@@ -170,7 +171,7 @@ def test_a_step_trains_every_part_and_keeps_less_under_scope_all():
 
 def test_spectral_norm_and_quant_noise_are_refused_in_a_line():
     for flags in (("--spectral-norm-classification-head",), ("--quant-noise-pq", "0.1")):
-        with pytest.raises(SystemExit, match="has hooks"):
+        with pytest.raises(DSQError, match="has hooks"):
             classifier(*flags)
 
 
@@ -247,7 +248,7 @@ def test_a_trained_head_is_never_overwritten_by_the_pooler():
 
 
 def test_a_missing_pooler_is_named():
-    with pytest.raises(SystemExit, match=r"--head-from-pooler: the checkpoint's pooler is none, expected 32 x 32"):
+    with pytest.raises(DSQError, match=r"--head-from-pooler: the checkpoint's pooler is none, expected 32 x 32"):
         classifier("--head-from-pooler").load_state_dict(masked_lm(arch="roberta").state_dict())
 
 
@@ -265,6 +266,6 @@ def test_a_missing_pooler_is_named():
 )
 def test_a_checkpoint_that_does_not_fit_is_named_in_one_line(flags, changes, expected):
     state = masked_lm(*flags, **changes).state_dict()
-    with pytest.raises(SystemExit, match=rf"argument --restore-file: checkpoint_last\.pt: .*{expected}") as stop:
+    with pytest.raises(DSQError, match=expected) as stop:
         masked_lm().load_state_dict(state)
     assert "\n" not in str(stop.value)
