@@ -99,7 +99,7 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     record = Record.of(entries)
     if record.levels:
         return record
-    from fairseq_dsq.models.dsq import levels_of
+    from fairseq_dsq.models.effects import levels_of
 
     try:
         levels = levels_of(state["cfg"]["model"])

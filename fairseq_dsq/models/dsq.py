@@ -22,7 +22,8 @@ from torch import nn
 from fairseq_dsq import formats
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD, flag_error
-from fairseq_dsq.formats import FIXED_SCALES, FormatOptions
+from fairseq_dsq.formats import FIXED_SCALES
+from fairseq_dsq.models.effects import levels_of
 from fairseq_dsq.models.heads import convert_heads
 from fairseq_dsq.models.state import DSQState, hang_on_training
 from fairseq_dsq.nn import (
@@ -37,7 +38,7 @@ from fairseq_dsq.nn import (
     matching_patterns,
     warn_of_float,
 )
-from fairseq_dsq.precision import PrecisionConfig, parse_levels
+from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule
 
@@ -271,17 +272,6 @@ def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyT
                 setattr(args, name, check(default if value is None else value))
             except ValueError as error:
                 flag_error("--" + name.replace("_", "-"), str(error))
-
-
-def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
-    """The levels that the flags in ``args`` stand for.
-
-    Raises:
-        ValueError: levels that are malformed or not of the format.
-    """
-    scale = getattr(args, "dsq_scale", DEFAULTS["dsq_scale"])  # younger than the first checkpoints
-    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, scale)
-    return parse_levels(args.dsq_levels, args.dsq_format, options)
 
 
 def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:

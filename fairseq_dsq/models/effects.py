@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,17 @@ class TrainingFlags:
         return min(count, enough)
 
 
+def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
+    """The levels that the flags in ``args`` stand for.
+
+    Raises:
+        ValueError: levels that are malformed or not of the format.
+    """
+    scale = getattr(args, "dsq_scale", DEFAULTS["dsq_scale"])  # younger than the first checkpoints
+    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, scale)
+    return parse_levels(args.dsq_levels, args.dsq_format, options)
+
+
 def schedule_warnings(
     flags: TrainingFlags,
     schedule: PrecisionSchedule,
@@ -128,16 +140,14 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             if value != DEFAULTS[name]:
                 yield f"--{name.replace('_', '-')} {value}: has no effect"
 
-    def other(**changes: bool) -> tuple[PrecisionConfig, ...] | None:
-        """The levels under other options, None where these have no such levels."""
-        options = {"sign_bit_extra": args.dsq_sign_bit == "extra", "static_scale": args.dsq_fixed_scale == "static"}
+    def idle(flag: str) -> bool:
+        """Whether the levels are the same without the flag."""
         try:
-            return parse_levels(args.dsq_levels, args.dsq_format, FormatOptions(**{**options, **changes}))
+            flags = {name: getattr(args, name) for name in DEFAULTS}
+            others = levels_of(argparse.Namespace(**{**flags, flag: DEFAULTS[flag]}))
         except ValueError:
-            return None
-
-    def alike(changed: Sequence[PrecisionConfig] | None) -> bool:
-        return changed is not None and [_formats(level) for level in changed] == [_formats(level) for level in levels]
+            return False
+        return [_formats(level) for level in others] == [_formats(level) for level in levels]
 
     if len(levels) == 1:
         for line in given("dsq_patience", "dsq_min_delta"):
@@ -147,19 +157,20 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     used = {held for level in levels for held in _formats(level)}
     if used <= {formats.Float32()}:
-        idle = ("rounding", "sign_bit", "box_dim", "attention_matmul", "fixed_scale", "stash_scope", "skip", "gemm")
-        for line in given(*(f"dsq_{name}" for name in idle)):
+        names = ("rounding", "sign_bit", "box_dim", "value_boxes", "attention_matmul", "fixed_scale", "scale")
+        for line in given(*(f"dsq_{name}" for name in (*names, "stash_scope", "skip", "gemm"))):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
     if all(held.box_size is None for held in used):
-        for line in given("dsq_box_dim"):
+        for line in given("dsq_box_dim", "dsq_value_boxes"):
             yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"
-    if alike(other(static_scale=False)):
-        for line in given("dsq_fixed_scale"):
-            yield f"{line} with --dsq-format {args.dsq_format}"
-    if alike(other(sign_bit_extra=False)):
-        for line in given("dsq_sign_bit"):
-            yield f"{line} with --dsq-format {args.dsq_format}"
+    elif args.dsq_attention_matmul == "off":
+        for line in given("dsq_value_boxes"):
+            yield f"{line} with --dsq-attention-matmul off"
+    for flag in ("dsq_fixed_scale", "dsq_scale", "dsq_sign_bit"):
+        if idle(flag):
+            for line in given(flag):
+                yield f"{line} with --dsq-format {args.dsq_format}"
 
 
 def _formats(level: PrecisionConfig) -> tuple[formats.Format, ...]:

@@ -32,6 +32,10 @@ def idle(**changes):
         ({"levels": "[16,4,4,16]", "min_delta": 0.1}, ["--dsq-min-delta 0.1"]),
         ({"levels": "[4,4,4,16] [4,4,4,16] [16,4,4,16]"}, ["--dsq-levels [4,4,4,16] [4,4,4,16] [16,4,4,16]"]),
         ({"fixed_scale": "static"}, ["--dsq-fixed-scale static"]),
+        ({"format": "fixed", "fixed_scale": "row", "value_boxes": "feature", "scale": "fit"}, []),
+        ({"scale": "fit", "value_boxes": "feature"}, []),
+        ({"attention_matmul": "off", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
+        ({"format": "fixed", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
         ({"format": "fixed", "box_dim": "last"}, ["--dsq-box-dim last"]),
         ({"format": "float32"}, []),
         (
@@ -52,6 +56,7 @@ def test_a_flag_without_effect_is_named(flags, expected):
 def test_every_flag_without_effect_in_float32_is_named():
     others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
+    others |= {"value_boxes": "feature", "scale": "fit"}
     assert len(idle(format="float32", **others)) == len(DEFAULTS) - len(("dsq_format", "dsq_levels"))
 
 
