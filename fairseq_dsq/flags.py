@@ -15,6 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "dsq_rounding": "nearest",
     "dsq_sign_bit": "counted",
     "dsq_box_dim": "reduction",
+    "dsq_value_boxes": "row",
     "dsq_attention_matmul": "on",
     "dsq_fixed_scale": "dynamic",
     "dsq_scale": "floor",

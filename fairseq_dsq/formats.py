@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MIN_BITS, MAX_BITS = 2, 32
@@ -21,6 +21,8 @@ SIGNIFICAND_BITS = 24
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 EXPONENT_BIAS = 127
 DEFAULT_BOX_SIZE = 16
+# A box that no row fills, and that a kernel's 32-bit sizes hold.
+ROW = 1 << 30
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
 Scale = Literal["floor", "fit"]
@@ -182,13 +184,17 @@ class BlockFloat:
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """Fixed point: two's complement codes with one power-of-two scale for the whole tensor.
+    """Fixed point: two's complement codes with one power-of-two scale for the whole tensor, or for each row.
+
+    Where the scale follows from the tensor, all that a batch holds shares it: a sentence's result then depends on the
+    others, and a position's on later ones. A scale per row has no such dependence.
 
     Attributes:
         bits: bits of an element, sign included; 2 to 32.
-        fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the
-            tensor's largest magnitude, as :class:`BlockFloat` does for a box.
-        scale: how it is taken from there, ``floor`` or ``fit``, as for :class:`BlockFloat`.
+        fraction_bits: scale = 2^-fraction_bits, whatever the tensor holds; None takes the scale from the largest
+            magnitude, as :class:`BlockFloat` does for a box.
+        per_row: one scale for each row along the dimension that a GEMM sums over, not for the tensor.
+        scale: how it is taken from the largest magnitude, ``floor`` or ``fit``, as for :class:`BlockFloat`.
 
     Raises:
         TypeError, ValueError: a width or a scale that is not defined.
@@ -196,6 +202,7 @@ class FixedPoint:
 
     bits: int
     fraction_bits: int | None = None
+    per_row: bool = False
     scale: Scale = "floor"
 
     def __post_init__(self) -> None:
@@ -206,15 +213,17 @@ class FixedPoint:
         fraction = self.fraction_bits
         if fraction is None:
             return
+        if self.per_row:
+            raise ValueError(f"per_row: got True with fraction_bits {fraction!r}, expected None: a scale that follows")
         if isinstance(fraction, bool) or not isinstance(fraction, int):
             raise TypeError(f"fraction_bits: got {fraction!r}, expected an integer from 0 to {self.bits}")
         if not 0 <= fraction <= self.bits:
             raise ValueError(f"fraction_bits: got {self.fraction_bits!r}, expected 0 to {self.bits}")
 
     @property
-    def box_size(self) -> None:
-        """None: the whole tensor is one box."""
-        return None
+    def box_size(self) -> int | None:
+        """None: the whole tensor is one box; else larger than any row."""
+        return ROW if self.per_row else None
 
     @property
     def max_code(self) -> int:
@@ -243,17 +252,21 @@ class FixedPoint:
         return _headroom(self.bits, self.scale)
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
-        """Bytes of a packed tensor of ``shape``: one exponent and the codes; ``dim`` does not matter."""
-        return packed_nbytes(shape, dim, self.bits, None)
+        """Bytes of a packed tensor of ``shape``: the codes and one exponent, or one for each row along ``dim``."""
+        return packed_nbytes(shape, dim, self.bits, self.box_size)
 
     def __str__(self) -> str:
         if self.fraction_bits is None:
-            return f"fixed{self.bits}{_FIT if self.scale == 'fit' else ''}"
+            return f"fixed{self.bits}{'/row' if self.per_row else ''}{_FIT if self.scale == 'fit' else ''}"
         return f"fixed{self.bits}.{self.fraction_bits}"
 
 
 Format = Float32 | BlockFloat | FixedPoint
 ScaledInteger = BlockFloat | FixedPoint
+
+
+FixedScale = Literal["dynamic", "row", "static"]
+FIXED_SCALES: tuple[FixedScale, ...] = ("dynamic", "row", "static")
 
 
 @dataclass(frozen=True)
@@ -262,18 +275,23 @@ class FormatOptions:
 
     Attributes:
         sign_bit_extra: q counts magnitude bits only; the sign comes on top (``--dsq-sign-bit extra``).
-        static_scale: fixed point with half the bits as fraction (``--dsq-fixed-scale static``).
-        scale: how block floating point and dynamic fixed point take theirs from the largest magnitude
-            (``--dsq-scale``).
+        fixed_scale: fixed point's scale, one of :data:`FIXED_SCALES` (``--dsq-fixed-scale``): ``dynamic`` follows from
+            the tensor, ``row`` from each row, ``static`` makes half the bits fraction.
+        scale: how a scale follows from the largest magnitude, one of :data:`SCALES` (``--dsq-scale``).
     """
 
     sign_bit_extra: bool = False
-    static_scale: bool = False
+    fixed_scale: FixedScale = "dynamic"
     scale: Scale = "floor"
 
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
         return q + 1 if self.sign_bit_extra else q
+
+
+def per_row(fmt: Format) -> Format:
+    """``fmt`` with one scale for each row along the dimension of its boxes; as it is if its scale is the tensor's."""
+    return replace(fmt, box_size=ROW) if isinstance(fmt, BlockFloat) else fmt
 
 
 _FAMILIES: dict[str, Callable[[int, FormatOptions], Format]] = {}
@@ -288,7 +306,8 @@ def register(name: str, make: Callable[[int, FormatOptions], Format]) -> None:
 
 def _fixed(q: int, options: FormatOptions) -> FixedPoint:
     bits = options.bits(q)
-    return FixedPoint(bits, bits // 2 if options.static_scale else None, options.scale)
+    fraction_bits = bits // 2 if options.fixed_scale == "static" else None
+    return FixedPoint(bits, fraction_bits, options.fixed_scale == "row", options.scale)
 
 
 register("bfp", lambda q, options: BlockFloat(options.bits(q), scale=options.scale))
@@ -316,9 +335,9 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 def parse(text: str) -> Format:
     """The inverse of ``str``.
 
-    ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8.4`` (four fraction bits),
-    ``bfp4-fit``, ``bfp4x32-fit`` and ``fixed8-fit`` (a scale under which nothing clips), ``float32``; a name registered
-    elsewhere with its bits.
+    ``bfp4`` (boxes of 16), ``bfp4x32`` (of 32), ``fixed8`` (dynamic scale), ``fixed8/row`` (one for each row),
+    ``fixed8.4`` (four fraction bits), ``bfp4-fit``, ``bfp4x32-fit``, ``fixed8-fit``, ``fixed8/row-fit`` (a scale under
+    which nothing clips), ``float32``; a name registered elsewhere with its bits.
 
     Raises:
         ValueError: text that names no format.
@@ -328,10 +347,10 @@ def parse(text: str) -> Format:
     if match := re.fullmatch(rf"bfp(\d+)(?:x(\d+))?({_FIT})?", text):
         box_size = DEFAULT_BOX_SIZE if match[2] is None else int(match[2])
         return BlockFloat(int(match[1]), box_size, scale="fit" if match[3] else "floor")
-    if match := re.fullmatch(rf"fixed(\d+){_FIT}", text):
-        return FixedPoint(int(match[1]), scale="fit")
     if match := re.fullmatch(r"fixed(\d+)\.(\d+)", text):
         return FixedPoint(int(match[1]), int(match[2]))
+    if match := re.fullmatch(rf"fixed(\d+)(/row)?({_FIT})?", text):
+        return FixedPoint(int(match[1]), per_row=bool(match[2]), scale="fit" if match[3] else "floor")
     match = re.fullmatch(r"([a-z]\w*?)(\d+)", text)
     if match is None or match[1] not in _FAMILIES:
         raise ValueError(f"format: got {text!r}, expected such as bfp4, bfp4x32, bfp4-fit, fixed8, fixed8.4 or float32")

@@ -36,7 +36,7 @@ def test_operands_have_the_named_format_and_its_options():
     assert extra.grad_output == BlockFloat(17)
     assert extra.operand_q("grad_input") == (16, 2)  # q as the flag gives it
     assert PrecisionConfig((4, 4, 4, 8), "fixed").grad_output == FixedPoint(8)
-    static = PrecisionConfig((4, 4, 4, 8), "fixed", FormatOptions(static_scale=True))
+    static = PrecisionConfig((4, 4, 4, 8), "fixed", FormatOptions(fixed_scale="static"))
     assert static.stash == FixedPoint(4, 2)
     assert PrecisionConfig((32, 32, 32, 32), "float32").stash == Float32()
 
@@ -144,7 +144,7 @@ def test_levels_lowest_first(text, expected):
 
 
 def test_levels_carry_format_and_options():
-    options = FormatOptions(static_scale=True)
+    options = FormatOptions(fixed_scale="static")
     levels = parse_levels("[4,4,4,8] [8,8,8,8]", "fixed", options)
     assert {(level.format_name, level.options) for level in levels} == {("fixed", options)}
     assert levels[1].stash == FixedPoint(8, 4)

@@ -15,7 +15,7 @@ from torch import nn
 
 from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
-from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.formats import FIXED_SCALES, FormatOptions
 from fairseq_dsq.models.heads import convert_heads
 from fairseq_dsq.models.state import RESTARTS, DSQState, hang_on_training
 from fairseq_dsq.nn import (
@@ -23,6 +23,7 @@ from fairseq_dsq.nn import (
     FLOAT32,
     GEMM_MODES,
     STASH_SCOPES,
+    VALUE_BOXES,
     DSQContext,
     GemmConfig,
     convert,
@@ -107,11 +108,18 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
         "boxes lie along the reduction dimension of the GEMM that reads them, or along the last: "
         + ", ".join(BOX_DIMS),
     ),
+    "dsq_value_boxes": (
+        _choice(*VALUE_BOXES),
+        "MODE",
+        "what shares an exponent of attention's values, of which no two positions do: row, all of a position and head; "
+        "feature, boxes along the features",
+    ),
     "dsq_attention_matmul": (_choice("on", "off"), "SWITCH", "quantize attention's two batched products: on, off"),
     "dsq_fixed_scale": (
-        _choice("dynamic", "static"),
+        _choice(*FIXED_SCALES),
         "MODE",
-        "fixed point's scale: dynamic, from each tensor's largest magnitude; static, half the bits are fraction",
+        "fixed point's scale: dynamic, from each tensor's largest magnitude (a sentence then depends on its batch); "
+        "row, from each row's; static, half the bits are fraction",
     ),
     "dsq_scale": (
         _choice(*formats.SCALES),
@@ -181,10 +189,9 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     Raises:
         SystemExit: flags that contradict each other or the model; one line names the flag.
     """
-    static = args.dsq_fixed_scale == "static"
-    if static and args.dsq_format == "fixed" and args.dsq_scale != "floor":
+    if args.dsq_format == "fixed" and args.dsq_fixed_scale == "static" and args.dsq_scale != "floor":
         flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
-    options = FormatOptions(args.dsq_sign_bit == "extra", static, args.dsq_scale)
+    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, args.dsq_scale)
     try:
         levels = parse_levels(args.dsq_levels, args.dsq_format, options)
     except ValueError as error:
@@ -196,8 +203,13 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
+    if args.dsq_format == "fixed" and args.dsq_fixed_scale == "dynamic":
+        logger.warning(
+            "--dsq-fixed-scale dynamic: one scale per tensor lets a sentence's result depend on its batch and a "
+            "position's on later ones; row and static do not"
+        )
     context = DSQContext(
-        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm),
+        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm, args.dsq_value_boxes),
         attention_matmul=args.dsq_attention_matmul == "on",
         stash_scope=args.dsq_stash_scope,
     )

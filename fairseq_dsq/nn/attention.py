@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import matmul
@@ -16,12 +17,66 @@ from fairseq_dsq.nn.saved import softmax
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
 
+class _TakeRows(torch.autograd.Function):
+    """``x[index]`` of a permutation, along the first of two dimensions; a gradient is taken by its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+        return grad.index_select(0, inverse), None
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Keys or values B x heads x S x D with the positions of each sentence in its ``order`` (B x S), contiguous.
+
+    Takes the place of the copy that makes a projection's output, S x B x C in memory, contiguous.
+    """
+    batch, heads, length, size = x.shape
+    if x.is_contiguous():
+        rows, strides = x.reshape(-1, size), (heads * length, length, 1)
+    else:
+        rows, strides = x.permute(2, 0, 1, 3).reshape(-1, size), (heads, 1, batch * heads)
+    start = torch.arange(batch, device=x.device)[:, None] * strides[0]
+    start = start + torch.arange(heads, device=x.device) * strides[1]
+    index = start[:, :, None] + order[:, None] * strides[2]
+    return _TakeRows.apply(rows, index.flatten()).view(x.shape)  # type: ignore[no-any-return]
+
+
+def _extend(
+    saved: dict[str, Tensor | None], k: Tensor | None, v: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """This step's k, v (B x heads x S x head_dim) and mask (B x S) after the saved ones."""
+    prev_key, prev_value, prev_mask = (saved.get(name) for name in ("prev_key", "prev_value", "prev_key_padding_mask"))
+    if prev_key is None or prev_value is None:
+        return k, v, mask
+    assert k is not None and v is not None
+    new = k.shape[2]
+    k, v = torch.cat([prev_key, k], dim=2), torch.cat([prev_value, v], dim=2)
+    if prev_mask is not None or mask is not None:
+        # A step without a mask has no padding.
+        before = prev_mask if prev_mask is not None else k.new_zeros(len(k), k.shape[2] - new)
+        now = mask if mask is not None else k.new_zeros(len(k), new)
+        mask = torch.cat([before.bool(), now.bool()], dim=1)
+    return k, v, mask
+
+
 class DSQMultiheadAttention(nn.Module):
     """Attention with fairseq's ``MultiheadAttention`` interface, parameter names and incremental state.
 
     fairseq's own training path hands raw weights to ``F.multi_head_attention_forward``, so swapped projections would
     never be called; this module runs its own path. q, k and v projections of one input share one stash. Softmax and
     dropout compute in float32.
+
+    The weighted sum runs over keys: no two keys' values share an exponent (:func:`matmul`'s ``apart``), so that no
+    position sees a later one; and the weights' boxes, which lie along the keys, are counted from a sentence's own first
+    key, padding coming last, so that no sentence sees what it is batched with.
 
     Args:
         embed_dim: C of queries and of the output.
@@ -112,7 +167,13 @@ class DSQMultiheadAttention(nn.Module):
 
     def _matmul(self, a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
         context = self.context if self.context.attention_matmul else self.context.float32()
-        return matmul(a, b, context.for_mode(self.training), context.ledger, transpose_b)
+        config = context.for_mode(self.training)
+        return matmul(a, b, config, context.ledger, transpose_b, apart=not transpose_b)
+
+    def _counts_keys(self, keys: int) -> bool:
+        """Whether it matters which of so many keys is a sentence's first: the weights' boxes are shorter."""
+        box_size = self.context.config.precision.output_operands.box_size
+        return self.context.attention_matmul and box_size is not None and box_size < keys
 
     def forward(
         self,
@@ -160,8 +221,24 @@ class DSQMultiheadAttention(nn.Module):
         # B x heads x S x head_dim
         k = None if k is None else k.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
         v = None if v is None else v.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
-        if incremental_state is not None:
-            k, v, key_padding_mask = self._extend(incremental_state, saved, k, v, key_padding_mask, static_kv)
+        if static_kv and "prev_key" in saved:
+            k, v = saved["prev_key"], saved["prev_value"]
+            key_padding_mask, order = saved["prev_key_padding_mask"], saved["key_order"]
+        else:
+            if not static_kv:
+                k, v, key_padding_mask = _extend(saved, k, v, key_padding_mask)
+            assert k is not None and v is not None
+            # What further keys will be appended to stays as it came.
+            buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask}
+            order = None
+            if key_padding_mask is not None and self._counts_keys(k.shape[2]) and not before_softmax:
+                key_padding_mask = key_padding_mask.bool()
+                order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+                k, v, key_padding_mask = _in_order(k, order), _in_order(v, order), key_padding_mask.gather(1, order)
+            if static_kv:
+                buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask, "key_order": order}
+            if incremental_state is not None:
+                self._set_input_buffer(incremental_state, buffer)
         assert k is not None and v is not None
         kv_batch, _, src_len, _ = k.shape
 
@@ -172,7 +249,8 @@ class DSQMultiheadAttention(nn.Module):
         scores = self._matmul(rows, k.flatten(0, 1), transpose_b=True)
         scores = scores.view(kv_batch, self.num_heads, beam, tgt_len, src_len)
         if attn_mask is not None:
-            scores = scores + attn_mask
+            # T x S, or B x 1 x 1 x T x S with the keys in each sentence's order.
+            scores = scores + (attn_mask if order is None else attn_mask[:, order].transpose(0, 1)[:, None, None])
         if key_padding_mask is not None:
             scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], float("-inf"))
         if before_softmax:
@@ -184,38 +262,11 @@ class DSQMultiheadAttention(nn.Module):
         out: Tensor = self.out_proj(heads.permute(3, 0, 2, 1, 4).reshape(tgt_len, batch, self.embed_dim))
         if not (need_weights or need_head_weights):
             return out, None
+        if order is not None:
+            places = order[:, None, None, None].expand_as(weights)
+            weights = weights.new_zeros(weights.shape).scatter(-1, places, weights)
         per_head = weights.permute(1, 0, 2, 3, 4).reshape(self.num_heads, batch, tgt_len, src_len)
         return out, per_head if need_head_weights else per_head.mean(0)
-
-    def _extend(
-        self,
-        incremental_state: IncrementalState,
-        saved: dict[str, Tensor | None],
-        k: Tensor | None,
-        v: Tensor | None,
-        mask: Tensor | None,
-        static_kv: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append this step's k, v (B x heads x S x head_dim) and mask (B x S) to the saved ones; save the result."""
-        prev_key, prev_value, prev_mask = (
-            saved.get(name) for name in ("prev_key", "prev_value", "prev_key_padding_mask")
-        )
-        if prev_key is not None and prev_value is not None:
-            if static_kv:
-                k, v, mask = prev_key, prev_value, prev_mask
-            else:
-                assert k is not None and v is not None
-                new = k.shape[2]
-                k, v = torch.cat([prev_key, k], dim=2), torch.cat([prev_value, v], dim=2)
-                if prev_mask is not None or mask is not None:
-                    # A step without a mask has no padding.
-                    before = prev_mask if prev_mask is not None else k.new_zeros(len(k), k.shape[2] - new)
-                    now = mask if mask is not None else k.new_zeros(len(k), new)
-                    mask = torch.cat([before.bool(), now.bool()], dim=1)
-        assert k is not None and v is not None
-        state = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": mask}
-        self._set_input_buffer(incremental_state, state)
-        return k, v, mask
 
     def _get_input_buffer(self, incremental_state: IncrementalState | None) -> dict[str, Tensor | None]:
         return {} if incremental_state is None else incremental_state.get(self._state_key, {})

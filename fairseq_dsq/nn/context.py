@@ -11,6 +11,8 @@ from fairseq_dsq.quant import Rounding
 
 BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
+ValueBoxes = Literal["row", "feature"]
+VALUE_BOXES: tuple[ValueBoxes, ...] = ("row", "feature")
 GemmMode = Literal["auto", "float32"]
 GEMM_MODES: tuple[GemmMode, ...] = ("auto", "float32")
 StashScope = Literal["gemm", "all"]
@@ -105,12 +107,15 @@ class GemmConfig:
             along the stored tensor's last dimension.
         gemm: ``auto`` multiplies on the cheapest arithmetic that is exact, see :mod:`fairseq_dsq.nn.gemm`; ``float32``
             on that.
+        value_boxes: what shares an exponent of attention's values, of which no position's may share one with
+            another's: ``row``, all of one position and head; ``feature``, boxes along the features.
     """
 
     precision: PrecisionConfig
     rounding: Rounding = "nearest"
     box_dim: BoxDim = "reduction"
     gemm: GemmMode = "auto"
+    value_boxes: ValueBoxes = "row"
 
     def dim(self, reduction_dim: int) -> int:
         """The dimension along which the boxes of an operand lie."""
@@ -127,12 +132,19 @@ class DSQContext:
         ledger: counts what runs.
         stash_scope: ``gemm`` packs what GEMMs keep for backward; ``all`` also what LayerNorm, softmax, activation
             functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
+        layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
     """
 
     config: GemmConfig
     attention_matmul: bool = True
     ledger: Ledger = field(default_factory=Ledger)
     stash_scope: StashScope = "gemm"
+    layers: int = 0
+
+    def number_layer(self) -> int:
+        """The number of one more layer, from 0."""
+        self.layers += 1
+        return self.layers - 1
 
     @property
     def packs(self) -> bool:

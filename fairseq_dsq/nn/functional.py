@@ -14,44 +14,75 @@ Boxes lie along the reduction dimension of the GEMM that reads them. Source: arX
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq_dsq import formats
 from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.nn.context import GemmConfig, Ledger
 from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, rounds_on_the_way
 from fairseq_dsq.precision import StashRole
 from fairseq_dsq.quant import Packed, fake_quantize, pack, quantize_and_pack
 
-# What is added to a call's seed for those who draw beside the forward's operands.
-_BACKWARD, _STASH = 1, 2
+# The exponent of a float32, and of the least and the largest power of two among the normal ones.
+_EXPONENT, _NORMAL = 0x7F800000, (1 << 23, 254 << 23)
+# What is added to a call's seed for those who draw beside the forward's operands; ranks and layers lie further apart.
+_BACKWARD, _STASH, _APART = 1, 2, 4
 
 
-def _draw_seed(config: GemmConfig) -> int | None:
-    """One draw from torch's default generator per call, whatever the call will round.
+class _Seeds(NamedTuple):
+    """Where one call's stochastic rounding starts.
+
+    Attributes:
+        values: of inputs and gradients; data-parallel replicas hold other ones, and draw other noise.
+        weight: of weights, of which replicas hold the same and draw the same noise.
+    """
+
+    values: int
+    weight: int
+
+    def backward(self) -> _Seeds:
+        """Those of the call's backward pass."""
+        return _Seeds(self.values + _BACKWARD, self.weight + _BACKWARD)
+
+
+def _draw_seeds(config: GemmConfig) -> _Seeds | None:
+    """One draw from torch's default generator per call, whatever the call will round; None where nothing is drawn.
 
     Reentrant checkpointing runs a forward without grad, which stashes nothing, and repeats it from the same generator
-    state: the second must draw what the first did. None where nothing is drawn.
+    state: the second must draw what the first did. The generators of replicas part as soon as one has a longer batch
+    to drop out of; the seed that all of them were given (by fairseq, anew for every update) does not.
     """
-    return int(torch.randint(2**62, ())) if config.rounding == "stochastic" else None
+    if config.rounding != "stochastic":
+        return None
+    drawn = int(torch.randint(2**62, ()))
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed:
+        return _Seeds(drawn, drawn + _STASH + _BACKWARD)
+    return _Seeds(drawn + _APART * torch.distributed.get_rank(), torch.initial_seed() % 2**62)
 
 
 class _Quantizer:
     """Quantizes the operands of one call's forward or backward.
 
     Stashes draw from a generator of their own: a forward without grad, which keeps none, must draw for its operands
-    what one under grad does.
+    what one under grad does. So do weights.
+
+    Args:
+        config: what the operands are rounded to.
+        seeds: of the forward, or of the backward.
     """
 
-    def __init__(self, config: GemmConfig, seed: int | None) -> None:
+    def __init__(self, config: GemmConfig, seeds: _Seeds | None) -> None:
         self.config = config
+        self.seeds = seeds
         self.generator = self.stash_generator = None
-        if seed is not None:
-            self.generator = torch.Generator().manual_seed(seed)
-            self.stash_generator = torch.Generator().manual_seed(seed + _STASH)
+        if seeds is not None:
+            self.generator = torch.Generator().manual_seed(seeds.values)
+            self.stash_generator = torch.Generator().manual_seed(seeds.values + _STASH)
 
     def _boxed(self, reduction: int) -> bool:
         return self.config.dim(reduction) == reduction
@@ -66,8 +97,20 @@ class _Quantizer:
 
     def operand(self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
         """An operand of a GEMM that sums over ``reduction``; left to the GEMM if that rounds on the way."""
+        return self._operand(x, fmt, reduction, how, self.generator)
+
+    def weight(self, weight: Tensor, layer: int, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
+        """The same of a weight; ``layer`` tells it from the model's others."""
+        generator = None
+        if self.seeds is not None:
+            generator = torch.Generator().manual_seed(self.seeds.weight + _APART * layer)
+        return self._operand(weight, fmt, reduction, how, generator)
+
+    def _operand(
+        self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic, generator: torch.Generator | None
+    ) -> Operand:
         if not self._left_to_gemm(fmt, reduction, how):
-            x = fake_quantize(x, fmt, self.config.dim(reduction), self.config.rounding, self.generator)
+            x = fake_quantize(x, fmt, self.config.dim(reduction), self.config.rounding, generator)
         return Operand(x, fmt, reduction, self._boxed(reduction))
 
     def stashed(self, stash: Packed | None, fmt: Format, reduction: int) -> Operand | None:
@@ -99,6 +142,25 @@ class _Quantizer:
         self._record(packed, "input", ledger)
         return Operand(rounded, fmt, -1, self._boxed(-1)), packed
 
+    def rows_apart(self, a: Tensor, b: Tensor, fmt: Format) -> tuple[Operand, Operand]:
+        """Operands of a (..., M, K) @ b (..., K, N) in which no two rows of b share an exponent.
+
+        ``value_boxes`` says how. ``row``: each row of b has one scale, which goes over to the column of a that it
+        meets, so that b is integers and boxes lie along the reduction: a @ b = (a * scale^T) @ (b / scale).
+        ``feature``: the boxes of b lie along N.
+        """
+        rounding, generator = self.config.rounding, self.generator
+        if self.config.value_boxes == "feature" or b.dtype is torch.float16:  # whose exponents do not reach so far
+            b = fake_quantize(b, fmt, -1, rounding, generator)
+            how = arithmetic(a, fmt, fmt, self.config.gemm, boxed=False)
+            return self.operand(a, fmt, -1, how), Operand(b, fmt, -2, boxed=False)
+        exponents = (b.float().abs().amax(-1, keepdim=True).view(torch.int32) & _EXPONENT).clamp_(*_NORMAL)
+        scale = exponents.view(torch.float32).to(b.dtype)
+        codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).div_(scale)
+        how = self.arithmetic(a, fmt, fmt, -1, -2)
+        # Integers stay what they are when the GEMM rounds them again, in boxes along the reduction.
+        return self.operand(a * scale.mT, fmt, -1, how), Operand(codes, fmt, -2, self._boxed(-2))
+
     def backward_arithmetic(self, x: Tensor, n_dim: int) -> tuple[Arithmetic, Arithmetic]:
         """What multiplies in grad_input, whose weight has N as ``n_dim``, and in grad_weight; ``x`` is any operand."""
         precision = self.config.precision
@@ -121,10 +183,6 @@ class _Quantizer:
         return along_n, self.operand(grad, fmt, -2, how[1])
 
 
-def _backward_seed(seed: int | None) -> int | None:
-    return None if seed is None else seed + _BACKWARD
-
-
 def _rows(x: Tensor) -> Tensor:
     """(..., N) as a matrix; any of the sizes may be 0, which leaves nothing for reshape's -1 to follow from."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -144,27 +202,33 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, config: GemmConfig, ledger: Ledger | None, grad_enabled: bool, x: Tensor, *params: Tensor | None
+        ctx: Any,
+        config: GemmConfig,
+        ledger: Ledger | None,
+        grad_enabled: bool,
+        layers: Sequence[int],
+        x: Tensor,
+        *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
         precision = config.precision
         weights, biases = params[0::2], params[1::2]
         rows = _rows(x)
-        needs_x = grad_enabled and ctx.needs_input_grad[3]
-        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[4::2]]
-        seed = _draw_seed(config)
-        quantizer = _Quantizer(config, seed)
+        needs_x = grad_enabled and ctx.needs_input_grad[4]
+        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[5::2]]
+        seeds = _draw_seeds(config)
+        quantizer = _Quantizer(config, seeds)
         fmt = precision.output_operands
         how = quantizer.arithmetic(x, fmt, fmt, -1, -1)
         operand, stash = quantizer.operand_and_stash(rows, any(needs_weight), how, ledger)
         outputs = []
-        for weight, bias, needs in zip(weights, biases, needs_weight, strict=True):
+        for layer, weight, bias, needs in zip(layers, weights, biases, needs_weight, strict=True):
             assert weight is not None
             # output: MxK @ KxN => MxN
-            y = multiply(operand, quantizer.operand(weight, fmt, -1, how), config.gemm, bias)
+            y = multiply(operand, quantizer.weight(weight, layer, fmt, -1, how), config.gemm, bias)
             outputs.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x or needs)
-        ctx.config, ctx.seed, ctx.x_shape = config, seed, x.shape
+        ctx.config, ctx.seeds, ctx.layers, ctx.x_shape = config, seeds, layers, x.shape
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
@@ -179,24 +243,25 @@ class _Linear(torch.autograd.Function):
         precision = config.precision
         ledger: Ledger | None = ctx.ledger
         data, *weights = ctx.saved_tensors
-        quantizer = _Quantizer(config, _backward_seed(ctx.seed))
+        quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
         stashed = quantizer.stashed(_packed(data, ctx.stash_spec), precision.stash, -2)
         how = quantizer.backward_arithmetic(weights[0], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            needs_weight, needs_bias = ctx.needs_input_grad[4 + 2 * index : 6 + 2 * index]
+            needs_weight, needs_bias = ctx.needs_input_grad[5 + 2 * index : 7 + 2 * index]
             grad_weight: Tensor | None = None
             grad_bias: Tensor | None = None
             if grad is not None:
                 rows = _rows(grad)
                 m, n, k = *rows.shape, weight.shape[1]
-                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[3], needs_weight), how)
+                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[4], needs_weight), how)
                 if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
-                    operand = quantizer.operand(weight, precision.grad_input_weight, -2, how[0])
+                    layer = ctx.layers[index]
+                    operand = quantizer.weight(weight, layer, precision.grad_input_weight, -2, how[0])
                     grad_x = multiply(along_n, operand, config.gemm, add_to=grad_x)
                 if along_m is not None:
                     assert stashed is not None
@@ -207,7 +272,7 @@ class _Linear(torch.autograd.Function):
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
-        return None, None, None, None if grad_x is None else _reshaped(grad_x, ctx.x_shape), *grad_params
+        return None, None, None, None, None if grad_x is None else _reshaped(grad_x, ctx.x_shape), *grad_params
 
 
 def record_linear(ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, training: bool) -> None:
@@ -231,7 +296,11 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def linear_group(
-    x: Tensor, params: Sequence[tuple[Tensor, Tensor | None]], config: GemmConfig, ledger: Ledger | None = None
+    x: Tensor,
+    params: Sequence[tuple[Tensor, Tensor | None]],
+    config: GemmConfig,
+    ledger: Ledger | None = None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers to one input; all share one quantized input and one packed stash.
 
@@ -240,14 +309,17 @@ def linear_group(
         params: (weight N x K, bias N or None) of each layer.
         config: precision, rounding and box direction.
         ledger: where the GEMMs are counted.
+        layers: a number of each layer, that tells the rounding noise of its weight from the others'; None counts
+            these from 0.
 
     Returns:
         One (..., N) tensor per layer.
     """
     flat: list[Tensor | None] = [tensor for pair in params for tensor in pair]
     operands = _autocast(x, *flat)
+    layers = range(len(params)) if layers is None else layers
     with torch.autocast(autocast_device(x), enabled=False):
-        return _Linear.apply(config, ledger, torch.is_grad_enabled(), *operands)  # type: ignore[no-any-return]
+        return _Linear.apply(config, ledger, torch.is_grad_enabled(), layers, *operands)  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
@@ -256,7 +328,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, l
 
 
 class _Matmul(torch.autograd.Function):
-    """Batched a @ b, or a @ b^T; a is stashed at q1, b, which plays the weight, at q2."""
+    """Batched a @ b, or a @ b^T; a is stashed at q1, b, which plays the weight, at q2.
+
+    With ``apart`` (of a @ b alone) no two rows of b share an exponent in the output GEMM.
+    """
 
     @staticmethod
     def forward(
@@ -265,26 +340,32 @@ class _Matmul(torch.autograd.Function):
         ledger: Ledger | None,
         grad_enabled: bool,
         transpose_b: bool,
+        apart: bool,
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
         precision = config.precision
-        needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[4:])
+        needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[5:])
         k_dim, n_dim = (-1, -2) if transpose_b else (-2, -1)  # of b as it is stored
         if ledger is not None:
             batch, m, k = a.shape
             n = b.shape[n_dim]
             ledger.record("output", m, k, n, batch, precision, needs_a or needs_b)
-        seed = _draw_seed(config)
-        quantizer = _Quantizer(config, seed)
+        seeds = _draw_seeds(config)
+        quantizer = _Quantizer(config, seeds)
         # output: MxK @ KxN => MxN
         fmt = precision.output_operands
-        how = quantizer.arithmetic(a, fmt, fmt, -1, k_dim)
-        operand_a, stash_a = quantizer.operand_and_stash(a, needs_b, how, ledger)
-        y = multiply(operand_a, quantizer.operand(b, fmt, k_dim, how), config.gemm)
+        if apart and fmt.box_size is not None:
+            operand_a, operand_b = quantizer.rows_apart(a, b, fmt)
+            stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
+        else:
+            how = quantizer.arithmetic(a, fmt, fmt, -1, k_dim)
+            operand_a, stash_a = quantizer.operand_and_stash(a, needs_b, how, ledger)
+            operand_b = quantizer.operand(b, fmt, k_dim, how)
+        y = multiply(operand_a, operand_b, config.gemm)
         stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
-        ctx.config, ctx.seed, ctx.transpose_b = config, seed, transpose_b
+        ctx.config, ctx.seeds, ctx.transpose_b = config, seeds, transpose_b
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
         ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
@@ -295,7 +376,7 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         config, ledger = ctx.config, ctx.ledger
         precision = config.precision
-        quantizer = _Quantizer(config, _backward_seed(ctx.seed))
+        quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
         stashes = [_packed(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
         a = quantizer.stashed(stashes[0], precision.stash, -2)
@@ -315,10 +396,17 @@ class _Matmul(torch.autograd.Function):
                 ledger.record("grad_weight", a.rows.shape[-2], m, n, batch, precision, True, ctx.scope)
             transposed = multiply(along_m, a, config.gemm)
             grad_b = transposed if ctx.transpose_b else transposed.mT
-        return None, None, None, None, grad_a, grad_b
+        return None, None, None, None, None, grad_a, grad_b
 
 
-def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = None, transpose_b: bool = False) -> Tensor:
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    config: GemmConfig,
+    ledger: Ledger | None = None,
+    transpose_b: bool = False,
+    apart: bool = False,
+) -> Tensor:
     """Batched product ``a @ b`` with quantized GEMMs and packed stashes of both operands.
 
     ::
@@ -334,6 +422,9 @@ def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = Non
         config: precision, rounding and box direction.
         ledger: where the GEMMs are counted.
         transpose_b: multiply by b^T.
+        apart: the rows of b are positions that must not see one another (attention's values): in the output GEMM none
+            shares an exponent with another, see :meth:`_Quantizer.rows_apart`. Not with ``transpose_b``, whose rows
+            share none.
 
     Returns:
         (batch, M, N).
@@ -346,4 +437,4 @@ def matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None = Non
         raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")
     operands = _autocast(a, b)
     with torch.autocast(autocast_device(a), enabled=False):
-        return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, *operands)  # type: ignore[no-any-return]
+        return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, apart, *operands)  # type: ignore[no-any-return]

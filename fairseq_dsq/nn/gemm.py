@@ -9,16 +9,16 @@ All of them multiply the operands' values exactly and accumulate in float32; the
 
 On CPUs the kernels of quant/native/gemm.cpp round block floating point on the way, so that a quantized operand is never
 written to memory. On AVX2 and on AVX-512 with VNNI they multiply codes, and take boxes of 16 along the reduction alone;
-with AVX512-BF16, values in any format. On CPUs with AMX, oneDNN multiplies float32 tensors in bfloat16 where that takes
-one term; on CUDA, bfloat16 and TF32 tensor cores do (written to be right by construction: neither has run on such
-hardware).
+with AVX512-BF16, values in any format. On CUDA, bfloat16 tensor cores multiply (written to be right by construction: it
+has not run on one). No process-wide setting of torch is changed, and none changes a product: where one lets float32
+products lose bits, what would lose any is multiplied in float64.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from typing import NamedTuple
@@ -26,13 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import MIN_EXPONENT, BlockFloat, FixedPoint, Float32, Format
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, MIN_EXPONENT, BlockFloat, FixedPoint, Float32, Format
 from fairseq_dsq.nn.context import GemmMode
 from fairseq_dsq.quant import native, ops
 from fairseq_dsq.quant.ops import BFLOAT16_BITS
 
-# Sign and significand of two bfloat16 terms; of TF32, which has 10 stored and one implicit bit.
-TWO_TERM_BITS, TF32_BITS = 16, 12
+# Sign and significand of two bfloat16 terms.
+TWO_TERM_BITS = 16
+# Sign and significand that float32 products keep under torch's settings (TF32: 10 stored bits, 1 implicit).
+KEPT_BITS = {"tf32": 12, "bf16": BFLOAT16_BITS}
 INT8_BITS = 8
 # Below this many rows, columns or summands, converting to integers and back takes what they save.
 INT8_LEAST = 128
@@ -67,9 +69,7 @@ class Arithmetic(Enum):
 
     FLOAT32 = "float32"
     KERNEL = "bfloat16 and integers within a box, native kernels"
-    INTERNAL_BFLOAT16 = "bfloat16 inside float32, oneDNN on AMX"
     CUDA_BFLOAT16 = "bfloat16, CUDA"
-    CUDA_TF32 = "TF32, CUDA"
 
 
 def _terms(fmt: Format) -> int | None:
@@ -80,14 +80,9 @@ def _terms(fmt: Format) -> int | None:
 
 
 @cache
-def _has_amx() -> bool:
-    return hasattr(torch.backends.mkldnn, "matmul") and bool(torch.cpu._is_amx_tile_supported())
-
-
-@cache
 def _has_tensor_cores(device: torch.device) -> bool:
-    """bfloat16 and TF32, and a torch that can ask for them by the product."""
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and torch.cuda.get_device_capability(device) >= (8, 0)
+    """bfloat16 ones, and a torch whose products of bfloat16 can stay float32."""
+    return hasattr(torch.ops.aten.mm, "dtype") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def arithmetic(x: Tensor, a: Format, b: Format, mode: GemmMode, boxed: bool) -> Arithmetic:
@@ -98,21 +93,15 @@ def arithmetic(x: Tensor, a: Format, b: Format, mode: GemmMode, boxed: bool) -> 
         kernels = native.kernels
         codes = boxed and rounds_on_the_way(a, Arithmetic.KERNEL) and rounds_on_the_way(b, Arithmetic.KERNEL)
         kernel = kernels is not None and kernels.has_gemm and (codes or kernels.gemm_takes_values)
-        # AMX multiplies one term several times as fast as the kernel, two terms and their split no faster.
-        if _has_amx() and not (kernel and codes and _terms(a) == 2):
-            return Arithmetic.INTERNAL_BFLOAT16
         return Arithmetic.KERNEL if kernel else Arithmetic.FLOAT32
     if x.device.type == "cuda" and torch.version.cuda is not None and _has_tensor_cores(x.device):
-        if _terms(a) == 1:
-            return Arithmetic.CUDA_BFLOAT16
-        if a.bits <= TF32_BITS:
-            return Arithmetic.CUDA_TF32
+        return Arithmetic.CUDA_BFLOAT16
     return Arithmetic.FLOAT32
 
 
 def _takes_int8(a: Operand, b: Operand) -> bool:
     """Whether two operands of one scale each go through 8-bit integers, and fast."""
-    if not all(isinstance(each.fmt, FixedPoint) and each.fmt.bits <= INT8_BITS for each in (a, b)):
+    if not all(isinstance(x.fmt, FixedPoint) and x.fmt.box_size is None and x.fmt.bits <= INT8_BITS for x in (a, b)):
         return False
     sizes = (*a.rows.shape, *b.rows.shape)
     return (
@@ -128,15 +117,15 @@ def _takes_int8(a: Operand, b: Operand) -> bool:
 def _codes(x: Tensor) -> tuple[Tensor, float] | None:
     """int8 codes and their scale of a tensor in fixed point of at most 8 bits; None where it has no such scale.
 
-    The scale is found from the largest magnitude; where the format's own is larger, the codes are multiples.
+    The scale is found from the extremes; where the format's own is larger, the codes are multiples.
     """
     low, high = (float(value) for value in torch.aminmax(x))
-    largest = max(-low, high)
-    if not math.isfinite(largest):
+    if not (math.isfinite(low) and math.isfinite(high)):
         return None
-    # -128 * scale is the one value whose magnitude is a power of two beyond the codes.
-    exponent = math.frexp(largest if -low < high else math.nextafter(largest, 0.0))[1] - (INT8_BITS - 1)
-    if exponent < MIN_EXPONENT and largest > 0:
+    # Two's complement: codes from -128 to 127, so that an exact power of two takes a bit less if it is negative.
+    magnitudes = max(high, 0.0), math.nextafter(max(-low, 0.0), 0.0)
+    exponent = max(math.frexp(magnitude)[1] for magnitude in magnitudes) - (INT8_BITS - 1)
+    if exponent < MIN_EXPONENT and (low, high) != (0.0, 0.0):
         return None
     scale = 2.0 ** max(exponent, MIN_EXPONENT)
     return (x * (1 / scale)).to(torch.int8), scale
@@ -152,7 +141,12 @@ def _int8(a: Operand, b: Operand) -> Tensor | None:
 
 def rounds_on_the_way(fmt: Format, how: Arithmetic) -> bool:
     """Whether the product itself rounds an operand of this format, to nearest, in boxes along the reduction."""
-    return how is Arithmetic.KERNEL and isinstance(fmt, BlockFloat) and fmt == BlockFloat(fmt.bits)
+    return (
+        how is Arithmetic.KERNEL
+        and isinstance(fmt, BlockFloat)
+        and fmt.box_size == DEFAULT_BOX_SIZE
+        and fmt.scale == "floor"
+    )
 
 
 def multiply(
@@ -177,9 +171,43 @@ def multiply(
             return _finish(product, bias, add_to)
     if how is Arithmetic.KERNEL:
         return _kernel(a, b, bias, add_to)
-    if how is Arithmetic.FLOAT32 and bias is not None and add_to is None and b.tensor.dim() == 2:
-        return torch.nn.functional.linear(a.rows, b.rows, bias)  # half precision rounds once
+    if how is Arithmetic.FLOAT32:
+        if _loses_bits(a, b):
+            return _finish((a.rows.double() @ b.rows.mT.double()).float(), bias, add_to)
+        if bias is not None and add_to is None and b.tensor.dim() == 2:
+            return torch.nn.functional.linear(a.rows, b.rows, bias)  # half precision rounds once
     return _finish(_PRODUCTS[how](a.rows, b.rows.mT, _terms(a.fmt) or 1), bias, add_to)
+
+
+def _float32_precision(device: str) -> str:
+    """What a process-wide setting of torch makes of float32 products on a device: ``ieee``, ``tf32`` or ``bf16``."""
+    backend = {"cpu": "mkldnn", "cuda": "cuda"}.get(device)
+    if backend is None:
+        return "ieee"
+    if hasattr(torch._C, "_get_fp32_precision_getter"):  # since torch 2.9; reading the old names may raise there
+        return str(torch._C._get_fp32_precision_getter(backend, "matmul"))
+    names = {"highest": "ieee", "high": "tf32", "medium": "bf16" if backend == "mkldnn" else "tf32"}
+    return names[torch.get_float32_matmul_precision()]
+
+
+def _loses_bits(a: Operand, b: Operand) -> bool:
+    """Whether torch may cut an operand's quantized values before it multiplies; said once."""
+    if a.tensor.dtype is not torch.float32 or any(isinstance(operand.fmt, Float32) for operand in (a, b)):
+        return False
+    precision = _float32_precision(a.tensor.device.type)
+    if max(a.fmt.bits, b.fmt.bits) <= KEPT_BITS.get(precision, 32):
+        return False
+    _say_float64(precision)
+    return True
+
+
+@cache
+def _say_float64(precision: str) -> None:
+    warnings.warn(
+        f"torch multiplies float32 in {precision} here (torch.set_float32_matmul_precision), which would cut quantized "
+        f"operands of more than {KEPT_BITS[precision]} bits: they are multiplied in float64, which is slower",
+        stacklevel=2,
+    )
 
 
 def _finish(product: Tensor, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
@@ -204,17 +232,6 @@ def _kernel(a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) 
     return out
 
 
-@contextlib.contextmanager
-def _internal(backend: object, precision: str) -> Iterator[None]:
-    """A backend's float32 products in another precision while this lasts."""
-    before = backend.fp32_precision  # type: ignore[attr-defined]
-    backend.fp32_precision = precision  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before  # type: ignore[attr-defined]
-
-
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 ``x`` of at most 16 significant bits as the exact sum of two bfloat16 values, held in float32."""
     high = (x.view(torch.int32) & -0x10000).view(torch.float32)
@@ -226,29 +243,16 @@ def _float32(a: Tensor, b: Tensor, terms: int) -> Tensor:
     return a @ b
 
 
-def _amx(a: Tensor, b: Tensor, terms: int) -> Tensor:
-    with _internal(torch.backends.mkldnn.matmul, "bf16"):  # type: ignore[attr-defined]
-        if terms == 1:
-            return a @ b
-        high, low = split(a)
-        return (high @ b).add_(low @ b)
-
-
 def _cuda_bfloat16(a: Tensor, b: Tensor, terms: int) -> Tensor:
-    low = a.bfloat16(), b.bfloat16()
-    if a.dim() == 3:
-        return torch.bmm(*low, out_dtype=torch.float32)
-    return torch.mm(*low, out_dtype=torch.float32)
-
-
-def _cuda_tf32(a: Tensor, b: Tensor, terms: int) -> Tensor:
-    with _internal(torch.backends.cuda.matmul, "tf32"):
-        return a @ b
+    product = torch.bmm if a.dim() == 3 else torch.mm
+    b = b.bfloat16()
+    if terms == 1:
+        return product(a.bfloat16(), b, out_dtype=torch.float32)
+    high, low = (product(part.bfloat16(), b, out_dtype=torch.float32) for part in split(a))
+    return high.add_(low)
 
 
 _PRODUCTS: dict[Arithmetic, Callable[[Tensor, Tensor, int], Tensor]] = {
     Arithmetic.FLOAT32: _float32,
-    Arithmetic.INTERNAL_BFLOAT16: _amx,
     Arithmetic.CUDA_BFLOAT16: _cuda_bfloat16,
-    Arithmetic.CUDA_TF32: _cuda_tf32,
 }

@@ -38,6 +38,7 @@ class DSQLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.context = context
+        self.number = context.number_layer()
         self._frozen = False
         # Of a frozen layer: what the weight was quantized for, the weight, and its quantized values.
         self._held: tuple[GemmConfig, Tensor, Tensor] | None = None
@@ -135,4 +136,5 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
         quantized = fake_quantize(x, config.precision.output_operands, config.dim(-1))
         return [layer._infer(quantized, config) for layer in layers]
     params = [(layer.matrix, layer.bias) for layer in layers]
-    return list(linear_group(x, params, config, first.context.ledger))
+    numbers = [layer.number for layer in layers]
+    return list(linear_group(x, params, config, first.context.ledger, numbers))

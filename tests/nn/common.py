@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 from torch import Tensor, nn
 
-from fairseq_dsq.formats import FormatOptions, make_format
+from fairseq_dsq.formats import BlockFloat, FormatOptions, make_format
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quant import fake_quantize
@@ -25,7 +26,7 @@ PRECISIONS = [
     BFP_MIXED,
     PrecisionConfig((16, 9, 5, 2)),
     PrecisionConfig((6, 4, 8, 12), "fixed"),
-    PrecisionConfig((8, 12, 6, 10), "fixed", FormatOptions(static_scale=True)),
+    PrecisionConfig((8, 12, 6, 10), "fixed", FormatOptions(fixed_scale="static")),
     PrecisionConfig((2, 3, 4, 5), "bfp", FormatOptions(sign_bit_extra=True)),
     PrecisionConfig((2, 4, 5, 9), "bfp", FormatOptions(scale="fit")),
     FLOAT32,
@@ -228,6 +229,33 @@ class PlainMatmul(torch.autograd.Function):
         return grad_a, grad_b.mT if ctx.transpose_b else grad_b, None, None
 
 
+class PlainWeightedSum(PlainMatmul):
+    """``matmul`` of attention's weights and values, rows apart: each sentence by itself, without its padding.
+
+    ``keys``: (batch, S), False where a key is padding.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, config, keys):
+        ctx.save_for_backward(a, b)
+        ctx.config, ctx.transpose_b = config, False
+        q0 = formats_of(config.precision)[0]
+        if q0.box_size is None:
+            return torch.bmm(fake_quantize(a, q0), fake_quantize(b, q0))
+        return torch.stack(
+            [plain_weighted_sum(a[i][:, k], b[i][k], q0, config.value_boxes) for i, k in enumerate(keys)]
+        )
+
+
+def plain_weighted_sum(weights, values, fmt, value_boxes="row"):
+    """fq(weights) @ fq(values): T x S @ S x D, as :meth:`fairseq_dsq.nn.functional._Quantizer.rows_apart` says."""
+    if value_boxes == "feature":
+        return fake_quantize(weights, fmt) @ fake_quantize(values, fmt)
+    scale = torch.exp2(torch.floor(torch.log2(values.abs().amax(1).clamp(min=2.0**-126).double()))).float()
+    codes = fake_quantize(values, replace(fmt, box_size=values.shape[1]) if isinstance(fmt, BlockFloat) else fmt)
+    return fake_quantize(weights * scale, fmt) @ (codes / scale[:, None])
+
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -263,7 +291,8 @@ class Attend(nn.Module):
             masked = self.mask.repeat_interleave(self.num_heads, 0)[:, None]
             scores = scores.masked_fill(masked, -math.inf)
         weights = torch.softmax(scores, dim=-1)
-        heads = PlainMatmul.apply(weights, v, self.how["values"])
+        keys = torch.ones(len(v), v.shape[1], dtype=torch.bool) if self.mask is None else ~masked[:, 0].bool()
+        heads = PlainWeightedSum.apply(weights, v, self.how["values"], keys)
         batch = query.shape[1]
         output = self.project("out_proj", heads.transpose(0, 1).reshape(len(query), batch, -1))
         return output, weights.view(batch, -1, *weights.shape[1:]).mean(1)

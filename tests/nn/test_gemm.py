@@ -18,11 +18,6 @@ needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no GEMM kernel for thi
 KERNEL_OF_VALUES = Arithmetic.KERNEL if TAKES_VALUES else Arithmetic.FLOAT32
 
 
-@pytest.fixture
-def no_amx(monkeypatch):
-    monkeypatch.setattr(gemm, "_has_amx", lambda: False)
-
-
 @needs_kernel
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
@@ -38,7 +33,7 @@ def no_amx(monkeypatch):
         ("bfp4", "float32", Arithmetic.FLOAT32),
     ],
 )
-def test_a_cpu_takes_the_kernel_where_it_is_exact(no_amx, a, b, expected):
+def test_a_cpu_takes_the_kernel_where_it_is_exact(a, b, expected):
     assert arithmetic(torch.zeros(1), parse(a), parse(b), "auto", True) is expected
     unboxed = arithmetic(torch.zeros(1), parse(a), parse(b), "auto", False)
     assert unboxed is (expected if TAKES_VALUES else Arithmetic.FLOAT32)
@@ -46,22 +41,12 @@ def test_a_cpu_takes_the_kernel_where_it_is_exact(no_amx, a, b, expected):
     assert arithmetic(torch.zeros(1).bfloat16(), parse(a), parse(b), "auto", True) is Arithmetic.FLOAT32
 
 
-def test_without_the_kernel_products_are_float32(no_amx, monkeypatch):
+def test_without_the_kernel_products_are_float32(monkeypatch):
     monkeypatch.setattr(native, "kernels", None)
     assert arithmetic(torch.zeros(1), BlockFloat(2), BlockFloat(2), "auto", True) is Arithmetic.FLOAT32
 
 
-def test_amx_multiplies_one_term(monkeypatch):
-    monkeypatch.setattr(gemm, "_has_amx", lambda: True)
-    x, nine = torch.zeros(1), BlockFloat(9)
-    assert arithmetic(x, nine, nine, "auto", True) is Arithmetic.INTERNAL_BFLOAT16
-    two_terms = Arithmetic.KERNEL if HAS_KERNEL else Arithmetic.INTERNAL_BFLOAT16
-    assert arithmetic(x, BlockFloat(16), nine, "auto", True) is two_terms
-    assert arithmetic(x, BlockFloat(16), nine, "auto", False) is Arithmetic.INTERNAL_BFLOAT16
-    assert arithmetic(x, BlockFloat(16), BlockFloat(10), "auto", True) is Arithmetic.FLOAT32
-
-
-@pytest.mark.parametrize("how", [None, Arithmetic.INTERNAL_BFLOAT16, Arithmetic.FLOAT32], ids=str)
+@pytest.mark.parametrize("how", [None, Arithmetic.FLOAT32], ids=str)
 @pytest.mark.parametrize(
     ("a_fmt", "b_fmt"), [("bfp4", "bfp8"), ("bfp16", "bfp2"), ("fixed12", "fixed9"), ("bfp9x8", "bfp4x32")]
 )
@@ -106,7 +91,7 @@ def test_two_bfloat16_terms_hold_sixteen_bits():
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("fmt", ["bfp", "fixed"])
 @pytest.mark.parametrize("q", [(2, 2, 2, 16), (16, 4, 4, 16), (8, 8, 8, 8), (4, 16, 16, 4), (9, 10, 3, 12)], ids=str)
-def test_a_step_is_the_same_on_either_arithmetic(no_amx, q, fmt, rounding, box_dim):
+def test_a_step_is_the_same_on_either_arithmetic(q, fmt, rounding, box_dim):
     results = []
     for mode in ("auto", "float32"):
         config = GemmConfig(PrecisionConfig(q, fmt), rounding, box_dim, mode)
@@ -197,3 +182,57 @@ def test_a_bias_may_lie_in_memory_as_it_likes(bias):
     x, weight = normal(3, 24), normal(8, 24)
     config = GemmConfig(PrecisionConfig((4, 4, 4, 16)))
     assert torch.equal(linear(x, weight, bias, config), linear(x, weight, bias.clone(), config))
+
+
+@pytest.mark.parametrize("extremes", [(1.0, -1.0), (1.0, -0.5), (0.5, -1.0), (1.0, 0.0), (0.0, -1.0)], ids=str)
+@pytest.mark.parametrize("fmt", [*(f"fixed{bits}" for bits in range(2, 9)), "fixed8.4", "fixed4.4", "fixed2.0"])
+def test_integers_keep_the_largest_values_of_either_sign(fmt, extremes):
+    fmt = parse(fmt)
+    x = (normal(256, 192, seed=1) / 8).clamp(extremes[1], extremes[0])
+    x[3, 5], x[200, 100] = extremes
+    x, w = fake_quantize(x * 4, fmt), fake_quantize(normal(130, 192, seed=2), fmt)
+    a, b = Operand(x, fmt, -1, True), Operand(w, fmt, -1, True)
+    product = gemm._int8(a, b)
+    assert product is not None
+    assert torch.equal(product, (x.double() @ w.double().mT).float())
+    assert torch.equal(multiply(a, b, "auto"), product)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 512), (129, 128, 131), (256, 256, 256), (300, 700, 260)], ids=str)
+@pytest.mark.parametrize("fmt", ["bfp2", "bfp8", "bfp9", "bfp16", "bfp32", "fixed4", "fixed8", "fixed16", "fixed8/row"])
+def test_every_engine_is_exact_at_sizes_and_extremes_that_reach_it(threads, fmt, sizes, number):
+    threads(number)
+    m, k, n = sizes
+    fmt, weight_fmt = parse(fmt), parse("bfp4" if fmt.startswith("bfp") else "fixed4")
+    x, w = normal(m, k, seed=1) * 2.0 ** (normal(m, 1, seed=2) * 20).round(), normal(n, k, seed=3)
+    x[0, 0], x[-1, -1], w[0, 0], w[-1, -1] = 2.0**20, -(2.0**20), 4.0, -4.0
+    x, w = fake_quantize(x, fmt), fake_quantize(w, weight_fmt)
+    exact = x.double() @ w.double().mT
+    bound = k * 2.0**-22 * (x.double().abs() @ w.double().abs().mT)
+    for mode in ("auto", "float32"):
+        product = multiply(Operand(x, fmt, -1, True), Operand(w, weight_fmt, -1, True), mode)
+        assert ((product - exact).abs() <= bound).all(), mode
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_setting_of_torch_cuts_the_operands(precision):
+    fmt = parse("bfp16")
+    x, w = fake_quantize(normal(200, 300, seed=1), fmt), fake_quantize(normal(200, 300, seed=2), fmt)
+    a, b = Operand(x, fmt, -1, True), Operand(w, fmt, -1, True)
+    gemm._say_float64.cache_clear()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.warns(UserWarning, match="multiplied in float64"):
+            product = multiply(a, b, "float32")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(product, (x.double() @ w.double().mT).float())

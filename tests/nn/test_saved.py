@@ -424,8 +424,6 @@ def test_a_seed_repeats_a_step(rounding):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("activation", [F.relu, F.gelu], ids=["relu", "gelu"])
 def test_checkpointing_changes_nothing(activation, reentrant):
-    how = everything(*LEVEL, rounding="stochastic")
-
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -437,7 +435,7 @@ def test_checkpointing_changes_nothing(activation, reentrant):
             return self.dropout(self.fc2(self.activation_fn(self.fc1(self.norm(x)))))
 
     def run(again):
-        block = convert(Block(), how)
+        block = convert(Block(), everything(*LEVEL, rounding="stochastic"))
         x = normal(21, 24).requires_grad_()
         torch.manual_seed(2)
         y = checkpoint(block, x, use_reentrant=reentrant) if again else block(x)

@@ -38,7 +38,7 @@ from fairseq_dsq.nn import (
 from fairseq_dsq.precision import PrecisionConfig
 
 Q1, Q2 = BlockFloat(BFP_MIXED.q[1]), BlockFloat(BFP_MIXED.q[2])
-STATIC = FormatOptions(static_scale=True)
+STATIC = FormatOptions(fixed_scale="static")
 
 
 def live_float_storages():
