@@ -204,6 +204,7 @@ def test_the_choices_of_the_flag():
         ("bfp", 4, FormatOptions(fixed_scale="static"), BlockFloat(4)),
         ("bfp", 4, FormatOptions(scale="fit"), BlockFloat(4, scale="fit")),
         ("fixed", 4, FormatOptions(scale="fit"), FixedPoint(4, scale="fit")),
+        ("fixed", 4, FormatOptions(fixed_scale="row", scale="fit"), FixedPoint(4, per_row=True, scale="fit")),
         ("float32", 32, FormatOptions(sign_bit_extra=True), Float32()),
     ],
 )
@@ -288,7 +289,15 @@ def test_formats_are_values(fmt):
 # A scale that does not clip
 
 
-@pytest.mark.parametrize("fmt", [BlockFloat(4, scale="fit"), BlockFloat(7, 5, scale="fit"), FixedPoint(8, scale="fit")])
+FITTED = [
+    BlockFloat(4, scale="fit"),
+    BlockFloat(7, 5, scale="fit"),
+    FixedPoint(8, scale="fit"),
+    FixedPoint(8, per_row=True, scale="fit"),
+]
+
+
+@pytest.mark.parametrize("fmt", FITTED, ids=str)
 def test_a_scale_that_fits_is_part_of_the_name(fmt):
     assert str(fmt).endswith("-fit") and parse(str(fmt)) == fmt
     assert fmt.nbytes((3, 40)) == dataclasses.replace(fmt, scale="floor").nbytes((3, 40))

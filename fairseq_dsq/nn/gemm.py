@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import MIN_EXPONENT, BlockFloat, FixedPoint, Float32, Format
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, MIN_EXPONENT, BlockFloat, FixedPoint, Float32, Format
 from fairseq_dsq.nn.context import GemmMode
 from fairseq_dsq.quant import native, ops
 from fairseq_dsq.quant.ops import BFLOAT16_BITS
@@ -141,7 +141,12 @@ def _int8(a: Operand, b: Operand) -> Tensor | None:
 
 def rounds_on_the_way(fmt: Format, how: Arithmetic) -> bool:
     """Whether the product itself rounds an operand of this format, to nearest, in boxes along the reduction."""
-    return how is Arithmetic.KERNEL and isinstance(fmt, BlockFloat) and fmt == BlockFloat(fmt.bits)
+    return (
+        how is Arithmetic.KERNEL
+        and isinstance(fmt, BlockFloat)
+        and fmt.box_size == DEFAULT_BOX_SIZE
+        and fmt.scale == "floor"
+    )
 
 
 def multiply(

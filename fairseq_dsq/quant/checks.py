@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import MAX_EXPONENT, MIN_EXPONENT, SIGNIFICAND_BITS, check_bits, packed_nbytes
+from fairseq_dsq.formats import MAX_EXPONENT, MIN_BITS, MIN_EXPONENT, SIGNIFICAND_BITS, check_bits, packed_nbytes
 from fairseq_dsq.quant import masks
 from fairseq_dsq.quant.reference import CodeSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
 _NUMBERS = len(CodeSpec._fields)
+# The widths that a product rounds its operands to: two bfloat16 terms hold the first's codes, one the second's.
+GEMM_BITS = 16, 9
 # Seeds are drawn below this.
 SEEDS = 2**62
 
@@ -156,3 +158,13 @@ def pack_positive(x: Tensor) -> None:
 def mask(x: Tensor, data: Tensor) -> None:
     tensor(x)
     row_of_bytes(data, masks.nbytes(x.numel()))
+
+
+def gemm(
+    out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, bias: Tensor | None, accumulate: bool
+) -> None:
+    for name, bits, most in (("a_bits", a_bits, GEMM_BITS[0]), ("b_bits", b_bits, GEMM_BITS[1])):
+        if bits and not MIN_BITS <= bits <= most:
+            raise ValueError(f"{name}: got {bits}, expected {MIN_BITS} to {most}, or 0 for values as they are")
+    if terms not in (1, 2):
+        raise ValueError(f"terms: got {terms}, expected 1 or 2")

@@ -246,6 +246,7 @@ def _quantize_and_pack_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
     return _one_by_one(_fake_quantize_fake, _pack_fake, x, arguments)
 
 
+@_checked(checks.gemm)
 def _gemm(
     out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, bias: Tensor | None, accumulate: bool
 ) -> None:
@@ -262,6 +263,7 @@ def _gemm(
         out.copy_(product)
 
 
+@_checked(checks.gemm)
 def _gemm_cpu(out: Tensor, a: Tensor, b: Tensor, *arguments: Any) -> None:
     kernels = native.kernels
     a_bits, b_bits, terms, bias, accumulate = arguments
@@ -287,6 +289,7 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.stride(-2) == 1 else x.contiguous()
 
 
+@_checked(checks.gemm)
 def _gemm_fake(out: Tensor, *arguments: Any) -> None:
     pass
 

@@ -181,7 +181,7 @@ def test_flags_choose_the_formats(changes, expected):
 
 
 def test_a_static_scale_fits_nothing():
-    with pytest.raises(SystemExit, match="--dsq-scale: got fit beside --dsq-fixed-scale static, expected floor"):
+    with pytest.raises(DSQError, match="--dsq-scale: got fit beside --dsq-fixed-scale static, expected floor"):
         attached(Task(), format="fixed", fixed_scale="static", scale="fit")
 
 

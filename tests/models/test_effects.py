@@ -7,18 +7,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from fairseq_dsq.flags import DEFAULTS
-from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.dsq import set_defaults
-from fairseq_dsq.models.effects import TrainingFlags, idle_flags, schedule_warnings
-from fairseq_dsq.precision import parse_levels
+from fairseq_dsq.models.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
 
 def idle(**changes):
     args = argparse.Namespace(**{f"dsq_{name}": value for name, value in changes.items()})
     set_defaults(args)
-    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale == "static")
-    return [line.split(":")[0] for line in idle_flags(args, parse_levels(args.dsq_levels, args.dsq_format, options))]
+    return [line.split(":")[0] for line in idle_flags(args, levels_of(args))]
 
 
 @pytest.mark.parametrize(

@@ -754,23 +754,24 @@ class MoreThanLinear(nn.Linear):
 
 
 FLOATS = [
-    (MoreThanLinear(4, 4), "is more than an nn.Linear"),
-    (nn.Conv1d(4, 4, 1), "multiplies by weight"),
-    (nn.Conv2d(4, 4, 2), "multiplies by weight"),
-    (nn.Bilinear(4, 4, 4), "multiplies by weight"),
-    (nn.LSTM(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
-    (nn.GRU(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
-    (nn.RNNCell(4, 4), "multiplies by weight_ih, weight_hh"),
-    (nn.MultiheadAttention(4, 2), "reads its weights directly"),
-    (nn.LazyConv1d(4, 1), "multiplies by weight, bias"),
-    (nn.LazyLinear(4), "is more than an nn.Linear"),
-    (Raw(), "may multiply by matrix"),
-    (Tied(), "multiplies by its embedding"),
+    (lambda: MoreThanLinear(4, 4), "is more than an nn.Linear"),
+    (lambda: nn.Conv1d(4, 4, 1), "multiplies by weight"),
+    (lambda: nn.Conv2d(4, 4, 2), "multiplies by weight"),
+    (lambda: nn.Bilinear(4, 4, 4), "multiplies by weight"),
+    (lambda: nn.LSTM(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
+    (lambda: nn.GRU(4, 4), "multiplies by weight_ih_l0, weight_hh_l0"),
+    (lambda: nn.RNNCell(4, 4), "multiplies by weight_ih, weight_hh"),
+    (lambda: nn.MultiheadAttention(4, 2), "reads its weights directly"),
+    (lambda: nn.LazyConv1d(4, 1), "multiplies by weight, bias"),
+    (lambda: nn.LazyLinear(4), "is more than an nn.Linear"),
+    (lambda: Raw(), "may multiply by matrix"),
+    (lambda: Tied(), "multiplies by its embedding"),
 ]
 
 
-@pytest.mark.parametrize(("module", "what"), FLOATS, ids=lambda value: str(value).split("(")[0])
-def test_whatever_multiplies_and_stays_float_is_named(module, what):
+@pytest.mark.parametrize(("make", "what"), FLOATS)
+def test_whatever_multiplies_and_stays_float_is_named(make, what):
+    module = make()
     model = nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(4, 4), module])})
     with pytest.warns(UserWarning) as said:
         convert(model, context(*BFP_MIXED.q))

@@ -401,6 +401,7 @@ BAD_SPECS = {
     "headroom: got 8388608, expected 0 to 8388607": FOUR._replace(headroom=1 << 23),
 }
 X = torch.zeros(2, 16)
+XS = torch.zeros(1, 2, 2), X[None], X[None]
 SEED = "got {}, expected 0 to 2^62 - 1, or None for nearest rounding"
 BAD_CALLS = [
     *((message, "fake_quantize", (X, 1, *spec, None, torch.float32)) for message, spec in BAD_SPECS.items()),
@@ -448,6 +449,9 @@ BAD_CALLS = [
     ("got 4 of torch.float32, expected 4 of torch.uint8", "mask", (X, BYTES[:4].float())),
     ("p: got -0.1, expected 0 to 1", "dropout", (X, -0.1, 2.0, 1)),
     ("p: got nan, expected 0 to 1", "dropout", (X, math.nan, 2.0, 1)),
+    *((f"a_bits: got {bits}, expected 2 to 16, or 0", "gemm", (*XS, bits, 4, 1, None, False)) for bits in (1, 17, 64)),
+    *((f"b_bits: got {bits}, expected 2 to 9, or 0", "gemm", (*XS, 4, bits, 1, None, False)) for bits in (1, 10, 64)),
+    *((f"terms: got {terms}, expected 1 or 2", "gemm", (*XS, 0, 0, terms, None, False)) for terms in (0, 3)),
     ("seeds: got None and 1, expected both or none", "quantize_and_pack", (X, *FOUR, *FOUR, None, 1, X.dtype)),
     (
         "quantize_and_pack: expected formats with a box size",
