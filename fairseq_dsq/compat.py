@@ -24,7 +24,12 @@ def quiet_fairseq() -> None:
 
 
 def allow_checkpoint_classes() -> None:
-    """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays."""
+    """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays.
+
+    And what fairseq puts in a tensor's place when the first worker sends a checkpoint to the others.
+    """
+    from fairseq.distributed.utils import _TensorPlaceholder  # after quiet_fairseq: importing fairseq logs
+
     # numpy 1 and 2 name the modules of these two functions differently.
     reconstruct_array = np.zeros(1).__reduce__()[0]
     reconstruct_scalar = np.float64(0).__reduce__()[0]
@@ -45,5 +50,6 @@ def allow_checkpoint_classes() -> None:
         dict,
         list,
         int,
+        _TensorPlaceholder,
     ]
     torch.serialization.add_safe_globals(classes)
