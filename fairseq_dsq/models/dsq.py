@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fairseq_dsq import formats
@@ -199,7 +197,6 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     may_restart = any(getattr(args, flag, None) for flag in RESTARTS)
     model.dsq = DSQState(levels, schedule, context, may_restart)
     hang_on_training(task)
-    _warn_of_lone_workers()
 
 
 def convert_added(model: nn.Module, args: Any, name: str) -> None:
@@ -219,16 +216,3 @@ def convert_added(model: nn.Module, args: Any, name: str) -> None:
         quantize(tree, state.context, skip, optional=skip)
     except ValueError as error:
         flag_error("--arch", str(error))
-
-
-def _warn_of_lone_workers() -> None:
-    """fairseq ignores torchrun's environment where there is no GPU."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if world_size > 1 and not distributed and not torch.cuda.is_available():
-        logger.warning(
-            f"WORLD_SIZE is {world_size} but fairseq has not started distributed training: each process trains an "
-            "independent copy. On CPU, start one command per rank with --distributed-init-method tcp://HOST:PORT "
-            "--distributed-world-size N --distributed-rank R --distributed-no-spawn --distributed-backend gloo "
-            "--ddp-backend legacy_ddp"
-        )

@@ -11,6 +11,7 @@ from fairseq import checkpoint_utils
 from torch import Tensor, nn
 
 from fairseq_dsq.flags import flag_error
+from fairseq_dsq.models.workers import refuse_lone_workers
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -142,6 +143,7 @@ def hang_on_training(task: Any) -> None:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
         # another training, perhaps of another task, has reached says nothing of this one.
         if not started:
+            refuse_lone_workers()
             state = model.dsq
             assert isinstance(state, DSQState)
             state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
