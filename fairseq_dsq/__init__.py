@@ -7,6 +7,7 @@ from fairseq_dsq import compat
 
 compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
+compat.copy_checkpoints_whole()
 
 from fairseq_dsq import criterions, models  # noqa: E402
 

@@ -53,3 +53,24 @@ def allow_checkpoint_classes() -> None:
         _TensorPlaceholder,
     ]
     torch.serialization.add_safe_globals(classes)
+
+
+def copy_checkpoints_whole() -> None:
+    """Let no checkpoint be half a copy, whenever a training is killed.
+
+    fairseq writes a checkpoint beside its place and renames it, but then copies it onto checkpoint_best.pt and
+    checkpoint_last.pt, and has no hook there.
+    """
+    from fairseq.file_io import PathManager
+
+    copy = PathManager.copy
+
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> typing.Any:
+        if not overwrite or not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite)
+        part = dst_path + ".tmp"
+        done = copy(src_path, part, overwrite=True)
+        PathManager.rename(part, dst_path)
+        return done
+
+    PathManager.copy = staticmethod(copy_whole)
