@@ -67,7 +67,12 @@ def interface_to(host: str) -> str | None:
 
 
 def distributed_flags(command: Sequence[str], master: str, world_size: int, rank: int) -> list[str]:
-    """What a fairseq-train command needs to be worker ``rank`` on a CPU; a DDP backend that it names is kept."""
+    """What a fairseq-train command needs to be worker ``rank`` on a CPU; a DDP backend that it names is kept.
+
+    One worker alone needs nothing.
+    """
+    if world_size == 1:
+        return []
     flags = [
         "--distributed-init-method", f"tcp://{master}", "--distributed-world-size", str(world_size),
         "--distributed-rank", str(rank), "--distributed-no-spawn", "--distributed-backend", "gloo", "--cpu",
@@ -80,13 +85,18 @@ def distributed_flags(command: Sequence[str], master: str, world_size: int, rank
 class Workers:
     """The workers of one command on this host.
 
+    Attributes:
+        processes: by rank.
+        failure: which failed first and how, after :meth:`wait`; empty if none did.
+
     Args:
         command: a fairseq-train command.
         count: how many to start.
         world_size: how many there are on all hosts.
         first_rank: the rank of the first one here.
         master: HOST:PORT of rank 0; None: a free port of this host.
-        stdout: where rank 0's output goes; None: this process's own.
+        output: a file descriptor for rank 0's output; None: this process's own.
+        others_output: where the lines of the others go.
 
     Raises:
         ValueError: the command does not exist, or ``master`` cannot be reached.
@@ -99,7 +109,8 @@ class Workers:
         world_size: int | None = None,
         first_rank: int = 0,
         master: str | None = None,
-        stdout: int | None = None,
+        output: int | None = None,
+        others_output: IO[bytes] = sys.stderr.buffer,
     ) -> None:
         world_size = world_size or count
         master = master or f"127.0.0.1:{free_port()}"
@@ -108,6 +119,7 @@ class Workers:
         if interface is not None:
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         self.first_rank = first_rank
+        self.failure = ""
         self.processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
         for rank in range(first_rank, first_rank + count):
@@ -116,8 +128,8 @@ class Workers:
                     [*command, *distributed_flags(command, master, world_size, rank)],
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if rank else stdout,
-                    stderr=subprocess.STDOUT if rank else None,
+                    stdout=subprocess.PIPE if rank else output,
+                    stderr=subprocess.STDOUT if rank or output is not None else None,
                     start_new_session=True,  # Ctrl-C reaches this process alone, which ends them
                     preexec_fn=_die_with_parent,
                 )
@@ -128,7 +140,7 @@ class Workers:
         for rank, process in enumerate(self.processes, first_rank):
             if rank:
                 assert process.stdout is not None
-                reader = threading.Thread(target=_prefix, args=(process.stdout, f"[rank {rank}] "), daemon=True)
+                reader = threading.Thread(target=_prefix, args=(process.stdout, rank, others_output), daemon=True)
                 reader.start()
                 self._readers.append(reader)
 
@@ -142,8 +154,7 @@ class Workers:
                 assert code is not None
                 how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
                 self.end()
-                if len(codes) > 1:
-                    _say(f"rank {self.first_rank + failed} ended first, by {how}; the others on this host were ended")
+                self.failure = f"rank {self.first_rank + failed} ended first, by {how}; all on this host were ended"
                 return code if code > 0 else 128 - code
             if all(code == 0 for code in codes):
                 self.end()
@@ -169,10 +180,10 @@ def _die_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prefix(lines: IO[bytes], prefix: str) -> None:
+def _prefix(lines: IO[bytes], rank: int, output: IO[bytes]) -> None:
     for line in lines:
-        sys.stderr.write(prefix + line.decode(errors="replace"))
-        sys.stderr.flush()
+        output.write(f"[rank {rank}] ".encode() + line)
+        output.flush()
 
 
 def _say(message: str) -> None:
@@ -251,7 +262,10 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         _say(f"error: {error}")
         return 2
-    return workers.wait()
+    code = workers.wait()
+    if workers.failure and args.workers > 1:
+        _say(workers.failure)
+    return code
 
 
 if __name__ == "__main__":
