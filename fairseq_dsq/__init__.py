@@ -8,6 +8,7 @@ from fairseq_dsq import compat, errors
 errors.end_commands_in_one_line()
 compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
+compat.copy_checkpoints_whole()
 compat.mend_numpy()
 __path__ = compat.Folders(__path__)
 

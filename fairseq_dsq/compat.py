@@ -29,7 +29,12 @@ def quiet_fairseq() -> None:
 
 
 def allow_checkpoint_classes() -> None:
-    """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays."""
+    """Let torch.load read fairseq's checkpoints: argparse and OmegaConf configurations and numpy scalars and arrays.
+
+    And what fairseq puts in a tensor's place when the first worker sends a checkpoint to the others.
+    """
+    from fairseq.distributed.utils import _TensorPlaceholder  # after quiet_fairseq: importing fairseq logs
+
     # numpy 1 and 2 name the modules of these two functions differently.
     reconstruct_array = np.zeros(1).__reduce__()[0]
     reconstruct_scalar = np.float64(0).__reduce__()[0]
@@ -50,6 +55,7 @@ def allow_checkpoint_classes() -> None:
         dict,
         list,
         int,
+        _TensorPlaceholder,
     ]
     torch.serialization.add_safe_globals(classes)
 
@@ -101,3 +107,24 @@ class Folders(list[str]):
         return str(path) in own or (
             stands_in.is_file() and any(repr(folder) in stands_in.read_text(encoding="utf-8") for folder in own)
         )
+
+
+def copy_checkpoints_whole() -> None:
+    """Let no checkpoint be half a copy, whenever a training is killed.
+
+    fairseq writes a checkpoint beside its place and renames it, but then copies it onto checkpoint_best.pt and
+    checkpoint_last.pt, and has no hook there.
+    """
+    from fairseq.file_io import PathManager
+
+    copy = PathManager.copy
+
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> typing.Any:
+        if not overwrite or not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite)
+        part = dst_path + ".tmp"
+        done = copy(src_path, part, overwrite=True)
+        PathManager.rename(part, dst_path)
+        return done
+
+    PathManager.copy = staticmethod(copy_whole)

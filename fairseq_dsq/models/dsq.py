@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
-import torch
 from omegaconf import OmegaConf, open_dict
 from torch import nn
 
@@ -326,7 +325,6 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
-    _warn_of_lone_workers()
 
 
 def convert_added(model: nn.Module, args: Any, name: str) -> None:
@@ -346,16 +344,3 @@ def convert_added(model: nn.Module, args: Any, name: str) -> None:
         quantize(tree, state.context, skip, optional=skip)
     except ValueError as error:
         flag_error("--arch", str(error))
-
-
-def _warn_of_lone_workers() -> None:
-    """fairseq ignores torchrun's environment where there is no GPU."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if world_size > 1 and not distributed and not torch.cuda.is_available():
-        logger.warning(
-            f"WORLD_SIZE is {world_size} but fairseq has not started distributed training: each process trains an "
-            "independent copy. On CPU, start one command per rank with --distributed-init-method tcp://HOST:PORT "
-            "--distributed-world-size N --distributed-rank R --distributed-no-spawn --distributed-backend gloo "
-            "--ddp-backend legacy_ddp"
-        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_dsq.flags import flag_error
 from fairseq_dsq.models.effects import TrainingFlags, idle_flags, schedule_warnings
+from fairseq_dsq.models.workers import refuse_lone_workers
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -269,6 +270,7 @@ class _Hooks:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
         # another training, perhaps of another task, has reached says nothing of this one.
         if not self.started:
+            refuse_lone_workers()
             state = _state(model)
             state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
             if get_global_rank() == 0:

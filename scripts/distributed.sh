@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Several workers of one fairseq-train command, on this CPU or one host of several; see --help.
+set -euo pipefail
+# shellcheck source=scripts/env.sh
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+use_env ""
+exec python "$DSQ_ROOT/scripts/distributed.py" "$@"
