@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fairseq_dsq.text import LONGEST, quoted
+
 MIN_BITS, MAX_BITS = 2, 32
 # float32 has 24 significant bits: no larger code can come out of one.
 SIGNIFICAND_BITS = 24
@@ -20,6 +22,8 @@ SIGNIFICAND_BITS = 24
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 EXPONENT_BIAS = 127
 DEFAULT_BOX_SIZE = 16
+# The kernels count in 64 bits: a box of 32-bit codes is far from that.
+MAX_BOX_SIZE = 2**31 - 1
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
 
@@ -112,6 +116,8 @@ class BlockFloat:
         _check_bits(self.bits)
         if isinstance(self.box_size, bool) or not isinstance(self.box_size, int) or self.box_size < 1:
             raise ValueError(f"box_size: got {self.box_size!r}, expected an integer >= 1")
+        if self.box_size > MAX_BOX_SIZE:
+            raise ValueError(f"box_size: got more than {MAX_BOX_SIZE}, expected at most that")
         if self.shared_exponent_bits != 8:
             raise ValueError(f"shared_exponent_bits: got {self.shared_exponent_bits!r}, expected 8")
 
@@ -277,6 +283,8 @@ def parse(text: str) -> Format:
     Raises:
         ValueError: text that names no format.
     """
+    if len(text) > LONGEST or not text.isascii():  # int() reads digits of other scripts too
+        raise ValueError(f"format: got {quoted(text)}, expected such as bfp4 or float32")
     if text == str(Float32()):
         return Float32()
     if match := re.fullmatch(r"bfp(\d+)x(\d+)", text):

@@ -34,7 +34,7 @@ def kernels(request):
 
 
 class Guarded:
-    """Tensors that end at the end of accessible memory, or begin at its beginning; the bytes around them are watched."""
+    """Tensors that end where accessible memory ends, or begin where it begins; the bytes around them are watched."""
 
     def __init__(self, at_end: bool) -> None:
         self.at_end = at_end
