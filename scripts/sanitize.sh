@@ -8,7 +8,7 @@ set -euo pipefail
 use_env dev
 export OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- tests/quant/test_bounds.py tests/quant/test_native.py tests/quant/test_packing.py \
-    tests/quant/test_gemm.py
+    tests/quant/test_gemm.py tests/nn/test_threads.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

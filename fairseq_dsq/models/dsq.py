@@ -17,6 +17,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS, flag_error
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.models.heads import convert_heads
+from fairseq_dsq.models.modes import check_modes
 from fairseq_dsq.models.state import RESTARTS, DSQState, hang_on_training
 from fairseq_dsq.nn import (
     BOX_DIMS,
@@ -146,7 +147,11 @@ def flag_table() -> str:
 
 
 def set_defaults(args: Any) -> None:
-    """Give ``args`` the flags that neither the command line nor an architecture set."""
+    """Give ``args`` the flags that neither the command line nor an architecture set.
+
+    Every architecture's function calls this: fairseq-train's flags are looked at before anything is built.
+    """
+    check_modes(args)
     if getattr(args, "dsq_format", None) == "float32" and getattr(args, "dsq_levels", None) is None:
         args.dsq_levels = str(FLOAT32)
     for name, value in DEFAULTS.items():
