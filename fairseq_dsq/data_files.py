@@ -6,13 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+from fairseq_dsq.text import printable, quoted, shortened
 
 T = TypeVar("T")
 
 SUFFIX = ".yaml"
+MOST_BYTES = 1 << 20
 
 
 def root() -> Path:
@@ -35,8 +38,12 @@ def find(kind: str, name: str) -> Path:
     """
     own = Path(name)
     path = own if own.suffix in (SUFFIX, ".yml") else root() / kind / f"{name}{SUFFIX}"
-    if not path.is_file():
-        raise ValueError(f"got {name!r}, expected {', '.join(names(kind))} or the path of a {SUFFIX} file")
+    try:
+        found = path.is_file()
+    except OSError:  # too long a name
+        found = False
+    if not found:
+        raise ValueError(f"got {quoted(name)}, expected {', '.join(names(kind))} or the path of a {SUFFIX} file")
     return path
 
 
@@ -46,13 +53,29 @@ def read(path: Path) -> DictConfig:
     Raises:
         ValueError: not YAML, or not a mapping; names the file.
     """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
     try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+        # A few aliases of aliases stand for more values than any memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("got an alias (*name), expected none")
+        config = OmegaConf.create(text)
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML: nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not YAML: {_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: got a {type(config).__name__}, expected a mapping")
     return config
+
+
+def _line(error: object) -> str:
+    """What went wrong, in one line of bearable length."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if not isinstance(error, yaml.YAMLError):  # OmegaConf's first says it all
+        del lines[1:]
+    return shortened(printable(" ".join(" ".join(lines).split())), 200)
 
 
 def build(cls: type[T], config: DictConfig, path: Path) -> T:
@@ -69,11 +92,11 @@ def build(cls: type[T], config: DictConfig, path: Path) -> T:
         if missing:
             raise ValueError(f"{', '.join(missing)}: missing")
         return cast(T, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         keys = ", ".join(field.name for field in dataclasses.fields(cast(Any, cls)))
         key = getattr(error, "full_key", None)
-        where = f"{path}: {key}: " if key else f"{path}: "
-        raise ValueError(f"{where}{str(error).splitlines()[0]} (keys: {keys})") from None
+        where = f"{path}: {_line(key)}: " if key else f"{path}: "
+        raise ValueError(f"{where}{_line(error)} (keys: {keys})") from None
 
 
 def load(cls: type[T], kind: str, name: str) -> T:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fairseq_dsq.text import LONGEST, quoted
+
 MIN_BITS, MAX_BITS = 2, 32
 # float32 has 24 significant bits: no larger code can come out of one.
 SIGNIFICAND_BITS = 24
@@ -21,8 +23,10 @@ SIGNIFICAND_BITS = 24
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
 EXPONENT_BIAS = 127
 DEFAULT_BOX_SIZE = 16
-# A box that no row fills, and that a kernel's 32-bit sizes hold.
-ROW = 1 << 30
+# The kernels count in 64 bits: a box of 32-bit codes is far from that.
+MAX_BOX_SIZE = 2**31 - 1
+# A box that no row fills.
+ROW = MAX_BOX_SIZE
 # The stored exponent of a box that held Inf or NaN.
 NAN_EXPONENT = 255
 Scale = Literal["floor", "fit"]
@@ -141,6 +145,8 @@ class BlockFloat:
         check_bits(self.bits)
         if isinstance(self.box_size, bool) or not isinstance(self.box_size, int) or self.box_size < 1:
             raise ValueError(f"box_size: got {self.box_size!r}, expected an integer >= 1")
+        if self.box_size > MAX_BOX_SIZE:
+            raise ValueError(f"box_size: got more than {MAX_BOX_SIZE}, expected at most that")
         if self.shared_exponent_bits != 8:
             raise ValueError(f"shared_exponent_bits: got {self.shared_exponent_bits!r}, expected 8")
         _check_scale(self.scale)
@@ -343,6 +349,8 @@ def parse(text: str) -> Format:
     Raises:
         ValueError: text that names no format.
     """
+    if len(text) > LONGEST or not text.isascii():  # int() reads digits of other scripts too
+        raise ValueError(f"format: got {quoted(text)}, expected such as bfp4 or float32")
     if text == str(Float32()):
         return Float32()
     if match := re.fullmatch(rf"bfp(\d+)(?:x(\d+))?({_FIT})?", text):

@@ -11,15 +11,15 @@ Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXi
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import Format, FormatOptions
+from fairseq_dsq.text import printable, quoted, shortened
 
 GemmKind = Literal["output", "grad_input", "grad_weight"]
 
@@ -134,6 +134,10 @@ class PrecisionConfig:
         return "[" + ",".join(str(q) for q in self.q) + "]"
 
 
+# Not what int() reads besides: 1_6, +16, the digits of other scripts, thousands of them.
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+
+
 def parse_q(text: str) -> tuple[int, int, int, int]:
     """Four integers from ``[2,2,2,16]`` (brackets optional).
 
@@ -141,16 +145,15 @@ def parse_q(text: str) -> tuple[int, int, int, int]:
         ValueError: anything else; the message quotes the text.
     """
     expected = "expected four integers such as [2,2,2,16]"
-    try:
-        values = ast.literal_eval(text if text.startswith("[") else f"[{text}]")
-    except (SyntaxError, TypeError, ValueError):
-        raise ValueError(f"got {text!r}, {expected}") from None
-    if not isinstance(values, list) or len(values) != 4:
-        raise ValueError(f"got {text!r}, {expected}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"got {value!r} in {text!r}, {expected}")
-    return cast(tuple[int, int, int, int], tuple(values))
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    pieces = [piece.strip() for piece in inner.split(",")]
+    if len(pieces) != 4:
+        raise ValueError(f"got {quoted(text)}, {expected}")
+    for piece in pieces:
+        if not _INTEGER.fullmatch(piece):
+            raise ValueError(f"got {shortened(printable(piece), 20)} in {quoted(text)}, {expected}")
+    q0, q1, q2, q3 = map(int, pieces)
+    return q0, q1, q2, q3
 
 
 def parse_levels(
@@ -164,7 +167,7 @@ def parse_levels(
     """
     pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
-        raise ValueError(f"got {text!r}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
+        raise ValueError(f"got {quoted(text)}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
     levels: list[PrecisionConfig] = []
     for number, piece in enumerate(pieces):
         try:

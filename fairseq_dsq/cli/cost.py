@@ -20,6 +20,7 @@ from fairseq_dsq.cost.published import FIXED16, compare
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.nn import FLOAT32, LedgerKey, StashKey, Work
 from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash, parse_q
+from fairseq_dsq.text import quoted
 
 DEFAULT_LAYER = "4096x512x2048"
 DEFAULT_PRECISION = "16,4,4,16"
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_format(name: str) -> None:
     """Refuse a ``--format`` that is not registered."""
     if name not in formats.names():
-        raise ValueError(f"--format: got {name!r}, expected one of {', '.join(formats.names())}")
+        raise ValueError(f"--format: got {quoted(name)}, expected one of {', '.join(formats.names())}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, flag: str, default: str | None = None) -> None:
@@ -190,9 +191,9 @@ def _levels(text: str, format_name: str, options: FormatOptions) -> list[tuple[P
     """(precision, epochs) of ``Q:EPOCHS Q:EPOCHS ...``."""
     levels = []
     for piece in text.split():
-        match = re.fullmatch(r"(.+):([0-9]+)", piece)
+        match = re.fullmatch(r"(.+):([0-9]{1,9})", piece)
         if match is None or int(match[2]) < 1:
-            raise ValueError(f"got {piece!r}, expected Q:EPOCHS such as 2,2,2,16:12")
+            raise ValueError(f"got {quoted(piece)}, expected Q:EPOCHS such as 2,2,2,16:12")
         try:
             levels.append((PrecisionConfig(parse_q(match[1]), format_name, options), int(match[2])))
         except ValueError as error:
@@ -214,9 +215,9 @@ def _workload(args: argparse.Namespace) -> tuple[Work, dict[str, Any]]:
                      "vocabulary": spec.vocabulary}  # fmt: skip
         return probe.trace(spec, training=not args.forward_only), described
     text = args.layer or DEFAULT_LAYER
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if match is None:
-        raise ValueError(f"--layer: got {text!r}, expected MxKxN such as {DEFAULT_LAYER}")
+        raise ValueError(f"--layer: got {quoted(text)}, expected MxKxN such as {DEFAULT_LAYER}")
     m, k, n = (int(size) for size in match.groups())
     gemms = [Gemm("output", m, k, n)]
     stashes: Counter[StashKey] = Counter()

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_dsq.report import tables
-from fairseq_dsq.report.logs import Run, missing_extra, printable, read_run
+from fairseq_dsq.report.logs import Run, missing_extra, read_run
 from fairseq_dsq.report.scores import GIVEN, scores
 from fairseq_dsq.report.tables import Table
+from fairseq_dsq.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -36,11 +37,11 @@ class Hardware:
     source: str
 
     def __post_init__(self) -> None:
-        if not self.tera_ops_per_s or min(self.tera_ops_per_s.values()) <= 0:
+        if not self.tera_ops_per_s or not all(0 < ops < math.inf for ops in self.tera_ops_per_s.values()):
             raise ValueError(f"tera_ops_per_s: got {self.tera_ops_per_s}, expected numbers above 0 by width in bits")
         if max(self.tera_ops_per_s) < 32:
             raise ValueError(f"tera_ops_per_s: got widths {sorted(self.tera_ops_per_s)}, expected 32 among them")
-        if self.gigabytes_per_s <= 0:
+        if not 0 < self.gigabytes_per_s < math.inf:
             raise ValueError(f"gigabytes_per_s: got {self.gigabytes_per_s}, expected a number above 0")
 
     @property

@@ -164,7 +164,7 @@ def _settings(config: Path) -> dict[str, bool | None]:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
         settings = {name: values.get(name) for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{config}: expected a JSON object ({error})") from None
     for name, value in settings.items():
         if value is not None and not isinstance(value, bool):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_dsq.glue.tasks import GlueTask
+from fairseq_dsq.text import printable, shortened
 
 _SHOWN = 60
+# Not what float() reads besides: 1_0, the digits of other scripts, nan.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class _Broken(ValueError):
@@ -108,15 +111,14 @@ def _label(task: GlueTask, text: str) -> str:
 
 
 def _score(task: GlueTask, text: str) -> str:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= task.max_score:
+    # Not what float() reads besides: 1_0, the digits of other scripts, nan.
+    if (
+        not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.ASCII | re.I)
+        or not 0 <= float(text) <= task.max_score
+    ):
         raise ValueError(f"column {task.label!r}: got {_shown(text)!r}, expected a number from 0 to {task.max_score:g}")
     return text
 
 
 def _shown(text: str) -> str:
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return shortened(printable(text), _SHOWN)

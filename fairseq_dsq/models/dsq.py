@@ -24,6 +24,7 @@ from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD, flag_error
 from fairseq_dsq.formats import FIXED_SCALES
 from fairseq_dsq.models.effects import levels_of
 from fairseq_dsq.models.heads import convert_heads
+from fairseq_dsq.models.modes import check_modes
 from fairseq_dsq.models.state import DSQState, hang_on_training
 from fairseq_dsq.nn import (
     BOX_DIMS,
@@ -245,7 +246,8 @@ def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyT
     """Give ``args`` the flags that are not set, and check those that are: every entrance to a model passes here.
 
     A command line, a YAML file, ``--model-overrides``, ``from_pretrained(..., dsq_patience=3)`` and Python thus mean
-    the same: numbers may be text, levels lists, on and off booleans.
+    the same: numbers may be text, levels lists, on and off booleans. fairseq's own flags are looked at too, before
+    anything is built.
 
     Args:
         args: a namespace or a configuration, changed in place.
@@ -254,6 +256,7 @@ def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyT
     Raises:
         DSQError: a value that the flag does not take, or a name that is nearly a flag's.
     """
+    check_modes(args)
     is_config = OmegaConf.is_config(args)
     refuse_unknown(list(args) if is_config else vars(args))
     if getattr(args, "dsq_format", None) == "float32" and getattr(args, "dsq_levels", None) is None:

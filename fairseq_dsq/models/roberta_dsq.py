@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fairseq_dsq.flags import ENCODER_DEFAULTS, flag_error
 from fairseq_dsq.models import dsq
 from fairseq_dsq.models.checkpoints import DSQModelMixin, Shape, shape_to_str
-from fairseq_dsq.models.workers import check_workers
 
 # The head of a checkpoint that holds BERT's pooler (dense, tanh). It has no classes; fairseq's own roberta drops it.
 POOLER = "pooler"
@@ -174,13 +173,11 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
 
 @register_model_architecture("roberta_dsq", "roberta_dsq")
 def roberta_dsq(args: Any) -> None:
-    check_workers(args)
     set_defaults(args)
     base_architecture(args)
 
 
 @register_model_architecture("roberta_dsq", "roberta_dsq_large")
 def roberta_dsq_large(args: Any) -> None:
-    check_workers(args)
     set_defaults(args)
     roberta_large_architecture(args)

@@ -14,7 +14,6 @@ from fairseq.models.transformer.transformer_legacy import (
 
 from fairseq_dsq.models import dsq
 from fairseq_dsq.models.checkpoints import DSQModelMixin
-from fairseq_dsq.models.workers import check_workers
 
 
 @register_model("transformer_dsq")
@@ -24,20 +23,17 @@ class TransformerDSQModel(DSQModelMixin, TransformerModel):
 
 @register_model_architecture("transformer_dsq", "transformer_dsq")
 def transformer_dsq(args: Any) -> None:
-    check_workers(args)
     dsq.set_defaults(args)
     base_architecture(args)
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq_iwslt_de_en")
 def transformer_dsq_iwslt_de_en(args: Any) -> None:
-    check_workers(args)
     dsq.set_defaults(args)
     transformer_iwslt_de_en(args)
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq_wmt_en_de")
 def transformer_dsq_wmt_en_de(args: Any) -> None:
-    check_workers(args)
     dsq.set_defaults(args)
     transformer_wmt_en_de(args)

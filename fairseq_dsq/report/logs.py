@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
 from fairseq_dsq.flags import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.text import printable
 
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.
 QUALITY_METRICS = (
@@ -50,8 +51,9 @@ _FLAG = re.compile(
     rf"(?<![\w-])'?({'|'.join(_SCALAR_FLAGS)})'?(?:=|: )"
     r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,)}\]]+)"""
 )
-_SIMPLE = re.compile(r"epoch (\d+) \| (?:valid on '(.*?)' subset \| )?(\w+ .*)")
-_BEGIN = re.compile(r"begin training epoch (\d+)")
+_SIMPLE = re.compile(r"epoch (\d{1,8}) \| (?:valid on '(.*?)' subset \| )?(\w+ .*)")
+_BEGIN = re.compile(r"begin training epoch (\d{1,8})")
+_MOST_EPOCHS = 10**8
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _LONGEST_LINE = 1 << 20
 _LOG_SUFFIXES = {".log", ".out", ".err", ".txt"}
@@ -228,14 +230,14 @@ class _Collector:
     def _read_json(self, line: str) -> None:
         try:
             record = json.loads(line[line.rfind("{") :])
-        except json.JSONDecodeError:
-            return  # cut off
+        except (ValueError, RecursionError):
+            return  # cut off, or damaged
         if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             return
         split = next((key for key in record if key.endswith("_num_updates")), "").removesuffix("_num_updates")
         fields = {key.removeprefix(split + "_"): value for key, value in record.items()}
-        updates = _number(fields.get("num_updates"))
-        if updates is not None:
+        updates = _count(fields.get("num_updates"))
+        if updates is not None and 0 < record["epoch"] < _MOST_EPOCHS:
             self.add(record["epoch"], updates, split, _kept(fields))
 
     def _read_simple(self, line: str, match: re.Match[str]) -> None:
@@ -243,7 +245,7 @@ class _Collector:
         for piece in match[3].split(" | "):
             name, _, value = piece.strip().partition(" ")
             fields[name] = value
-        updates = _number(fields.get("num_updates"))
+        updates = _count(fields.get("num_updates"))
         # A line that was cut off, by a kill or because another process appended to it, lacks what comes last.
         whole = _number(fields.get("wall")) is not None if match[2] is None else line.endswith("\n")
         if updates is not None and whole:
@@ -253,7 +255,7 @@ class _Collector:
         flags: dict[str, str] = {}
         for match in _FLAG.finditer(line):
             text = match[2]
-            flags.setdefault(match[1], str(ast.literal_eval(text)) if text[0] in "'\"" else text)
+            flags.setdefault(match[1], _unquoted(text))
         model = re.search(r"'model': \{'_name': '([^']*)'", line)
         if model:
             flags.setdefault("arch", model[1])
@@ -315,7 +317,7 @@ class _Collector:
             return ""
         last, latest = self._last_trained(), self.epoch_numbers()[-1]
         begun = self.begun or (latest if latest > last else None)
-        max_epoch = int(_number(self.flags.get("max_epoch")) or 0)
+        max_epoch = int(_count(self.flags.get("max_epoch")) or 0)
         of = f" of {max_epoch}" if max_epoch else ""
         if begun:
             return f"epoch {begun}{of} begun and not ended"
@@ -367,8 +369,24 @@ def _kept(fields: Mapping[str, object]) -> dict[str, float]:
 def _number(value: object) -> float | None:
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _count(value: object) -> float | None:
+    """A number that counts something."""
+    number = _number(value)
+    return number if number is not None and 0 <= number < math.inf else None
+
+
+def _unquoted(text: str) -> str:
+    """A flag's value as the configuration shows it; a string that Python does not read is taken as it stands."""
+    if text[0] not in "'\"":
+        return text
+    try:
+        return str(ast.literal_eval(text))
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _flags_of_command(command: str) -> dict[str, str]:
@@ -421,8 +439,3 @@ def _name(path: Path) -> str:
     if path.is_file():
         path = path.parent if path.stem in _PLAIN_STEMS or "tfevents" in path.name else path.with_suffix("")
     return printable(path.name) or "/"
-
-
-def printable(text: str) -> str:
-    """Text with a question mark in place of what a terminal or a page cannot show."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -100,7 +101,8 @@ def _read_scores(path: Path) -> list[tuple[str, float, bool]]:
     hits = []
     for match in _LINE.finditer(text):
         test = match["subset"] is None or match["subset"].startswith("test")
-        hits.append(("bleu4" if match["kind"] == "4" else "sacrebleu", float(match["score"]), test))
+        name = "bleu4" if match["kind"] == "4" else "sacrebleu"
+        hits += [(name, score, test) for score in _numbers([float(match["score"])])]
     if text.lstrip().startswith(("{", "[")) and '"BLEU"' in text:
         hits += [("sacrebleu", score, True) for score in _numbers(r.get("score") for r in _records(text, "BLEU"))]
     if f'"{metrics.RESULT}"' in text:
@@ -112,7 +114,7 @@ def _records(text: str, name: str) -> list[dict[str, Any]]:
     """The JSON objects of a file that call themselves ``name``."""
     try:
         records = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return []
     records = records if isinstance(records, list) else [records]
     return [record for record in records if isinstance(record, dict) and record.get("name") == name]
@@ -127,4 +129,10 @@ def _glue_scores(text: str) -> Iterator[tuple[str, float]]:
 
 
 def _numbers(values: Iterable[object]) -> list[float]:
-    return [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    """Those that are finite."""
+    numbers = []
+    for value in values:
+        with contextlib.suppress(ValueError, OverflowError):  # an integer beyond float
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                numbers.append(float(value))
+    return numbers

@@ -18,8 +18,9 @@ from typing import Any
 
 from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
-from fairseq_dsq.report.logs import DSQ_DEFAULTS, Run, printable
+from fairseq_dsq.report.logs import DSQ_DEFAULTS, Run
 from fairseq_dsq.report.scores import METRICS, judged_by
+from fairseq_dsq.text import printable
 
 FLOAT32, FLOAT32_FAIRSEQ = "Float32", "Float32 (fairseq)"
 _FORMAT_LABELS = {"bfp": "BFP", "fixed": "Fixed"}

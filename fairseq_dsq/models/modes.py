@@ -1,0 +1,92 @@
+"""fairseq's training modes that a DSQ model cannot have are refused at the start; README lists what the others do."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+
+from fairseq_dsq.flags import flag_error
+from fairseq_dsq.models.workers import check_workers
+
+TRAINING_COMMANDS = ("fairseq-train", "fairseq-hydra-train", "train.py", "hydra_train.py")
+
+
+def _trains() -> bool:
+    """Whether this process is a command that trains: others get their flags of a checkpoint."""
+    return Path(sys.argv[0] if sys.argv else "").name in TRAINING_COMMANDS
+
+
+def _flag(args: Any, name: str) -> Any:
+    """A flag's value. argparse's configuration has those of all of fairseq; OmegaConf's hangs in a tree of sections."""
+    sections = [args]
+    if isinstance(args, DictConfig):
+        sections += [
+            section for section in cast(DictConfig, args._get_root()).values() if isinstance(section, DictConfig)
+        ]
+    return next((value for section in sections if (value := getattr(section, name, None)) is not None), None)
+
+
+def check_modes(args: Any) -> None:
+    """Refuse what cannot be trained, or would be silently wrong.
+
+    fairseq takes ``--bf16`` for ``--tpu``: that is undone here.
+
+    Args:
+        args: flags of fairseq-train; nothing is looked at in a command that does not train.
+
+    Raises:
+        the errors of :func:`fairseq_dsq.flags.flag_error`; one line names the flag.
+    """
+    if not _trains():
+        return
+    if _flag(args, "bf16") and _flag(args, "tpu") and "--tpu" not in sys.argv:
+        args.tpu = False
+    check_workers(lambda name: _flag(args, name))
+    for name, reason in _refused(args):
+        flag_error("--" + name.replace("_", "-"), f"got {_flag(args, name)}, {reason}")
+
+
+def _refused(args: Any) -> Iterator[tuple[str, str]]:
+    """(flag, why it is refused)."""
+
+    def given(name: str) -> Any:
+        return _flag(args, name)
+
+    if given("tpu"):
+        yield "tpu", "expected none: there is no quantized path for TPUs"
+    if given("fp16") and not torch.cuda.is_available():
+        yield "fp16", "expected --bf16 or neither: once a loss scale is too large fairseq waits for a GPU"
+    if (given("quant_noise_pq") or 0) > 0:
+        yield "quant_noise_pq", "expected 0: quant noise changes weights behind the layers that DSQ quantizes"
+    if (given("quant_noise_scalar") or 0) > 0:
+        yield "quant_noise_scalar", "expected 0: quant noise replaces the layers that DSQ quantizes"
+    if given("quantization_config_path"):
+        yield "quantization_config_path", "expected none: product quantization leaves out the layers of DSQ"
+    if given("pipeline_model_parallel"):
+        yield "pipeline_model_parallel", "expected none: no DSQ architecture is made of a pipeline's stages"
+    if (given("model_parallel_size") or 1) > 1:
+        yield "model_parallel_size", "expected 1: Megatron's layers, which hold a part of a weight each, have no DSQ"
+    # Each wants fairscale, with which nothing here has been tested.
+    if given("ddp_backend") == "fully_sharded" or (given("ddp_backend") == "slowmo" and _workers(given) > 1):
+        yield "ddp_backend", "expected legacy_ddp, no_c10d, c10d or pytorch_ddp: DSQ is not tested on fairscale's"
+    if given("zero_sharding") not in (None, "none"):
+        yield "zero_sharding", "expected none: DSQ is not tested on fairscale's sharded optimizers"
+    if given("cpu_offload"):
+        yield "cpu_offload", "expected none: it belongs to --ddp-backend fully_sharded, which is refused"
+    if given("use_bmuf") and _workers(given) > 1:
+        yield "use_bmuf", "expected none on several workers: their models differ between two synchronizations"
+    if given("write_checkpoints_asynchronously") and importlib.util.find_spec("iopath") is None:
+        yield (
+            "write_checkpoints_asynchronously",
+            "expected none: iopath is not installed, and fairseq would end without training, with exit code 0",
+        )
+
+
+def _workers(given: Any) -> int:
+    return int(given("distributed_world_size") or 1)

@@ -1,0 +1,20 @@
+"""Text of others within a message of one line: short, and nothing in it that a terminal cannot show."""
+
+from __future__ import annotations
+
+LONGEST = 80
+
+
+def printable(text: str) -> str:
+    """Text with a question mark in place of what a terminal or a page cannot show."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text of at most ``longest`` characters; the end of a longer one becomes ``...``."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def quoted(text: str) -> str:
+    """Text as Python would write it, within quotes, shortened."""
+    return shortened(repr(text[: LONGEST + 1]))
