@@ -15,17 +15,17 @@ encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 l
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 parse_flags "encoder data format levels patience min-delta epochs lr seed train-rows prepared out" "group-by-length" "$@"
 task=$argument
-[ -n "$task" ] || { echo "$usage" >&2; fail "TASK is missing" 2; }
-check_epochs "$epochs"
+[ -n "$task" ] || fail "TASK is missing (--help lists the flags)" 2
+check_integers 1 epochs patience
+check_integers 0 seed train-rows
 use_env glue
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 downloads=$DSQ_ROOT/runs/glue/downloads
-out=${out:-$DSQ_ROOT/runs/glue/$task/$(basename "$encoder")-$format-${levels:-default}-seed$seed}
+out=${out:-$DSQ_ROOT/runs/glue/$(slug "$task")/$(slug "$(basename -- "$encoder")-$format-${levels:-default}-seed$seed")}
 prepared=${prepared:-$out/data}
 
 fairseq-dsq glue-prepare "$task" "$prepared" --encoder "$encoder" --downloads "$downloads" ${data:+--data "$data"} \
     --train-rows "$train_rows" ${group_by_length:+--group-by-length}
-mkdir -p "$out"
 
 # Dropout, Adam, decay and batches as in fairseq's examples/roberta/README.glue.md.
 flags=$(fairseq-dsq glue-flags --encoder "$encoder" --downloads "$downloads" "$prepared" -- \
@@ -34,9 +34,9 @@ flags=$(fairseq-dsq glue-flags --encoder "$encoder" --downloads "$downloads" "$p
     --optimizer adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-6 --weight-decay 0.1 --clip-norm 0.0 \
     --lr "$lr" --lr-scheduler polynomial_decay --max-epoch "$epochs" --seed "$seed" \
     --dsq-format "$format" ${levels:+--dsq-levels "$levels"} --dsq-patience "$patience" --dsq-min-delta "$min_delta" \
-    --no-epoch-checkpoints --save-dir "$out" --log-format json --log-interval 100 --no-progress-bar "${rest[@]}")
+    --no-epoch-checkpoints --log-format json --log-interval 100 --no-progress-bar "${rest[@]}")
 mapfile -t flags <<< "$flags"
-train "$out/train.log" "${flags[@]}"
+train "$out" "${flags[@]}"
 
 echo "format $format, levels ${levels:-default}, seed $seed"
 fairseq-dsq epochs "$out/train.log"

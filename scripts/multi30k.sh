@@ -14,7 +14,7 @@ layers=2 dim=128 ffn=512 heads=4
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # shellcheck source=scripts/translation.sh
 . "$DSQ_ROOT/scripts/translation.sh"
-begin "layers dim ffn heads" "$@"
+begin "" "layers dim ffn heads" "$@"
 use_env dev
 
 recipe=(

@@ -11,10 +11,11 @@ PACKAGE = Path(fairseq_dsq.__path__[0])
 FAIRSEQ_ROOMS = {"compat", "criterions", "models", "tasks", "optim"}
 # room: the rooms it may import, beside itself
 ARROWS = {
+    "artefact": set(),
     "__init__": {"compat", "criterions", "models", "tasks", "optim"},
     "compat": set(),
     "data_files": set(),
-    "download": set(),
+    "download": {"artefact"},
     "flags": set(),
     "formats": set(),
     "precision": {"formats"},
@@ -24,10 +25,11 @@ ARROWS = {
     "nn": {"formats", "precision", "quant"},
     "models": {"data_files", "flags", "formats", "glue", "precision", "quant", "nn", "schedule"},
     "criterions": {"cost", "flags"},
-    "glue": {"download"},
-    "translation": {"download"},
-    "report": {"cost", "flags", "formats", "glue", "precision"},
+    "glue": {"artefact", "download"},
+    "translation": {"artefact", "download"},
+    "report": {"artefact", "cost", "flags", "formats", "glue", "precision"},
     "cli": {
+        "artefact",
         "criterions",
         "data_files",
         "download",
