@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on(mnli, encoder):
     folder, out = mnli
     assert out.startswith(f"found {(folder / 'run').resolve()}/data: MNLI (train 300, valid 61, valid1 30)")
     log = (folder / "run/train.log").read_text()
-    assert re.findall(r"Loaded checkpoint (\S+) \(epoch \d+ @ (\d+) updates", log) == [
+    assert re.findall(r"Loaded checkpoint (.+) \(epoch \d+ @ (\d+) updates", log) == [
         (str(encoder / "model.pt"), "0"), (str((folder / "run").resolve() / "checkpoint_last.pt"), "10"),
     ]  # fmt: skip
 
