@@ -7,7 +7,9 @@ usage="usage: glue.sh TASK [--encoder DIR] [--data DIR] [--format bfp|fixed|floa
                [-- any flag of fairseq-train]
 TASK is CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI. Its TSV files come from --data, \$DSQ_DATA/glue/TASK or
 the public address; the encoder is a folder (see fairseq_dsq/glue/encoder.py) or roberta.base, which is downloaded.
-Runs can share one --prepared folder (default: OUT/data). A run that was stopped goes on where it was."
+Runs can share one --prepared folder (default: OUT/data). A run that was stopped goes on where it was.
+A folder that other settings, files or another version of this package made is refused; --epochs too stands, as the
+learning rate's decay depends on it."
 
 encoder=roberta.base data= format=bfp levels= patience=5 min_delta=0 epochs=10 lr=1e-5 seed=1 train_rows=0 group_by_length= prepared= out=
 
