@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import urllib.request
 from pathlib import Path
 
+from fairseq_dsq.artefact import checksum, whole
+
 TIMEOUT_S = 60
-_CHUNK_BYTES = 1 << 20
-
-
-def checksum(*paths: Path) -> str:
-    """sha256 of the files, one after the other, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download(url: str, path: Path, sha256: str | None = None, hint: str = "") -> Path:
@@ -33,13 +23,13 @@ def download(url: str, path: Path, sha256: str | None = None, hint: str = "") ->
 
     Raises:
         OSError: it cannot be fetched or written, or ends early.
-        ValueError: its checksum differs. Nothing is left at ``path`` in either case.
+        ValueError: its checksum, or that of what is there already, differs. Nothing is left at ``path`` by a failure.
     """
     if path.exists():
+        if sha256 is not None and (digest := checksum(path)) != sha256:
+            raise ValueError(f"{path}: got sha256 {digest}, expected {sha256} as {url} has; remove it")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
+    with whole(path) as partial:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(partial, "wb") as file:
                 shutil.copyfileobj(response, file)
@@ -51,7 +41,4 @@ def download(url: str, path: Path, sha256: str | None = None, hint: str = "") ->
             raise OSError(f"{url}: {error}" + (f" ({hint})" if hint else "")) from None
         if sha256 is not None and (digest := checksum(partial)) != sha256:
             raise ValueError(f"{url}: got sha256 {digest}, expected {sha256}")
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

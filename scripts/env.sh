@@ -1,6 +1,6 @@
 # Sourced by the other scripts: their flags and errors, their environment, and fairseq's commands as they call them.
 
-DSQ_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+DSQ_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 TORCH_PIN=torch==2.13.0
 
 # fail MESSAGE [CODE]: one line, and out
@@ -41,13 +41,23 @@ parse_flags() {
 }
 
 reject() {
-    echo "$usage" >&2
-    fail "unknown argument $1" 2
+    fail "unknown argument $1 (--help lists the flags)" 2
 }
 
-# check_epochs VALUE: fairseq reads 0 as no limit.
-check_epochs() {
-    [[ $1 =~ ^[1-9][0-9]*$ ]] || fail "--epochs: got '$1', expected an integer >= 1" 2
+# check_integers LEAST NAMES...: the values of these flags
+check_integers() {
+    local least=$1 name value
+    shift
+    for name in "$@"; do
+        value=${name//-/_} value=${!value}
+        [[ $value =~ ^[0-9]{1,9}$ ]] && [ "$((10#$value))" -ge "$least" ] \
+            || fail "--$name: got '$value', expected an integer >= $least" 2
+    done
+}
+
+# slug TEXT: TEXT as a part of a file's name; fairseq's options would split paths at colons and commas
+slug() {
+    printf %s "$1" | LC_ALL=C sed -E 's/\] *\[/_/g; s/[^A-Za-z0-9._]+/-/g; s/^-+|-+$//g'
 }
 
 find_python() {
@@ -61,52 +71,51 @@ find_python() {
     fail "found no Python 3.11 or 3.12; set PYTHON to one"
 }
 
-# train LOG FLAGS...: fairseq-train with its output added to LOG; if it fails, its last error and where the log is
+# train FOLDER DATA FLAGS...: fairseq-train in FOLDER, unless it is done; its output is added to FOLDER/train.log
 train() {
-    local log=$1
+    local folder=$1 code=0
     shift
-    fairseq-train "$@" --user-dir "$DSQ_ROOT/fairseq_dsq" >> "$log" 2>&1 && return
-    grep -E '[Ee]rror' "$log" | tail -n 1 >&2 || true
-    fail "training failed, see $log"
+    fairseq-dsq run-train "$folder" -- "$@" || code=$?
+    [ "$code" -ne 1 ] || fail "training failed, see $folder/train.log"
+    return "$code"
 }
 
-# generate DATA FOLDER TARGET FLAGS...: FOLDER/hypotheses.TARGET from its best checkpoint
-generate() {
-    local data=$1 folder=$2 target=$3
+# translate FOLDER REFERENCE DIGITS DATA FLAGS...: prints sacreBLEU of FOLDER's best checkpoint; the translations are in
+# FOLDER/hypotheses.*, the score where fairseq-dsq report finds it
+translate() {
+    local folder=$1 reference=$2 digits=$3 code=0
     shift 3
-    fairseq-generate "$data" --user-dir "$DSQ_ROOT/fairseq_dsq" --path "$folder/checkpoint_best.pt" \
-        --required-batch-size-multiple 1 "$@" > "$folder/generate.out" 2> "$folder/generate.err" \
-        || fail "generation failed, see $folder/generate.err"
-    grep '^D-' "$folder/generate.out" | LC_ALL=C sort -V | cut -f3 > "$folder/hypotheses.part"
-    mv "$folder/hypotheses.part" "$folder/hypotheses.$target"
-}
-
-# score REFERENCE FOLDER DIGITS: sacreBLEU of FOLDER/hypotheses.*; kept where fairseq-dsq report finds it
-score() {
-    sacrebleu "$1" -i "$2/hypotheses.${1##*.}" -m bleu -w "$3" --force > "$2/score.json"
-    sed -n 's/^ *"score": \([0-9.]*\).*/\1/p' "$2/score.json"
+    fairseq-dsq run-translate --digits "$digits" "$folder" "$reference" -- "$@" --required-batch-size-multiple 1 || code=$?
+    [ "$code" -ne 1 ] || fail "generation failed, see $folder/generate.out"
+    return "$code"
 }
 
 # use_env EXTRAS: makes .venv where it is missing, installs the package with these extras, activates. PYTHON names the
 # interpreter to make it with; DSQ_ENV an environment (a folder with bin/) to use as it is instead.
 use_env() {
-    local extras=$1 venv=$DSQ_ROOT/.venv python stamp
+    local extras=$1 venv=$DSQ_ROOT/.venv python stamp lock
     if [ -n "${DSQ_ENV:-}" ]; then
         PATH=$DSQ_ENV/bin:$PATH
         return
     fi
-    if [ ! -x "$venv/bin/python" ]; then
-        python=$(find_python)
-        "$python" -m venv "$venv"
-    fi
     # Installed already for this setup.py and these extras?
     stamp=$venv/.installed-$extras-$(cksum < "$DSQ_ROOT/setup.py" | cut -d' ' -f1)
     if [ ! -e "$stamp" ]; then
+        mkdir -p "$venv"
+        exec {lock}< "$venv"
+        flock "$lock"  # two scripts at once: the second waits
+    fi
+    if [ ! -e "$stamp" ]; then
+        if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+            python=$(find_python)
+            "$python" -m venv --clear "$venv"
+        fi
         echo "installing into $venv (once)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH_PIN"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH_PIN" -e "$DSQ_ROOT${extras:+[$extras]}"
         touch "$stamp"
     fi
+    [ -z "${lock:-}" ] || exec {lock}<&-
     # shellcheck disable=SC1091
     . "$venv/bin/activate"
 }

@@ -4,7 +4,8 @@ set -euo pipefail
 usage="usage: multi30k.sh [--format bfp|fixed|float32] [--levels LEVELS] [--patience N] [--min-delta D]
                    [--layers N] [--dim N] [--ffn N] [--heads N] [--vocab N] [--epochs N] [--seed N] [--out DIR]
                    [-- any flag of fairseq-train]
-Data comes from \$DSQ_DATA/multi30k, or from the public repository. A run that was stopped goes on where it was."
+Data comes from \$DSQ_DATA/multi30k, or from the public repository. A run that was stopped goes on where it was. A folder that other settings,
+data or another version of this package made is refused; --epochs may be raised."
 
 corpus=multi30k source=de target=en test=test_2016_flickr
 format=bfp levels= patience=1 min_delta=1.0 vocab=4000 epochs=8 seed=1 out=
@@ -14,7 +15,7 @@ layers=2 dim=128 ffn=512 heads=4
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 # shellcheck source=scripts/translation.sh
 . "$DSQ_ROOT/scripts/translation.sh"
-begin "layers dim ffn heads" "$@"
+begin "" "layers dim ffn heads" "$@"
 use_env dev
 
 recipe=(

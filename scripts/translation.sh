@@ -22,51 +22,45 @@ find_method() {
 
 prepare_corpus() {
     prepared=$DSQ_ROOT/runs/$corpus/data-$vocab
-    [ ! -e "$prepared/done" ] || return 0
-    mkdir -p "$prepared"
     fairseq-dsq translation-prepare "$corpus" "$prepared" --vocab "$vocab" \
         --downloads "$DSQ_ROOT/runs/$corpus/downloads"
-    fairseq-preprocess --source-lang "$source" --target-lang "$target" --joined-dictionary --srcdict "$prepared/dict.txt" \
-        --trainpref "$prepared/train" --validpref "$prepared/valid" --testpref "$prepared/test" --destdir "$prepared/bin" \
-        > "$prepared/preprocess.out" 2>&1 || fail "fairseq-preprocess failed, see $prepared/preprocess.out"
-    touch "$prepared/done"
 }
 
 # train_method FORMAT LEVELS FOLDER: train, translate the test set, score; what FOLDER has already is not repeated
 train_method() {
-    local format=$1 levels=$2 folder=$3
-    mkdir -p "$folder"
-    train "$folder/train.log" "$prepared/bin" "${recipe[@]}" \
+    local format=$1 levels=$2 folder=$3 bleu
+    train "$folder" "$prepared/bin" "${recipe[@]}" \
         --dsq-format "$format" ${levels:+--dsq-levels "$levels"} --dsq-patience "$patience" --dsq-min-delta "$min_delta" \
         --criterion dsq_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --adam-betas '(0.9, 0.98)' \
-        --lr-scheduler inverse_sqrt --max-epoch "$epochs" --seed "$seed" --no-epoch-checkpoints --save-dir "$folder" \
+        --lr-scheduler inverse_sqrt --max-epoch "$epochs" --seed "$seed" --no-epoch-checkpoints \
         --log-format json --log-interval 100 --no-progress-bar "${rest[@]}"
     echo "format $format, levels ${levels:-default}, seed $seed"
     fairseq-dsq epochs "$folder/train.log"
-    [ "$folder/hypotheses.$target" -nt "$folder/checkpoint_best.pt" ] \
-        || generate "$prepared/bin" "$folder" "$target" --remove-bpe sentencepiece "${search[@]}"
-    echo "$test sacreBLEU: $(score "$prepared/raw.test.$target" "$folder" 2)"
+    bleu=$(translate "$folder" "$prepared/raw.test.$target" 2 "$prepared/bin" --remove-bpe sentencepiece "${search[@]}")
+    echo "$test sacreBLEU: $bleu"
 }
 
-# begin "OWN_FLAGS" ARGUMENTS...: what comes first in each of these scripts
+# begin "OWN_FLAGS" "OWN_INTEGERS" ARGUMENTS...: what comes first in each of these scripts
 begin() {
-    local own=$1
-    shift
-    parse_flags "$TRANSLATION_FLAGS $own" "" "$@"
+    local own=$1 own_integers=$2
+    shift 2
+    parse_flags "$TRANSLATION_FLAGS $own $own_integers" "" "$@"
     [ -z "$argument" ] || reject "$argument"
-    check_epochs "$epochs"
+    # shellcheck disable=SC2086
+    check_integers 1 epochs vocab patience $own_integers
+    check_integers 0 seed
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 }
 
 # train_one: the method that --format and --levels name
 train_one() {
-    train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$format-${levels:-default}-seed$seed}"
+    train_method "$format" "$levels" "${out:-$DSQ_ROOT/runs/$corpus/$(slug "$format-${levels:-default}-seed$seed")}"
 }
 
 # run_table ARGUMENTS...: what iwslt17.sh and wmt14.sh do
 run_table() {
     local method folders=()
-    begin methods "$@"
+    begin methods "" "$@"
     [ -n "$format" ] || [ -z "$levels" ] || fail "--levels: got '$levels' without --format" 2
     for method in $methods; do
         (find_method "$method")  # all are known before the first is trained

@@ -7,7 +7,8 @@ usage="usage: wmt14.sh [--methods NAMES | --format bfp|fixed|float32 [--levels L
 NAMES are the table's rows (default: all): float32 fixed32 fixed16 bfp32 bfp16 stash-fixed stash-bfp dsq. --format trains one
 method of one's own instead. --out is the folder of the run, or of the table's runs.
 Data comes from \$DSQ_DATA/wmt14_en-de (train, valid, test .en and .de, plain text), or from statmt.org.
-A table or run that was stopped goes on where it was."
+A table or run that was stopped goes on where it was. A folder that other settings,
+data or another version of this package made is refused; --epochs may be raised."
 
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

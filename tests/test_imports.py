@@ -11,10 +11,11 @@ PACKAGE = Path(fairseq_dsq.__path__[0])
 FAIRSEQ_ROOMS = {"compat", "criterions", "models", "tasks", "optim"}
 # room: the rooms it may import, beside itself
 ARROWS = {
+    "artefact": set(),
     "__init__": {"compat", "criterions", "errors", "models", "tasks", "optim"},
     "compat": set(),
     "data_files": {"text"},
-    "download": set(),
+    "download": {"artefact"},
     "errors": set(),
     "flags": {"errors"},
     "formats": {"text"},
@@ -26,10 +27,11 @@ ARROWS = {
     "nn": {"formats", "precision", "quant"},
     "models": {"data_files", "errors", "flags", "formats", "glue", "precision", "quant", "nn", "schedule", "text"},
     "criterions": {"cost", "errors", "flags"},
-    "glue": {"download", "text"},
-    "translation": {"download"},
-    "report": {"cost", "flags", "formats", "glue", "precision", "text"},
+    "glue": {"artefact", "download", "text"},
+    "translation": {"artefact", "download"},
+    "report": {"artefact", "cost", "flags", "formats", "glue", "precision", "text"},
     "cli": {
+        "artefact",
         "criterions",
         "data_files",
         "download",

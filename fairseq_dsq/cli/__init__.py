@@ -23,7 +23,7 @@ def blame(flag: str) -> Iterator[None]:
 
 SUBCOMMANDS = (
     "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags",
-    "glue_prepare", "report", "roofline", "translation_prepare",
+    "glue_prepare", "report", "roofline", "run_train", "run_translate", "translation_prepare",
 )  # fmt: skip
 
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # into head, say: whoever reads has seen enough
         sys.stdout = None
         return 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"fairseq-dsq {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
+from fairseq_dsq import artefact
 from fairseq_dsq.glue.encoder import ARCH, DICTIONARY, MODEL
 from fairseq_dsq.models import hf_encoder, hf_vocabulary
 
@@ -34,9 +33,8 @@ def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
     flags = config.flags(untied)
 
     final = output.resolve()
-    partial = final.with_name(f"{final.name}.part-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with artefact.whole(final) as partial:
+        partial.mkdir()
         files = {
             **vocabulary.files,
             DICTIONARY: vocabulary.dictionary(config.vocabulary),
@@ -45,10 +43,7 @@ def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         torch.save(hf_encoder.checkpoint(mapped, flags, partial / DICTIONARY, final), partial / MODEL)
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+        artefact.write(partial, {"SRC": artefact.content(source)})
     return flags, config.notes
 
 

@@ -13,6 +13,9 @@ import pathlib
 import random
 from dataclasses import dataclass
 
+from fairseq_dsq import artefact
+from fairseq_dsq.cli import fairseq_command
+
 Pair = tuple[str, str]
 Endings = dict[str, tuple[str, ...]]
 
@@ -520,11 +523,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"number of {name} pairs (default: {size})"
         parser.add_argument(f"--{name}", type=int, default=size, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="random seed (default: 1)")
+    parser.add_argument(
+        "--binarise", action="store_true",
+        help="run fairseq-preprocess too, into DIR/bin; DIR is made whole or not at all, and kept if it is there",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Writes the corpus; returns 0."""
-    write(args.directory, args.train, args.valid, args.test, args.seed)
     sizes = f"{args.train} train, {args.valid} valid and {args.test} test"
+    if not args.binarise:
+        write(args.directory, args.train, args.valid, args.test, args.seed)
+    elif not _write_binarised(args.directory, args.train, args.valid, args.test, args.seed):
+        print(f"found {sizes} German-English sentence pairs in {args.directory}")
+        return 0
     print(f"wrote {sizes} German-English sentence pairs to {args.directory}")
     return 0
+
+
+def _write_binarised(directory: pathlib.Path, train: int, valid: int, test: int, seed: int) -> bool:
+    """Writes the corpus and its binarised form unless it is there, made so; returns whether it was written."""
+    artefact.check_path("DIR", directory)
+    settings = {"--train": str(train), "--valid": str(valid), "--test": str(test), "--seed": str(seed)}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with artefact.locked(directory.parent):
+        if artefact.check(directory, settings):
+            return False
+        with artefact.whole(directory) as partial:
+            write(partial, train, valid, test, seed)
+            fairseq_command.preprocess(partial, "de", "en")
+            artefact.write(partial, settings)
+    return True

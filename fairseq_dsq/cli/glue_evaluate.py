@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from fairseq_dsq import artefact
 from fairseq_dsq.glue import find_task, metrics
 from fairseq_dsq.glue.prepare import BIN, Prepared
 
@@ -39,9 +40,13 @@ def main(args: argparse.Namespace) -> int:
         "precision": precision, "checkpoint": str(args.checkpoint),
     }  # fmt: skip
     if args.out:
-        partial = args.out.with_name(args.out.name + ".part")
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.rename(args.out)
+        artefact.stamp(args.out).unlink(missing_ok=True)
+        with artefact.whole(args.out) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        artefact.write(
+            args.out,
+            {artefact.CHECKPOINT: artefact.checksum(args.checkpoint), "DIR": artefact.content(args.folder / BIN)},
+        )
     at = f" at level {level}, {precision}" if model.level else ""
     values = ", ".join(f"{name} {'undefined' if value is None else f'{value:.2f}'}" for name, value in scores.items())
     print(f"{task.name}, {sum(rows.values())} rows{at}: {values}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fairseq_dsq.report import tables
 from fairseq_dsq.report.logs import Run, missing_extra, read_run
-from fairseq_dsq.report.scores import GIVEN, scores
+from fairseq_dsq.report.scores import BEST, GIVEN, scores, stale
 from fairseq_dsq.report.tables import Table
 from fairseq_dsq.text import printable
 
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     runs, skipped = _read(args.runs)
+    for path in (path for run in runs for path in stale(run)):
+        skipped.append(printable(f"{path}: scored another checkpoint than the run's {BEST}"))
+        print(f"fairseq-dsq report: skipped {skipped[-1]}", file=sys.stderr)
     found = [scores(run) for run in runs]
     for text in args.quality:
         index, value = _given(text, runs)

@@ -1,27 +1,37 @@
-"""Fetch a parallel corpus and cut it into sentence pieces, for fairseq-preprocess."""
+"""Fetch a parallel corpus, cut it into sentence pieces and binarise it with fairseq-preprocess."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fairseq_dsq.translation import CORPORA, prepare
+from fairseq_dsq import artefact
+from fairseq_dsq.cli import fairseq_command
+from fairseq_dsq.translation import CORPORA, prepare, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", choices=sorted(CORPORA), metavar="CORPUS", help=", ".join(sorted(CORPORA)))
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--vocab", type=int, default=4000, help="joint sentence pieces (default: %(default)s)")
-    parser.add_argument(
-        "--downloads", type=Path, metavar="DIR", help="where downloads are kept (default: in the folder)"
-    )
+    parser.add_argument("--downloads", type=Path, metavar="DIR", help="where downloads are kept (default: beside DIR)")
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        counts = prepare(CORPORA[args.corpus], args.folder, args.vocab, args.downloads)
-    except RuntimeError as error:  # sentencepiece's own checks
-        raise ValueError(f"--vocab: got {args.vocab}: {error}") from None
+    corpus = CORPORA[args.corpus]
+    artefact.check_path("DIR", args.folder)
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    with artefact.locked(args.folder.parent):  # who comes second finds what the first made
+        if artefact.check(args.folder, settings(corpus, args.vocab)):
+            print(f"found {args.folder}: {args.corpus} in {args.vocab} sentence pieces")
+            return 0
+        try:
+            counts = prepare(
+                corpus, args.folder, args.vocab, args.downloads,
+                lambda folder: fairseq_command.preprocess(folder, *corpus.languages, folder / "dict.txt"),
+            )  # fmt: skip
+        except RuntimeError as error:  # sentencepiece's own checks
+            raise ValueError(f"--vocab: got {args.vocab}: {error}") from None
     pairs = ", ".join(f"{split} {kept}" for split, (kept, _) in counts.items())
     left_out = counts["train"][1]
     print(

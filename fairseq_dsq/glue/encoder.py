@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq.artefact import whole
 from fairseq_dsq.download import download
 
 MODEL, DICTIONARY, ARCH = "model.pt", "dict.txt", "arch.args"
@@ -103,17 +103,13 @@ def find(name: str, downloads: Path) -> Encoder:
         archive = download(
             f"{_MODELS_URL}{name}.tar.gz", downloads / f"{name}.tar.gz", hint="give a folder with an encoder"
         )  # fmt: skip
-        partial = downloads / f"{name}.part"
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            with tarfile.open(archive, "r:gz") as content:
-                content.extractall(partial, filter="data")
-            (partial / name).rename(folder)
+            with whole(folder) as partial, tarfile.open(archive, "r:gz") as content:
+                content.extractall(partial.parent, filter="data")  # which holds a folder of this name
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{archive}: {error}, expected a .tar.gz archive of the folder {name}") from None
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            archive.unlink()
+            archive.unlink(missing_ok=True)
     return Encoder(folder, DOWNLOADABLE[name])
 
 

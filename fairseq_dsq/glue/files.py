@@ -8,6 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fairseq_dsq.artefact import whole
 from fairseq_dsq.download import download
 from fairseq_dsq.glue.tasks import MRPC_DEV_IDS, TRAIN_FILES, GlueTask
 
@@ -61,10 +62,8 @@ def fetch(task: GlueTask, downloads: Path) -> Path:
     archive = download(
         task.archive.url, downloads / task.archive.url.rpartition("/")[2], task.archive.sha256, hint
     )  # fmt: skip
-    partial = downloads / f"{task.name}.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with whole(folder) as partial:
+        partial.mkdir()
         if archive.suffix == ".zip":
             _unzip(
                 archive, {f"{task.name}/{name}" for name in (TRAIN_FILES[0], *(name for name, _ in task.dev))}, partial
@@ -72,10 +71,7 @@ def fetch(task: GlueTask, downloads: Path) -> Path:
         else:
             ids = download(MRPC_DEV_IDS.url, downloads / "mrpc_dev_ids.tsv", MRPC_DEV_IDS.sha256, hint)
             _split_mrpc(archive, ids, partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    archive.unlink()
+    archive.unlink(missing_ok=True)
     return folder
 
 

@@ -6,19 +6,19 @@ A prepared folder holds, for each split (train; valid, valid1, ...: the developm
     SPLIT.label                  one class a line
     bin/input0, input1, label    the same, binarised by fairseq-preprocess; the classes in the task's order
     bin/label/SPLIT.label        in place of the classes, for regression: scores from 0 to 1
-    prepared.json                what this was made of
+    prepared.json                what this holds
+    made.json                    what made it, see fairseq_dsq/artefact.py
 """
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fairseq_dsq.download import checksum
+from fairseq_dsq import artefact
 from fairseq_dsq.glue import encoder, files, tsv
 from fairseq_dsq.glue.encoder import DICTIONARY, Encoder, Tokenizer
 from fairseq_dsq.glue.tasks import GlueTask, find_task
@@ -34,11 +34,10 @@ _BATCH = 10_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared folder was made of.
+    """What a prepared folder holds.
 
     Attributes:
         task: the task's name.
-        source: checksum of the training and development files, of the tokenizer's and of the dictionary.
         train_rows: rows that the training set was cut to; 0 for all.
         grouped_by_length: rows are in the order of their number of tokens, and fairseq is to batch them in it.
         tokenizer: its name.
@@ -50,7 +49,6 @@ class Prepared:
     """
 
     task: str
-    source: str
     train_rows: int
     grouped_by_length: bool
     tokenizer: str
@@ -119,70 +117,92 @@ def prepare(
     paths = files.find(task, data, downloads)
     tokenizer = encoder.tokenizer(pretrained, downloads)
     dictionary = pretrained.folder / DICTIONARY
-    source = checksum(paths.train, *paths.dev.values(), *tokenizer.files, dictionary)
-    if (folder / MANIFEST).is_file():
-        there = Prepared.load(folder)
-        wanted = (task.name, source, train_rows, group_by_length)
-        if (there.task, there.source, there.train_rows, there.grouped_by_length) != wanted:
-            made_of = f"{there.task} with {there.train_rows or 'all'} training rows"
-            made_of += ", grouped by length" if there.grouped_by_length else ""
-            raise OSError(f"{folder}: was prepared of other files or settings ({made_of}); name another folder")
-        return there, False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OSError(f"{folder}: holds something else, expected a new or empty folder")
+    sources = (paths.train, *paths.dev.values(), *tokenizer.files, dictionary)
+    settings = {
+        "task": task.name, "--train-rows": str(train_rows), "--group-by-length": str(group_by_length),
+        "tokenizer": tokenizer.name, **{path.name: artefact.checksum(path) for path in sources},
+    }  # fmt: skip
+    artefact.check_path("DIR", folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with artefact.locked(folder.parent):  # who comes second finds what the first made
+        if (folder / MANIFEST).is_file():
+            return _found(folder, settings), False
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OSError(f"{folder}: holds something else, expected a new or empty folder")
+        with artefact.whole(folder) as partial:
+            partial.mkdir()
+            prepared = _make(task, partial, tokenizer, dictionary, binarise, paths, train_rows, group_by_length)
+            artefact.write(partial, settings)
+    return prepared, True
 
+
+def _found(folder: Path, settings: Mapping[str, str]) -> Prepared:
+    """What a folder that was made with these settings holds."""
+    there = Prepared.load(folder)
+    try:
+        artefact.check(folder, settings)
+    except ValueError as error:
+        made_of = f"{there.task} with {there.train_rows or 'all'} training rows"
+        made_of += ", grouped by length" if there.grouped_by_length else ""
+        raise OSError(
+            f"{folder}: was prepared of other files or settings ({made_of}); name another folder: {error}"
+        ) from None
+    return there
+
+
+def _make(
+    task: GlueTask,
+    folder: Path,
+    tokenizer: Tokenizer,
+    dictionary: Path,
+    binarise: Callable[[Path, str, Path, list[str]], None],
+    paths: files.Files,
+    train_rows: int,
+    group_by_length: bool,
+) -> Prepared:
+    """Write everything but the stamp into an empty folder."""
     tables = {TRAIN: tsv.read(task, paths.train)}
     for number, path in enumerate(paths.dev.values()):
         tables[valid_split(number)] = tsv.read(task, path)
     rows = {split: table.rows for split, table in tables.items()}
     rows[TRAIN] = _subset(paths.train, rows[TRAIN], train_rows)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(folder.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        known = _symbols(dictionary)
-        tokens = unknown = 0
-        for split in rows:
-            lengths = [0] * len(rows[split])
-            sides = []
-            for side in range(len(task.sentences)):
-                lines: list[str] = []
-                for line in _encoded(tokenizer, [row.sentences[side] for row in rows[split]]):
-                    lengths[len(lines)] += len(line)
-                    unknown += sum(symbol not in known for symbol in line)
-                    lines.append(" ".join(line))
-                sides.append(lines)
-            tokens += sum(lengths)
-            order = sorted(range(len(lengths)), key=lengths.__getitem__ if group_by_length else None)
-            for side, lines in enumerate(sides):
-                _write(partial / f"{split}.input{side}", (lines[index] for index in order))
-            _write_labels(task, partial, split, [rows[split][index].label for index in order])
-        if unknown > _MOST_UNKNOWN * tokens:
-            raise ValueError(
-                f"{dictionary}: does not know {unknown} of {tokens} tokens, expected the dictionary that belongs to "
-                f"{tokenizer.files[0]}"
-            )
+    known = _symbols(dictionary)
+    tokens = unknown = 0
+    for split in rows:
+        lengths = [0] * len(rows[split])
+        sides = []
         for side in range(len(task.sentences)):
-            binarise(partial, f"input{side}", dictionary, list(rows))
-        if not task.is_regression:
-            classes = partial / "classes.txt"
-            _write(classes, (f"{label} 1" for label in task.labels))
-            binarise(partial, "label", classes, list(rows))
-            classes.unlink()
-        prepared = Prepared(
-            task.name, source, train_rows, group_by_length, tokenizer.name, tokenizer.doubles_separator,
-            {split: len(rows[split]) for split in rows},
-            {split: len(table.skipped) for split, table in tables.items() if table.skipped},
-            tokens, unknown,
-        )  # fmt: skip
-        (partial / MANIFEST).write_text(json.dumps(asdict(prepared), indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # an empty one
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return prepared, True
+            lines: list[str] = []
+            for line in _encoded(tokenizer, [row.sentences[side] for row in rows[split]]):
+                lengths[len(lines)] += len(line)
+                unknown += sum(symbol not in known for symbol in line)
+                lines.append(" ".join(line))
+            sides.append(lines)
+        tokens += sum(lengths)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__ if group_by_length else None)
+        for side, lines in enumerate(sides):
+            _write(folder / f"{split}.input{side}", (lines[index] for index in order))
+        _write_labels(task, folder, split, [rows[split][index].label for index in order])
+    if unknown > _MOST_UNKNOWN * tokens:
+        raise ValueError(
+            f"{dictionary}: does not know {unknown} of {tokens} tokens, expected the dictionary that belongs to "
+            f"{tokenizer.files[0]}"
+        )
+    for side in range(len(task.sentences)):
+        binarise(folder, f"input{side}", dictionary, list(rows))
+    if not task.is_regression:
+        classes = folder / "classes.txt"
+        _write(classes, (f"{label} 1" for label in task.labels))
+        binarise(folder, "label", classes, list(rows))
+        classes.unlink()
+    prepared = Prepared(
+        task.name, train_rows, group_by_length, tokenizer.name, tokenizer.doubles_separator,
+        {split: len(rows[split]) for split in rows},
+        {split: len(table.skipped) for split, table in tables.items() if table.skipped},
+        tokens, unknown,
+    )  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(asdict(prepared), indent=1) + "\n", encoding="utf-8")
+    return prepared
 
 
 def _subset(path: Path, rows: Sequence[tsv.Row], number: int) -> tuple[tsv.Row, ...]:

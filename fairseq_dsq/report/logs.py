@@ -52,6 +52,10 @@ _FLAG = re.compile(
     r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,)}\]]+)"""
 )
 _SIMPLE = re.compile(r"epoch (\d{1,8}) \| (?:valid on '(.*?)' subset \| )?(\w+ .*)")
+# A configuration of fairseq-generate or fairseq-validate: they read a checkpoint.
+_EVALUATES = re.compile(r"'common_eval': \{[^{}]*'path': ['\"]")
+# Where a run begins: at the updates of the checkpoint that it goes on from, or with none.
+_FROM = re.compile(r"No existing checkpoint found|Loaded checkpoint .* \(epoch \d+ @ (\d{1,12}) updates\)")
 _BEGIN = re.compile(r"begin training epoch (\d{1,8})")
 _MOST_EPOCHS = 10**8
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -212,8 +216,15 @@ class _Collector:
             while line := file.readline(_LONGEST_LINE):
                 self.read_line(line)
 
+    def _begin_at(self, updates: float) -> None:
+        """Forget what an earlier run in the same folder logged beyond where this one begins."""
+        self.records = {key: values for key, values in self.records.items() if key[1] <= updates}
+        self.begun, self.done = None, False
+
     def read_line(self, line: str) -> None:
-        if "epoch" in line:
+        if ("checkpoint" in line) and (match := _FROM.search(line)):
+            self._begin_at(float(match[1] or 0))
+        elif "epoch" in line:
             if '_num_updates"' in line:
                 self._read_json(line)
             elif "'optimization': {" in line:
@@ -252,6 +263,8 @@ class _Collector:
             self.add(int(match[1]), updates, match[2] or _TRAIN, _kept(fields))
 
     def _read_config(self, line: str) -> None:
+        if _EVALUATES.search(line):
+            return
         flags: dict[str, str] = {}
         for match in _FLAG.finditer(line):
             text = match[2]
@@ -262,7 +275,7 @@ class _Collector:
         criterion = re.search(r"'criterion': \{'_name': '([^']*)'", line)
         if criterion:
             flags["criterion"] = criterion[1]
-        self.flags.update(flags)
+        self.flags = flags or self.flags  # of the last run in the log
 
     def read_events(self, folder: Path) -> None:
         """Event files below ``folder``, one subfolder per split.

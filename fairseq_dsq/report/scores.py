@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq import artefact
 from fairseq_dsq.glue import TASKS, metrics
 from fairseq_dsq.report.logs import LOWER_IS_BETTER, QUALITY_METRICS, Run, log_files
 
+BEST = "checkpoint_best.pt"
 _TAIL_BYTES = 1 << 16
 _SCORE_SUFFIXES = {".json", ".bleu", ".score"}
 _LINE = re.compile(
@@ -70,11 +72,27 @@ def scores(run: Run) -> dict[str, float]:
         OSError: a file of the run's folder cannot be read.
     """
     found = {f"valid_{name}": value for name, value in run.best.items()}
-    hits = [hit for path in _score_files(run.path) for hit in _read_scores(path)]
+    others = stale(run)
+    hits = [hit for path in _score_files(run.path) if path not in others for hit in _read_scores(path)]
     # Later lines and files stand, but a test set's score over another set's.
     for name, value, _ in sorted(hits, key=lambda hit: hit[2]):
         found[name] = value
     return found
+
+
+def stale(run: Run) -> list[Path]:
+    """The files of a run's folder that scored another checkpoint than its checkpoint_best.pt, by their stamps.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a stamp is damaged.
+    """
+    best = run.path / BEST
+    if not best.is_file():
+        return []
+    scored = {path: (artefact.read(path) or {}).get(artefact.CHECKPOINT) for path in _score_files(run.path)}
+    now = artefact.checksum(best) if any(scored.values()) else None
+    return [path for path, checkpoint in scored.items() if checkpoint not in (None, now)]
 
 
 def judged_by(found: Mapping[str, float]) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from fairseq_dsq.translation import iwslt17, multi30k, wmt14
 from fairseq_dsq.translation.corpus import Corpus
-from fairseq_dsq.translation.prepare import prepare
+from fairseq_dsq.translation.prepare import prepare, settings
 
 CORPORA: dict[str, Corpus] = {module.CORPUS.name: module.CORPUS for module in (iwslt17, multi30k, wmt14)}
 
-__all__ = ["CORPORA", "Corpus", "prepare"]
+__all__ = ["CORPORA", "Corpus", "prepare", "settings"]

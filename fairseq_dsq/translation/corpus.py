@@ -8,7 +8,7 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,13 +61,23 @@ class Corpus:
             OSError: a file cannot be read or fetched.
             ValueError: a download is not what was published, or the two sides differ in length.
         """
-        if data := os.environ.get("DSQ_DATA"):
-            paths = [Path(data) / self.folder / f"{self.files[split]}.{language}" for language in self.languages]
-            for path in paths:
-                if not path.is_file():
-                    raise OSError(f"DSQ_DATA: {path} does not exist, expected {self.name}'s {split} text")
-            return aligned(*paths)
-        return self._verified(split, downloads)
+        paths = self.own_files([split])
+        return aligned(*paths) if paths else self._verified(split, downloads)
+
+    def own_files(self, splits: Sequence[str] = SPLITS) -> list[Path]:
+        """The files of these splits below $DSQ_DATA, source before target; none where that is not set.
+
+        Raises:
+            OSError: one does not exist.
+        """
+        data = os.environ.get("DSQ_DATA")
+        found = []
+        for split, language in itertools.product(splits, self.languages) if data else ():
+            path = Path(data or "") / self.folder / f"{self.files[split]}.{language}"
+            if not path.is_file():
+                raise OSError(f"DSQ_DATA: {path} does not exist, expected {self.name}'s {split} text")
+            found.append(path)
+        return found
 
     def _verified(self, split: str, downloads: Path) -> Iterator[tuple[str, str]]:
         count = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
 
+from fairseq_dsq import artefact
 from fairseq_dsq.translation.corpus import SPLITS, Corpus, aligned
 
 # Sentences that the pieces are learnt from, at most, drawn from both languages.
@@ -14,25 +16,52 @@ PIECE_SENTENCES = 2_000_000
 _SPECIAL_PIECES = 3
 
 
-def prepare(corpus: Corpus, folder: Path, vocab_size: int, downloads: Path | None = None) -> dict[str, tuple[int, int]]:
+def settings(corpus: Corpus, vocab_size: int) -> dict[str, str]:
+    """What a prepared folder depends on: the corpus, its text and the number of sentence pieces.
+
+    Raises:
+        OSError: a file below $DSQ_DATA is missing.
+    """
+    sources = {path.name: artefact.checksum(path) for path in corpus.own_files()}
+    return {"corpus": corpus.name, "--vocab": str(vocab_size), **(sources or {"text": "as published"})}
+
+
+def prepare(
+    corpus: Corpus,
+    folder: Path,
+    vocab_size: int,
+    downloads: Path | None = None,
+    binarise: Callable[[Path], None] = lambda folder: None,
+) -> dict[str, tuple[int, int]]:
     """Write, for every split and language, raw.SPLIT.LANGUAGE and SPLIT.LANGUAGE, spm.model and fairseq's dict.txt.
 
     Args:
+        folder: to write to, new or empty; made whole or not at all.
         vocab_size: sentence pieces (BPE) of both languages together.
-        downloads: where archives are kept (default: in ``folder``).
+        downloads: where archives are kept (default: beside ``folder``).
+        binarise: is given the folder when these files are in it.
 
     Returns:
         per split, the pairs that were written in pieces and those that were left out (of the training split alone).
 
     Raises:
-        OSError, ValueError: as :meth:`Corpus.read`.
+        OSError, ValueError: as :meth:`Corpus.read`, or ``folder`` holds something.
         RuntimeError: sentencepiece refuses ``vocab_size``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    made_of = settings(corpus, vocab_size)
+    with artefact.whole(folder) as partial:
+        partial.mkdir()
+        counts = _write(corpus, partial, vocab_size, downloads or folder.parent / "downloads")
+        binarise(partial)
+        artefact.write(partial, made_of)
+    return counts
+
+
+def _write(corpus: Corpus, folder: Path, vocab_size: int, downloads: Path) -> dict[str, tuple[int, int]]:
     for split in SPLITS:
         sides = [folder / f"raw.{split}.{language}" for language in corpus.languages]
         with open(sides[0], "w", encoding="utf-8") as source, open(sides[1], "w", encoding="utf-8") as target:
-            for pair in corpus.read(split, downloads or folder / "downloads"):
+            for pair in corpus.read(split, downloads):
                 # fairseq and sentencepiece disagree on what ends a line, so that none may be left within one.
                 source.write(" ".join(pair[0].split()) + "\n")
                 target.write(" ".join(pair[1].split()) + "\n")

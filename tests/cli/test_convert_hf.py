@@ -17,7 +17,7 @@ from fairseq_dsq.cli import main
 hugging_face = pytest.importorskip("hugging_face", reason="needs transformers and safetensors")
 transformers = hugging_face.transformers
 TEXT = hugging_face.TEXT
-FILES = {"model.pt", "dict.txt", "arch.args"}
+FILES = {"model.pt", "dict.txt", "arch.args", "made.json"}
 WORDPIECE_FILES, BPE_FILES = {"vocab.txt", "tokenizer_config.json"}, {"encoder.json", "vocab.bpe"}
 
 

@@ -363,3 +363,16 @@ def test_main_reports_bad_input(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert out == ""
     assert err.startswith("fairseq-dsq corpus: error: ")
     assert err.count("\n") == 1
+
+
+def test_a_binarised_corpus_is_kept_and_another_refused(tmp_path, capsys):
+    command = ["corpus", str(tmp_path / "toy"), "--train", "20", "--valid", "2", "--test", "2", "--binarise"]
+    assert cli.main(command) == 0
+    made = (tmp_path / "toy/bin/train.de-en.de.bin").stat().st_mtime_ns
+    assert cli.main(command) == 0
+    assert "found 20 train" in capsys.readouterr().out
+    assert cli.main([*command, "--seed", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "toy: made with --seed 1, asked for 2; remove it or name another" in line
+    assert (tmp_path / "toy/bin/train.de-en.de.bin").stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]

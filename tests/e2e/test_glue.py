@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,8 +37,12 @@ CLUES = {"entailment": "surely", "neutral": "perhaps", "contradiction": "never"}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def make_encoder(folder):
     """An encoder folder with random weights and a WordPiece vocabulary of the toy's words."""
-    folder = tmp_path_factory.mktemp("encoder")
+    folder.mkdir(exist_ok=True)
     words = [*FILLERS, *CLUES.values()]
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *words]) + "\n")
     (folder / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
@@ -78,32 +83,39 @@ def write_toy(folder, task, files, rows, seed=1):
     return folder
 
 
-def start_glue(*arguments):
-    """scripts/glue.sh in this environment, in a process group of its own."""
+def start_glue(clone, *arguments):
+    """scripts/glue.sh of a clone in this environment, in a process group of its own."""
     return subprocess.Popen(
-        [str(ROOT / "scripts/glue.sh"), *map(str, arguments)],
-        env={**os.environ, "DSQ_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
+        [str(clone / "scripts/glue.sh"), *map(str, arguments)],
+        env={**os.environ, "DSQ_ENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def mnli(encoder, tmp_path_factory):
-    """A run with both development sets that was killed and then finished, and what the script printed."""
+    """A run with both development sets that was killed and then finished, and what the script printed.
+
+    The run's folder has the name that the script gives it, in a clone of its own.
+    """
     folder = tmp_path_factory.mktemp("mnli")
+    clone = folder / "a clone"
+    shutil.copytree(ROOT / "scripts", clone / "scripts")
+    (clone / "fairseq_dsq").symlink_to(ROOT / "fairseq_dsq")
+    (folder / "run").symlink_to(clone / f"runs/glue/MNLI/{encoder.name}-bfp-4-4-4-16_16-4-4-16-seed1")
     files = ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")
     write_toy(folder / "tsv", find_task("MNLI"), files, (320, 61, 30))
     arguments = (
-        "MNLI", "--encoder", encoder, "--data", folder / "tsv", "--out", folder / "run", "--lr", 1e-2,
+        "MNLI", "--encoder", encoder, "--data", folder / "tsv", "--lr", 1e-2,
         "--epochs", EPOCHS, "--train-rows", 300, "--levels", "[4,4,4,16] [16,4,4,16]", "--patience", 1,
         "--min-delta", 100, "--", "--dropout", 0, "--attention-dropout", 0,
     )  # fmt: skip
-    stopped = start_glue(*arguments)
+    stopped = start_glue(clone, *arguments)
     while stopped.poll() is None and not (folder / "run/checkpoint_last.pt").exists():
         time.sleep(0.05)
     os.killpg(stopped.pid, signal.SIGKILL)
     assert stopped.wait() == -signal.SIGKILL, stopped.communicate()
-    finished = start_glue(*arguments)
+    finished = start_glue(clone, *arguments)
     out, err = finished.communicate(timeout=300)
     assert finished.returncode == 0, f"{out[-3000:]}\n{err[-3000:]}"
     assert err == ""
@@ -164,10 +176,10 @@ def test_the_report_finds_the_scores(mnli, capsys):
 
 def test_a_stopped_run_goes_on(mnli, encoder):
     folder, out = mnli
-    assert out.startswith(f"found {folder / 'run/data'}: MNLI (train 300, valid 61, valid1 30)")
+    assert out.startswith(f"found {(folder / 'run').resolve()}/data: MNLI (train 300, valid 61, valid1 30)")
     log = (folder / "run/train.log").read_text()
-    assert re.findall(r"Loaded checkpoint (\S+) \(epoch \d+ @ (\d+) updates", log) == [
-        (str(encoder / "model.pt"), "0"), (str(folder / "run/checkpoint_last.pt"), "10"),
+    assert re.findall(r"Loaded checkpoint (.+) \(epoch \d+ @ (\d+) updates", log) == [
+        (str(encoder / "model.pt"), "0"), (str((folder / "run").resolve() / "checkpoint_last.pt"), "10"),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_dsq import data_files
+from fairseq_dsq.cli import main
 from fairseq_dsq.cli.corpus import write
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.report.logs import read_run
@@ -26,7 +27,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """The scripts and the package elsewhere, so that runs/ is there and not in this clone; $DSQ_DATA beside them."""
-    folder = tmp_path_factory.mktemp("clone")
+    folder = tmp_path_factory.mktemp("a clone")
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     (folder / "fairseq_dsq").symlink_to(ROOT / "fairseq_dsq")
     for name in ("multi30k", "iwslt17_de-en", "wmt14_en-de"):
@@ -40,7 +41,10 @@ def clone(tmp_path_factory):
 
 
 def run(clone, script, *arguments, code=0):
-    environment = {**os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(clone / "data"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(clone / "data"), "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",  # fairseq's own, where Python may not keep what it compiled
+    }  # fmt: skip
     done = subprocess.run(
         [clone / "scripts" / script, *arguments], env=environment, capture_output=True, text=True, timeout=600
     )  # fmt: skip
@@ -53,10 +57,11 @@ def run(clone, script, *arguments, code=0):
     [("multi30k.sh", "test_2016_flickr", "en"), ("wmt14.sh", "newstest2014", "de")],
 )
 def test_one_method(clone, script, test, language):
-    arguments = ("--format", "bfp", "--levels", "[4,4,4,16]", "--vocab", "200", "--out", clone / "one" / script)
+    arguments = ("--format", "bfp", "--levels", "[4,4,4,16]", "--vocab", "200")
     done = run(clone, script, *arguments, "--epochs", "1", "--", *TINY)
     assert re.search(rf"^{test} sacreBLEU: [\d.]+$", done.stdout, re.M)
-    folder = clone / "one" / script
+    # Named by us, so that no option of fairseq takes the name for a list.
+    folder = clone / "runs" / script.removesuffix(".sh") / "bfp-4-4-4-16-seed1"
     assert len((folder / f"hypotheses.{language}").read_text().splitlines()) == 9
     assert json.loads((folder / "score.json").read_text())["name"] == "BLEU"
     assert read_run(folder / "train.log").flags["dsq_levels"] == "[4,4,4,16]"
@@ -64,6 +69,24 @@ def test_one_method(clone, script, test, language):
     again = run(clone, script, *arguments, "--epochs", "1", "--", *TINY)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert (folder / f"hypotheses.{language}").stat().st_mtime_ns == translated
+    # Another command line does not get this one's score.
+    other = run(clone, script, *arguments, "--epochs", "1", "--patience", "9", "--", *TINY, "--lr", "1e-2", code=2)
+    (line,) = other.stderr.splitlines()
+    assert f"{folder}: made with --dsq-patience " in line and ", asked for 9; --lr " in line
+    assert "BLEU" not in other.stdout
+
+
+def test_another_corpus_is_not_taken_for_the_one_that_was_prepared(clone, monkeypatch):
+    folder = clone / "data/multi30k"
+    monkeypatch.setenv("DSQ_DATA", str(clone / "data"))
+    assert main(["translation-prepare", "multi30k", str(clone / "runs/multi30k/data-200"), "--vocab", "200"]) == 0
+    for language in ("de", "en"):
+        (folder / f"val.{language}").write_text((folder / f"val.{language}").read_text() * 2)
+    done = run(clone, "multi30k.sh", "--vocab", "200", "--epochs", "1", "--", *TINY, code=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"fairseq-dsq translation-prepare: error: {clone / 'runs/multi30k/data-200'}: made with val.de "
+    )
 
 
 def test_the_table(clone):
@@ -92,6 +115,8 @@ def test_the_methods_are_the_rows_of_table_1():
     [
         (("--levels", "[2,2,2,16]"), 2, "--levels: got '[2,2,2,16]' without --format"),
         (("--epochs", "0"), 2, "--epochs: got '0', expected an integer >= 1"),
+        (("--vocab", "4e3"), 2, "--vocab: got '4e3', expected an integer >= 1"),
+        (("--seed", "-1"), 2, "--seed: got '-1', expected an integer >= 0"),
         (("--seed",), 2, "--seed needs a value"),
         (("--sed", "1"), 2, "unknown argument --sed"),
         (("stray",), 2, "unknown argument stray"),
@@ -104,3 +129,5 @@ def test_bad_arguments_are_named(clone, arguments, code, expected):
     assert expected in done.stderr
     assert done.stderr.splitlines()[-1].startswith("iwslt17.sh: error: ")
     assert "Traceback" not in done.stderr
+    if code == 2:
+        assert len(done.stderr.splitlines()) == 1

@@ -93,6 +93,39 @@ def test_what_a_resumed_run_logs_again_replaces_all_from_there_on(write):
     assert run.incomplete == "ended after epoch 3 of 6"
 
 
+BEGINS = "2026-11-22 02:04:28 | INFO | fairseq.trainer | "
+
+
+def test_what_a_run_from_the_start_follows_is_another_run(write):
+    first = samples.log(samples.FLOAT32, [5, 4, 3])
+    again = (
+        samples.config_line(2, **samples.STATIC) + BEGINS + "No existing checkpoint found a run/checkpoint_last.pt\n"
+    )
+    with pytest.raises(ValueError, match="a log that ends before its first epoch"):
+        read_run(write(first + again))
+    run = read_run(write(first + again + samples.begin_line(1) + samples.valid_line(1, 10, 6)))
+    assert [(epoch.number, epoch.valid_loss) for epoch in run.epochs] == [(1, 6)]
+    assert run.best["loss"] == 6
+    assert run.flags["dsq_levels"] == "[16,4,4,16]" and run.flags["dsq_format"] == "bfp"
+
+
+def test_a_run_that_goes_on_from_its_checkpoint_forgets_what_came_after_it(write):
+    text = samples.log(samples.STATIC, [5, 4, 3], max_epoch=4, done=False)
+    text += BEGINS + "Loaded checkpoint a run/checkpoint_last.pt (epoch 3 @ 20 updates)\n"
+    run = read_run(write(text))
+    assert [epoch.number for epoch in run.epochs] == [1, 2]
+    assert run.best["loss"] == 4
+
+
+def test_the_configuration_of_a_generation_is_not_the_run_s(write):
+    text = samples.log(samples.STATIC, [5, 4])
+    other = samples.config_line(0, **samples.FLOAT32).replace(
+        "'dataset'", "'common_eval': {'path': 'a/b.pt'}, 'dataset'"
+    )
+    run = read_run(write(text + other))
+    assert run.flags["dsq_format"] == "bfp" and run.flags["max_epoch"] == "2"
+
+
 @pytest.mark.parametrize("convert", [lambda line: line, simple], ids=["json", "simple"])
 def test_a_log_cut_anywhere_gives_a_part_of_the_whole(write, convert):
     text = samples.log(samples.DSQ, [7.125, 6.125], [0, 1], [samples.LOW, samples.HIGH])
