@@ -135,7 +135,7 @@ class DSQState(nn.Module):
         """Before the first update: ``restart`` forgets what another training reached, the level and the best loss.
 
         Raises:
-            SystemExit: the checkpoint's level is not among ``levels``, and is not forgotten.
+            DSQError: the checkpoint's level is not among ``levels``, and is not forgotten.
         """
         if restart:
             if self.state != ScheduleState():
@@ -151,7 +151,7 @@ class DSQState(nn.Module):
         """As torch's; entering training mode puts a raised level in force.
 
         Raises:
-            SystemExit: the level that a checkpoint names is not among ``levels``.
+            DSQError: the level that a checkpoint names is not among ``levels``.
         """
         super().train(mode)
         self._refuse_unknown_level(training=mode)
