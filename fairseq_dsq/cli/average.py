@@ -18,7 +18,7 @@ PREFIX = "dsq."
 # These flags do not change what a model computes in evaluation, or are part of the levels by value.
 _MAY_DIFFER = frozenset(
     {
-        *("dsq_levels", "dsq_format", "dsq_sign_bit", "dsq_fixed_scale"),
+        *("dsq_levels", "dsq_format", "dsq_sign_bit", "dsq_fixed_scale", "dsq_scale"),
         *("dsq_patience", "dsq_min_delta", "dsq_rounding", "dsq_stash_scope", "dsq_gemm"),
     }
 )

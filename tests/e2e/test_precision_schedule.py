@@ -15,6 +15,7 @@ from fairseq_cli import train as fairseq_train
 
 import fairseq_dsq
 from fairseq_dsq.cli import main
+from fairseq_dsq.errors import DSQError
 
 LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]")
 RISES_AT_ONCE = (*LEVELS, "--dsq-patience", 1, "--dsq-min-delta", 100)
@@ -204,7 +205,7 @@ def test_the_checkpoint_s_level_is_found_among_others_by_value(train, risen, tmp
     ],
 )
 def test_levels_without_the_checkpoint_s_are_refused_in_one_line(train, risen, tmp_path, flags, given):
-    with pytest.raises(SystemExit, match=rf"argument --dsq-levels: got .*\[bfp16,bfp4,bfp4,bfp16\].*{given}") as stop:
+    with pytest.raises(DSQError, match=rf"argument --dsq-levels: got .*\[bfp16,bfp4,bfp4,bfp16\].*{given}") as stop:
         train(tmp_path, *flags, "--restore-file", risen / "run/checkpoint_last.pt", "--max-epoch", 3)
     assert "\n" not in str(stop.value)
     assert not list(tmp_path.glob("*.pt"))
@@ -213,7 +214,7 @@ def test_levels_without_the_checkpoint_s_are_refused_in_one_line(train, risen, t
 
 
 def test_evaluation_with_other_levels_is_refused_too(risen):
-    with pytest.raises(SystemExit, match=r"argument --dsq-levels: got '.4,4,4,16.', expected .*bfp2,bfp2,bfp2,bfp16"):
+    with pytest.raises(DSQError, match=r"argument --dsq-levels: got '.4,4,4,16.', expected .*bfp2,bfp2,bfp2,bfp16"):
         model_of(risen / "run/checkpoint_last.pt", dsq_levels="[4,4,4,16]")
     wider = model_of(risen / "run/checkpoint_last.pt", dsq_levels="[2,2,2,16] [2,4,4,16] [16,4,4,16]")
     assert (precision_of(wider), wider.dsq.state.level) == ((2, 2, 2, 16), 2)
