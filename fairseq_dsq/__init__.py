@@ -9,6 +9,7 @@ errors.end_commands_in_one_line()
 compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
 compat.mend_numpy()
+compat.keep_archives_inside()
 __path__ = compat.Folders(__path__)
 
 from fairseq_dsq import criterions, models  # noqa: E402
