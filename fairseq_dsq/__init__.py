@@ -10,6 +10,7 @@ compat.quiet_fairseq()
 compat.allow_checkpoint_classes()
 compat.copy_checkpoints_whole()
 compat.mend_numpy()
+compat.keep_archives_inside()
 __path__ = compat.Folders(__path__)
 
 from fairseq_dsq import criterions, models  # noqa: E402

@@ -11,6 +11,7 @@ import collections
 import importlib
 import logging
 import os
+import tarfile
 import types
 import typing
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ import numpy as np
 import omegaconf
 import torch
 from omegaconf import base, nodes
+
+from fairseq_dsq.errors import DSQError
 
 
 def quiet_fairseq() -> None:
@@ -128,3 +131,24 @@ def copy_checkpoints_whole() -> None:
         return done
 
     PathManager.copy = staticmethod(copy_whole)
+
+
+class _Archive(tarfile.TarFile):
+    """An archive whose members stay in the folder that they are extracted to; Python's own are trusted before 3.14."""
+
+    extraction_filter = staticmethod(tarfile.data_filter)
+
+    def extractall(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        try:
+            super().extractall(*args, **kwargs)
+        except tarfile.FilterError as error:
+            raise DSQError(
+                f"{os.fsdecode(self.name or 'archive')}: {error}, refused: an archive must stay in its folder"
+            ) from None
+
+
+def keep_archives_inside() -> None:
+    """Have ``from_pretrained`` extract archives so; fairseq's function for them has no hook."""
+    from fairseq import file_utils
+
+    file_utils.tarfile = types.SimpleNamespace(open=_Archive.open)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from omegaconf.errors import ConfigKeyError
+
 
 class DSQError(ValueError):
     """What the user gave cannot be used; the message is one line that names the flag or the file."""
@@ -27,6 +29,9 @@ def line_of(error: BaseException | None) -> str | None:
         # fairseq's own answer to --path, before it opens the file.
         if isinstance(error, OSError) and str(error).startswith("Model file not found: "):
             return str(error)
+        # OmegaConf's, to a name that the criterion's part of a YAML file has and the criterion has not.
+        if isinstance(error, ConfigKeyError) and str(error.key).startswith("dsq"):
+            return f"{error.key}: no such flag: {str(error).splitlines()[0]}"
         error = error.__cause__ or error.__context__
     return None
 

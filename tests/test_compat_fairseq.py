@@ -1,16 +1,20 @@
 """What the environment broke in fairseq is mended, and fairseq finds this package imported already."""
 
 import ast
+import io
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import fairseq
 import numpy as np
 import pytest
+from fairseq import file_utils
 
 import fairseq_dsq
 from fairseq_dsq import compat
+from fairseq_dsq.errors import DSQError
 
 ROOT = Path(fairseq.__file__).parent
 
@@ -76,3 +80,39 @@ def test_another_package_of_the_same_name_is_none_of_this_one(tmp_path):
     (other / "__init__.py").write_text("")
     assert str(other) not in fairseq_dsq.__path__
     assert fairseq_dsq.__path__[0] in fairseq_dsq.__path__
+
+
+def entry(name, **fields):
+    found = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(found, field, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        [entry("model/../../out", size=1)],
+        [entry("model/link", type=tarfile.SYMTYPE, linkname="../.."), entry("model/link/out", size=1)],
+        [entry("model/link", type=tarfile.LNKTYPE, linkname="../../secret")],
+        [entry("model/device", type=tarfile.CHRTYPE)],
+    ],
+)
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch, hostile):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(file_utils.tempfile, "tempdir", str(tmp_path / "temporary"))
+    archive = tmp_path / "model.tar.gz"
+    with tarfile.open(archive, "w:gz") as content:
+        for member in (entry("model/dict.txt", size=1), *hostile):
+            content.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(DSQError, match=r"model\.tar\.gz: .*refused: an archive must stay in its folder"):
+        file_utils.load_archive_file(str(archive))
+    assert not [path for path in tmp_path.rglob("*") if path.name == "out"]
+
+
+def test_a_sound_archive_is_extracted(tmp_path):
+    archive = tmp_path / "model.tar.gz"
+    with tarfile.open(archive, "w:gz") as content:
+        content.addfile(entry("model/dict.txt", size=1), io.BytesIO(b"x"))
+        content.addfile(entry("model", type=tarfile.DIRTYPE))
+    assert (Path(file_utils.load_archive_file(str(archive))) / "dict.txt").read_text() == "x"

@@ -13,7 +13,7 @@ FAIRSEQ_ROOMS = {"compat", "criterions", "models", "tasks", "optim"}
 ARROWS = {
     "artefact": set(),
     "__init__": {"compat", "criterions", "errors", "models", "tasks", "optim"},
-    "compat": set(),
+    "compat": {"errors"},
     "data_files": {"text"},
     "download": {"artefact"},
     "errors": set(),

@@ -60,8 +60,6 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from fairseq import checkpoint_utils
 
-    if not args.checkpoint.is_file():
-        raise OSError(f"{args.checkpoint}: does not exist, expected a checkpoint")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
     state = plain(state)
     model = state["cfg"]["model"]

@@ -121,13 +121,10 @@ def load(checkpoint: Path, data: Path) -> Model:
         data: the binarised data to predict.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a checkpoint of another task.
+        ValueError: a file cannot be read, or holds no checkpoint or one of another task.
     """
-    if not checkpoint.is_file():
-        raise OSError(f"{checkpoint}: does not exist, expected a checkpoint")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), {"data": str(data)})
-    name = str(state["cfg"]["task"]["_name"])
+    name = getattr(state["cfg"].get("task"), "_name", None)
     if name != TASK:
         raise ValueError(f"{checkpoint}: got a checkpoint of the task {name!r}, expected {TASK}")
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)

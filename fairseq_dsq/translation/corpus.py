@@ -136,7 +136,7 @@ def extract(archive: Path, members: Iterable[str], folder: Path) -> list[Path]:
             # Moved when it is whole: what a stopped command left must not pass for the member.
             with tempfile.TemporaryDirectory(dir=folder) as partial, tarfile.open(archive) as content:
                 for entry in content:
-                    if entry.name in paths:
+                    if entry.name in paths and entry.isfile():  # a link could lead to another file
                         content.extract(entry, partial, filter="data")
                         paths[entry.name].parent.mkdir(parents=True, exist_ok=True)
                         Path(partial, entry.name).rename(paths[entry.name])

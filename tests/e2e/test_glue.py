@@ -206,3 +206,16 @@ def test_a_regression_is_scored_by_its_correlations(encoder, tmp_path, capsys):
     scores = json.loads(result.read_text())["scores"]
     assert scores.keys() == {"pearson", "spearman"}
     assert min(scores.values()) > 60
+
+    capsys.readouterr()
+    state = torch.load(tmp_path / "run/checkpoint_best.pt", weights_only=True)
+    state["cfg"]["model"].encoder_ffn_embed_dim += 16
+    other = str(tmp_path / "other.pt")
+    torch.save(state, other)
+    assert main(["glue-evaluate", prepared, other]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"fairseq-dsq glue-evaluate: error: {other}: encoder.sentence_encoder.layers.0.fc1.")
+    assert "--finetune-from-model" not in line and "--restore-file" not in line
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "run/checkpoint_best.pt").read_bytes()[:-100])
+    assert main(["glue-evaluate", prepared, str(tmp_path / "cut.pt")]) == 2
+    assert f"{tmp_path / 'cut.pt'}: is cut" in capsys.readouterr().err.splitlines()[-1]
