@@ -77,7 +77,7 @@ def test_a_cut_checkpoint_is_named_with_the_one_to_go_on_from(cli, runs, tmp_pat
     (tmp_path / "run/checkpoint_last.pt").write_bytes(content[:-1000])
     line = last_line(cli, *cli.train_command(tmp_path / "run", "--max-epoch", 3))
     assert line == (
-        f"fairseq-train: error: {tmp_path}/run/checkpoint_last.pt: is cut: the end of the file is missing; "
+        f"fairseq-train: error: {tmp_path}/run/checkpoint_last.pt: is cut: the end of the file is missing or damaged; "
         f"the newest sound checkpoint beside it is {tmp_path}/run/checkpoint_best.pt"
     )
 

@@ -139,6 +139,29 @@ def test_a_file_of_the_old_format_is_read_and_a_cut_one_named(tmp_path):
     assert refusal(tmp_path / "cut.pt").startswith("is cut or no checkpoint")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_of_any_damage_only_one_line_is_said(tmp_path, zipped):
+    state = torch.load(write(tmp_path / "c.pt"), weights_only=True)
+    state["model"] = {"weight": torch.arange(9.0)}
+    (tmp_path / "damaged").mkdir()
+    path = tmp_path / "damaged/c.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    random = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        at = int(torch.randint(len(whole), (), generator=random))
+        path.write_bytes(whole[:at])
+        refusal(path)
+        path.write_bytes(whole)
+        flip(path, at)
+        try:
+            check_checkpoint(str(path))
+        except DSQError as error:
+            assert "\n" not in str(error)
+    path.write_bytes(b"hello\n" * 9)
+    refusal(path)
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("touch ran",)
