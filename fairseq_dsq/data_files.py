@@ -15,7 +15,7 @@ from fairseq_dsq.text import printable, quoted, shortened
 T = TypeVar("T")
 
 SUFFIX = ".yaml"
-MOST_BYTES = 1 << 20
+MOST_BYTES, DEEPEST = 1 << 20, 20
 
 
 def root() -> Path:
@@ -57,17 +57,33 @@ def read(path: Path) -> DictConfig:
         raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
-        # A few aliases of aliases stand for more values than any memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("got an alias (*name), expected none")
+        _check_yaml(text)
         config = OmegaConf.create(text)
-    except RecursionError:
-        raise ValueError(f"{path}: not YAML: nested too deeply") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not YAML: {_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ValueError(f"{path}: got a {type(config).__name__}, expected a mapping")
     return config
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse what no data file needs, and what a YAML library takes endless time or memory for or stumbles over.
+
+    Raises:
+        ValueError, yaml.YAMLError: an alias (a few stand for more values than any memory holds), a tag, deep nesting,
+            a single value.
+    """
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("got an alias (*name), expected none")
+        if getattr(event, "tag", None):
+            raise ValueError(f"got the tag {quoted(event.tag)}, expected none")
+        if isinstance(event, yaml.ScalarEvent) and not depth:
+            raise ValueError(f"got {quoted(event.value)}, expected a mapping")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply")
 
 
 def _line(error: object) -> str:

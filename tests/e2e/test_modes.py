@@ -172,7 +172,10 @@ def test_half_precision_trains_and_backs_off_from_a_scale_that_overflows(train, 
     assert run.logged("train_dsq_level") == [0, 0, 1]
     assert run.logged("train_loss")[0] > run.logged("train_loss")[2]
     assert all(value.isfinite().all() for value in run.weights.values())
-    assert_same_costs(run, plain)
+    # fairseq logs nothing of an update that it skips, neither its loss nor its costs.
+    assert run.logged("train_dsq_arithmetic")[0] < plain.logged("train_dsq_arithmetic")[0]
+    assert run.logged("train_dsq_arithmetic")[1:] == plain.logged("train_dsq_arithmetic")[1:]
+    assert run.logged("train_dsq_dram_bytes")[1:] == plain.logged("train_dsq_dram_bytes")[1:]
     assert run.state["dsq.best_loss"].dtype == torch.float64
 
 
