@@ -42,7 +42,7 @@ MOMENTS = {
     "start": (None, 5.0),
     "step": ("Saved checkpoint", 0.05),
     "validation": ("begin validation on", 0.1),
-    "checkpoint": ("Preparing to save checkpoint", 0.03),
+    "checkpoint": ("Preparing to save checkpoint", 0.015),
 }
 MOST_CHECKPOINTS = 6  # between two kills
 SAMPLE_S = 2.0
