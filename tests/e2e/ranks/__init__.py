@@ -1,0 +1,18 @@
+"""A user-dir: fairseq_dsq, and a translation task whose workers each keep the model that they validate."""
+
+import os
+
+import torch
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+import fairseq_dsq  # noqa: F401
+
+
+@register_task("translation_of_ranks", dataclass=TranslationConfig)
+class TranslationOfRanks(TranslationTask):
+    """Every worker writes the parameters that it begins a validation with to ``$RANKS/RANK.pt``."""
+
+    def begin_valid_epoch(self, epoch, model):
+        super().begin_valid_epoch(epoch, model)
+        torch.save(model.state_dict(), os.path.join(os.environ["RANKS"], f"{torch.distributed.get_rank()}.pt"))
