@@ -47,9 +47,9 @@ def check_modes(args: Any) -> None:
         return
     if _flag(args, "bf16") and _flag(args, "tpu") and "--tpu" not in sys.argv:
         args.tpu = False
-    check_workers(lambda name: _flag(args, name))
     for name, reason in _refused(args):
         flag_error("--" + name.replace("_", "-"), f"got {_flag(args, name)}, {reason}")
+    check_workers(lambda name: _flag(args, name))
 
 
 def _refused(args: Any) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
@@ -276,6 +277,9 @@ class _Hooks:
             if get_global_rank() == 0:
                 self._warn(state, epoch)
         self.started = True
+        # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
+        # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
+        gc.collect()
         self.own_begin_epoch(epoch, model)
 
     def _warn(self, state: DSQState, epoch: int) -> None:

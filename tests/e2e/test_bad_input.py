@@ -24,7 +24,7 @@ CASES = [
     ("--dsq-sign-bit", "none", "got 'none', expected one of counted, extra"),
     ("--dsq-box-dim", "first", "got 'first', expected one of reduction, last"),
     ("--dsq-attention-matmul", "maybe", "got 'maybe', expected one of on, off"),
-    ("--dsq-fixed-scale", "auto", "got 'auto', expected one of dynamic, static"),
+    ("--dsq-fixed-scale", "auto", "got 'auto', expected one of dynamic, row, static"),
     ("--dsq-scale", "ceil", "got 'ceil', expected one of floor, fit"),
 ]
 

@@ -140,7 +140,7 @@ def test_fine_tuning_may_have_fewer_levels_than_the_checkpoint_s_training(cli, t
     flags = ("--dsq-levels", "[4,4,4,16]", "--finetune-from-model", trained / "run/checkpoint_last.pt", "--max-epoch")
     log = cli.train(tmp_path / "run", *flags, 1)
     assert '"train_dsq_level": "0"' in log and "starts anew; the checkpoint was at level 1" in log
-    cli.train(tmp_path / "run", *TWO_LEVELS, *flags[2:], 3)
+    cli.train(tmp_path / "run", *TWO_LEVELS, "--dsq-levels", "[4,4,4,16] [16,4,4,16]", *flags[2:], 3)
     assert load(tmp_path / "run/checkpoint_last.pt")["model"]["dsq.level"] == 1
     _, error = cli.run(*cli.train_command(tmp_path / "run", *flags, 4), code=1)
     assert "argument --dsq-levels: got '[4,4,4,16]', expected the more than 1 levels" in error.splitlines()[-1]

@@ -321,7 +321,7 @@ def test_flags_that_fairseq_refuses_are_one_line(tmp_path, encoder, capsys, more
     [
         (("glue-flags", "{}/tsv"), "tsv: has no prepared.json, expected a folder that fairseq-dsq glue-prepare wrote"),
         (("glue-evaluate", "{}/tsv", "{}/best.pt"), "tsv: has no prepared.json, expected a folder that fairseq-dsq"),
-        (("glue-evaluate", "{}/out", "{}/best.pt"), "best.pt: does not exist, expected a checkpoint"),
+        (("glue-evaluate", "{}/out", "{}/best.pt"), "best.pt: No such file or directory"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, encoder, capsys, command, expected):

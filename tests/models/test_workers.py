@@ -1,12 +1,12 @@
 """What fairseq cannot do on several workers without GPUs."""
 
-import argparse
 from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import distributed_c10d
 
+from fairseq_dsq.errors import DSQError
 from fairseq_dsq.models import workers
 
 ONE = {
@@ -39,14 +39,14 @@ def default_timeout(monkeypatch):
     ],
 )
 def test_a_flag_that_needs_gpus_is_refused(flag, value, message):
-    with pytest.raises(SystemExit) as error:
-        workers.check_workers(argparse.Namespace(**{**TWO, flag: value}))
+    with pytest.raises(DSQError) as error:
+        workers.check_workers({**TWO, flag: value}.get)
     assert message in str(error.value) and "scripts/distributed.sh 2 " in str(error.value)
 
 
 def test_with_gpus_fairseq_s_own_flags_pass(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    workers.check_workers(argparse.Namespace(**{**ONE, "cpu": False, "distributed_world_size": 8}))
+    workers.check_workers({**ONE, "cpu": False, "distributed_world_size": 8}.get)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_with_gpus_fairseq_s_own_flags_pass(monkeypatch):
     [(ONE, 30), (TWO, 10), ({**TWO, "heartbeat_timeout": 120}, 2), ({**TWO, "ddp_backend": "no_c10d"}, 10)],
 )
 def test_a_worker_of_several_waits_for_a_bounded_time(flags, minutes):
-    workers.check_workers(argparse.Namespace(**flags))
+    workers.check_workers(flags.get)
     assert distributed_c10d.default_pg_timeout == timedelta(minutes=minutes)
 
 
@@ -64,5 +64,5 @@ def test_a_worker_alone_is_no_copy(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     workers.refuse_lone_workers()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="--distributed-world-size: got 1, expected 2"):
+    with pytest.raises(DSQError, match="--distributed-world-size: got 1, expected 2"):
         workers.refuse_lone_workers()
