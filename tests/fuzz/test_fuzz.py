@@ -65,7 +65,7 @@ def test_a_box_that_no_kernel_can_count_is_refused():
     ("text", "expected"),
     [
         ("a: &a [x, x]\nb: [*a, *a]\n", "alias"),
-        ("[" * 10**6, "nested too deeply"),
+        ("[" * 10**5, "nested too deeply"),
         ("name: ${name\n", "not YAML"),
         ("name: !!timestamp 9\n", "tag"),
         ("name: !!python/name:os.system\n", "tag"),
