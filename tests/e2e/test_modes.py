@@ -232,12 +232,9 @@ def test_one_embedding_for_all_learns(train, cli, tmp_path):
 
 
 TWO_WORKERS = (
-    "--distributed-world-size",
-    2,
-    "--distributed-init-method",
-    "tcp://127.0.0.1:9",
-    "--distributed-no-spawn",
-)
+    "--distributed-world-size", 2, "--distributed-init-method", "tcp://127.0.0.1:9", "--distributed-no-spawn",
+    "--distributed-backend", "gloo",
+)  # fmt: skip
 REFUSED = [
     (("--fp16",), "--fp16: got True, expected --bf16 or neither"),
     (("--memory-efficient-fp16",), "--fp16: got True, expected --bf16 or neither"),
