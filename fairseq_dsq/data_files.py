@@ -15,7 +15,7 @@ from fairseq_dsq.text import printable, quoted, shortened
 T = TypeVar("T")
 
 SUFFIX = ".yaml"
-MOST_BYTES, DEEPEST = 1 << 20, 20
+MOST_BYTES, DEEPEST = 1 << 17, 20
 
 
 def root() -> Path:

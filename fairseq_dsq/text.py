@@ -15,6 +15,6 @@ def shortened(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def quoted(text: str) -> str:
-    """Text as Python would write it, within quotes, shortened."""
-    return shortened(repr(text[: LONGEST + 1]))
+def quoted(value: object) -> str:
+    """A value as Python would write it, shortened."""
+    return shortened(repr(value[: LONGEST + 1] if isinstance(value, str) else value))

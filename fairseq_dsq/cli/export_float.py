@@ -10,6 +10,7 @@ from typing import Any
 
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.flags import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.text import quoted
 
 SUFFIX = "_dsq"
 
@@ -62,10 +63,12 @@ def main(args: argparse.Namespace) -> int:
 
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
     state = plain(state)
+    if missing := [name for name in ("model", "criterion", "common") if not isinstance(state["cfg"].get(name), dict)]:
+        raise ValueError(f"{args.checkpoint}: its configuration lacks {', '.join(missing)}, expected fairseq-train's")
     model = state["cfg"]["model"]
     arch = str(model.get("arch") or model.get("_name"))
     if SUFFIX not in arch:
-        raise ValueError(f"{args.checkpoint}: got architecture {arch!r}, expected a *{SUFFIX} one")
+        raise ValueError(f"{args.checkpoint}: got architecture {quoted(arch)}, expected a *{SUFFIX} one")
     for name in ("token_types", "layer_norm_eps"):
         value, own = model.get(name, ENCODER_DEFAULTS[name]), ENCODER_DEFAULTS[name]
         if value != own:

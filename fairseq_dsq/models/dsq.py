@@ -41,6 +41,7 @@ from fairseq_dsq.nn import (
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.schedule import PrecisionSchedule
+from fairseq_dsq.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def checked(flag: str, check: Check) -> Callable[[str], Any]:
 def _levels(value: Any) -> str:
     if not isinstance(value, str):
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"got {value!r}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
+            raise ValueError(f"got {quoted(value)}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
         levels = value if any(isinstance(level, (str, list, tuple)) for level in value) else [value]
         value = " ".join(level if isinstance(level, str) else _level(level) for level in levels)
     parse_levels(value)
@@ -84,9 +85,9 @@ def integer(expected: str, accepts: Callable[[int], bool]) -> Check:
     def check(value: Any) -> int:
         text = value.strip() if isinstance(value, str) else str(value)
         if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch("[0-9]+", text):
-            raise ValueError(f"got {value!r}, expected {expected}")
+            raise ValueError(f"got {quoted(value)}, expected {expected}")
         if not accepts(int(text)):
-            raise ValueError(f"got {value!r}, expected {expected}")
+            raise ValueError(f"got {quoted(value)}, expected {expected}")
         return int(text)
 
     return check
@@ -101,7 +102,7 @@ def number(expected: str, accepts: Callable[[float], bool]) -> Check:
         except (TypeError, ValueError, OverflowError):
             found = math.nan
         if not (math.isfinite(found) and accepts(found)):
-            raise ValueError(f"got {value!r}, expected {expected}")
+            raise ValueError(f"got {quoted(value)}, expected {expected}")
         return found
 
     return check
@@ -110,7 +111,7 @@ def number(expected: str, accepts: Callable[[float], bool]) -> Check:
 def boolean(value: Any) -> bool:
     """A check of a switch without a value, such as ``--head-from-pooler``."""
     if not isinstance(value, bool):
-        raise ValueError(f"got {value!r}, expected True or False")
+        raise ValueError(f"got {quoted(value)}, expected True or False")
     return value
 
 
@@ -119,7 +120,7 @@ def _choice(*values: str) -> Check:
         if isinstance(value, bool) and {"on", "off"} <= set(values):
             value = "on" if value else "off"  # YAML reads both as booleans
         if not isinstance(value, str) or value not in values:
-            raise ValueError(f"got {value!r}, expected one of {', '.join(values)}")
+            raise ValueError(f"got {quoted(value)}, expected one of {', '.join(values)}")
         return value
 
     return check
@@ -129,11 +130,11 @@ def _patterns(value: Any) -> str:
     if isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value):
         return shlex.join(value)
     if not isinstance(value, str):
-        raise ValueError(f"got {value!r}, expected space-separated patterns of module names")
+        raise ValueError(f"got {quoted(value)}, expected space-separated patterns of module names")
     try:
         shlex.split(value)
     except ValueError as error:
-        raise ValueError(f"got {value!r}: {error}") from None
+        raise ValueError(f"got {quoted(value)}: {error}") from None
     return value
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_dsq.glue.encoder import SPECIAL_TOKENS
+from fairseq_dsq.text import printable, quoted, shortened
 
 # fairseq's own symbols: the first four are a dictionary's first, tasks put <mask> behind its last.
 SPECIAL = {"<s>": "cls_token", "<pad>": "pad_token", "</s>": "sep_token", "<unk>": "unk_token", "<mask>": "mask_token"}
@@ -62,6 +63,14 @@ def read(folder: Path) -> Vocabulary:
     Raises:
         ValueError: none of them, or one that is not WordPiece or GPT-2's byte-pair encoding; names the file.
     """
+    try:
+        return _read(folder)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = shortened(printable(f"{type(error).__name__}: {error}"))
+        raise ValueError(f"{folder}: its vocabulary is not as transformers writes one: {reason}") from None
+
+
+def _read(folder: Path) -> Vocabulary:
     fast = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -85,7 +94,7 @@ def read(folder: Path) -> Vocabulary:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", ())]
         return _bpe(path, model.get("vocab", {}), merges, added, config)
     if kind is not None:
-        raise ValueError(f"{path}: model type: got {kind!r}, expected WordPiece or BPE")
+        raise ValueError(f"{path}: model type: got {quoted(kind)}, expected WordPiece or BPE")
     raise ValueError(f"{folder}: found none of vocab.txt, vocab.json with merges.txt, tokenizer.json")
 
 

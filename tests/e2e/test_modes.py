@@ -231,6 +231,10 @@ def test_one_embedding_for_all_learns(train, cli, tmp_path):
         assert torch.equal(run.weights[name], embedding)
 
 
+TWO_WORKERS = (
+    "--distributed-world-size", 2, "--distributed-init-method", "tcp://127.0.0.1:9", "--distributed-no-spawn",
+    "--distributed-backend", "gloo",
+)  # fmt: skip
 REFUSED = [
     (("--fp16",), "--fp16: got True, expected --bf16 or neither"),
     (("--memory-efficient-fp16",), "--fp16: got True, expected --bf16 or neither"),
@@ -242,8 +246,8 @@ REFUSED = [
     (("--pipeline-model-parallel",), "--pipeline-model-parallel: got True"),
     (("--model-parallel-size", 2), "--model-parallel-size: got 2, expected 1"),
     (("--ddp-backend", "fully_sharded"), "--ddp-backend: got fully_sharded"),
-    (("--ddp-backend", "slowmo", "--distributed-world-size", 2), "--ddp-backend: got slowmo"),
-    (("--use-bmuf", "--distributed-world-size", 2), "--use-bmuf: got True"),
+    (("--ddp-backend", "slowmo", *TWO_WORKERS), "argument --ddp-backend: got"),
+    (("--use-bmuf", "--ddp-backend", "legacy_ddp", *TWO_WORKERS), "--use-bmuf: got True"),
     (("--zero-sharding", "os"), "--zero-sharding: got os, expected none"),
     (("--cpu-offload",), "--cpu-offload: got True"),
     (("--write-checkpoints-asynchronously",), "--write-checkpoints-asynchronously: got True"),

@@ -284,7 +284,7 @@ def checkpoint() -> bytes:
     flags = argparse.Namespace(arch="transformer_dsq", _name="transformer_dsq", **dsq.DEFAULTS)
     state = {
         "args": None,
-        "cfg": {"_name": None, "model": flags, "criterion": {"_name": "dsq_cross_entropy"}},
+        "cfg": {"_name": None, "model": flags, "criterion": {"_name": "dsq_cross_entropy"}, "common": {}},
         "model": {"encoder.fc1.weight": torch.ones(3, 4), "dsq.level": torch.tensor(1)},
         "optimizer_history": [{"best_loss": 3.0, "num_updates": 3}], "extra_state": {"epoch": 1},
         "last_optimizer_state": {}, "task_state": {},

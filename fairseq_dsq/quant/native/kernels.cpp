@@ -97,7 +97,14 @@ INLINE Scale decode_scale(U exponent, Format format) {
     return {choose((I)(exponent == NAN_EXPONENT), nan, power_of_two(half)), power_of_two(shift - half)};
 }
 
-// The arrays have room for whole vectors.
+// The arrays have room for whole vectors; lanes that no box has are computed with too, and hold 0.
+INLINE void clear_rest(Exponents& exponents, int64_t boxes) {
+    for (; boxes % LANES; boxes++) exponents[boxes] = 0;
+}
+INLINE void read_exponents(const uint8_t* from, int64_t boxes, Exponents& exponents) {
+    for (int64_t box = 0; box < boxes; box++) exponents[box] = from[box];
+    clear_rest(exponents, boxes);
+}
 INLINE void exponents_of(Exponents& largest, int64_t boxes, Format format) {
     for (int64_t i = 0; i < boxes; i += LANES) store(largest + i, exponent_of(load<U>(largest + i), format));
 }
@@ -189,6 +196,7 @@ INLINE void largest_of_boxes(const float* x, int64_t boxes, int64_t n, Exponents
     if (n == 16)
         for (; box + LANES <= boxes; box += LANES) store(largest + box, largest_of_sixteens(x + 16 * box));
     for (; box < boxes; box++) largest[box] = largest_of(x + box * n, n);
+    clear_rest(largest, boxes);
 }
 
 // A few rows at a time: memory is read ahead row by row, and rows 2^n apart share few sets of the first-level cache.
@@ -433,7 +441,7 @@ template <class T, class Out>
 void unpack_run(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, int64_t boxes, int64_t n, Format format) {
     Exponents exponents;
     Scales up;
-    for (int64_t box = 0; box < boxes; box++) exponents[box] = exponent_bytes[box];
+    read_exponents(exponent_bytes, boxes, exponents);
     fill(up, exponents, boxes, format, decode_scale);
     if (n == 16) {
         T codes[CHUNK];
@@ -570,7 +578,7 @@ template <class Out>
 void unpack_tile(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, Tile tile, Format format) {
     Exponents exponents;
     Scales up;
-    for (int64_t column = 0; column < tile.columns; column++) exponents[column] = exponent_bytes[column];
+    read_exponents(exponent_bytes, tile.columns, exponents);
     fill(up, exponents, tile.columns, format, decode_scale);
     bool words = tile.rows == 16;
     if (words && format.bits == 2) return unpack_words<2>(from, out, tile, up, format);
