@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
-from fairseq.distributed.utils import get_global_rank
+from fairseq.distributed.utils import get_global_rank, get_global_world_size
 from torch import Tensor, nn
 
 from fairseq_dsq.flags import flag_error
@@ -287,6 +287,11 @@ class _Hooks:
             logger.warning(warning)
         if self.flags is None:
             return
+        if get_global_world_size() > 1 and any(count > 1 for count in self.flags.update_freq):
+            logger.warning(
+                "--update-freq above 1 with several workers: where a worker's last batch and an empty one fall into "
+                "one update, fairseq leaves that batch out of the update's size, log and costs"
+            )
         batches = None if self.epoch_itr is None else len(self.epoch_itr)
         done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch
         for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):

@@ -243,9 +243,9 @@ class DSQMultiheadAttention(nn.Module):
         kv_batch, _, src_len, _ = k.shape
 
         # With shared sources the beam's queries are rows of one product: (B * heads) x (beam * T) x head_dim.
-        q = q.view(tgt_len, kv_batch, -1, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
-        beam = q.shape[2]
-        rows = q.reshape(kv_batch * self.num_heads, -1, self.head_dim)
+        beam = batch // max(1, kv_batch)
+        q = q.view(tgt_len, kv_batch, beam, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
+        rows = q.reshape(kv_batch * self.num_heads, beam * tgt_len, self.head_dim)
         scores = self._matmul(rows, k.flatten(0, 1), transpose_b=True)
         scores = scores.view(kv_batch, self.num_heads, beam, tgt_len, src_len)
         if attn_mask is not None:
@@ -257,7 +257,7 @@ class DSQMultiheadAttention(nn.Module):
             return scores.transpose(1, 2).reshape(-1, tgt_len, src_len), v.flatten(0, 1)
         weights = softmax(scores, self.context)
         probs = self.dropout_module(weights.to(scores.dtype))
-        heads = self._matmul(probs.view(kv_batch * self.num_heads, -1, src_len), v.flatten(0, 1))
+        heads = self._matmul(probs.view(kv_batch * self.num_heads, beam * tgt_len, src_len), v.flatten(0, 1))
         heads = heads.view(kv_batch, self.num_heads, beam, tgt_len, self.head_dim)
         out: Tensor = self.out_proj(heads.permute(3, 0, 2, 1, 4).reshape(tgt_len, batch, self.embed_dim))
         if not (need_weights or need_head_weights):

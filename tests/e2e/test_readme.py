@@ -28,8 +28,10 @@ COMMANDS = [
 ]
 NOT_RUN = {
     r"pip3? install .*": "needs a package index",
-    r"scripts/(test|readme|sanitize|soak|distributed|avx512)\.sh.*": "runs tests, this one among them, or for long",
+    r"scripts/(test|readme|sanitize|soak|fuzz|distributed|avx512)\.sh.*": "runs tests, this one too, or for long",
     r"python3? -m pytest.*": "runs tests",
+    r"fairseq-hydra-train": "a mention; tests/e2e/test_checkpoints.py trains by a YAML",
+    r"(torchrun|srun) .*": "needs GPUs",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }
 TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt17|wmt14|glue)\.sh.*")
@@ -106,6 +108,12 @@ def convert_hf(argv, fixture):
     assert main(argv[1:]) == 0
 
 
+def average(argv, fixture):
+    folder = fixture("trained")
+    assert main(["average", "averaged.pt", *[str(folder / "checkpoint_best.pt")] * 2]) == 0
+    assert Path("averaged.pt").is_file()
+
+
 def export_float(argv, fixture):
     shutil.copy(fixture("trained") / "checkpoint_best.pt", argv[2])
     assert main(argv[1:]) == 0
@@ -179,6 +187,7 @@ RUN = {
     r"fairseq-dsq report .*": report,
     r"fairseq-dsq convert-hf \S+ \S+": convert_hf,
     r"fairseq-dsq export-float \S+ \S+": export_float,
+    r"fairseq-dsq average .*": average,
     r"fairseq-dsq (cost|roofline) .*": a_dsq_command,
     r"fairseq-(train|hydra-train|generate|validate) .*": a_fairseq_command,
     r"python3? -c .*": python,

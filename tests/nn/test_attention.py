@@ -675,3 +675,14 @@ def test_options_without_a_quantized_path_are_refused(option, name):
     with pytest.raises(ValueError, match=f"^attention: attention with {name}"):
         convert(model, context())
     assert type(model["fc"]) is nn.Linear and type(model["attention"]) is MultiheadAttention
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 2), (3, 0, 2), (3, 5, 0)], ids=["no queries", "no keys", "no sentences"])
+def test_attention_of_nothing_is_torch_s(sizes):
+    tgt_len, src_len, batch = sizes
+    twin = convert(float_attention("encoder-decoder"), context())
+    query, key, value = inputs_of("encoder-decoder", tgt_len=tgt_len, src_len=src_len, batch=batch)
+    output, _ = twin(query.requires_grad_(), key, value)
+    assert output.shape == query.shape
+    output.sum().backward()
+    assert not query.grad.isnan().any()
