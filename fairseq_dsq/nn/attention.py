@@ -33,6 +33,16 @@ class _TakeRows(torch.autograd.Function):
         return grad.index_select(0, inverse), None
 
 
+def _order(mask: Tensor) -> Tensor | None:
+    """Each sentence's keys before its padding (B x S), of a mask B x S; None where they are so already.
+
+    Only the CPU looks: to read another device's memory is to wait for it.
+    """
+    if mask.device.type == "cpu" and not (mask[:, :-1] & ~mask[:, 1:]).any():
+        return None
+    return mask.to(torch.uint8).argsort(dim=1, stable=True)
+
+
 def _in_order(x: Tensor, order: Tensor) -> Tensor:
     """Keys or values B x heads x S x D with the positions of each sentence in its ``order`` (B x S), contiguous.
 
@@ -233,7 +243,8 @@ class DSQMultiheadAttention(nn.Module):
             order = None
             if key_padding_mask is not None and self._counts_keys(k.shape[2]) and not before_softmax:
                 key_padding_mask = key_padding_mask.bool()
-                order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+                order = _order(key_padding_mask)
+            if order is not None and key_padding_mask is not None:
                 k, v, key_padding_mask = _in_order(k, order), _in_order(v, order), key_padding_mask.gather(1, order)
             if static_kv:
                 buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask, "key_order": order}

@@ -158,7 +158,7 @@ class _Quantizer:
             *_NORMAL
         )
         scale = exponents.view(torch.float32).to(b.dtype)
-        codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).div_(scale)
+        codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).mul_(1 / scale)
         how = self.arithmetic(a, fmt, fmt, -1, -2)
         # Integers stay what they are when the GEMM rounds them again, in boxes along the reduction.
         return self.operand(a * scale.mT, fmt, -1, how), Operand(codes, fmt, -2, self._boxed(-2))
