@@ -150,13 +150,13 @@ class _Quantizer:
         ``feature``: the boxes of b lie along N.
         """
         rounding, generator = self.config.rounding, self.generator
-        if self.config.value_boxes == "feature" or b.dtype is torch.float16:  # whose exponents do not reach so far
+        # The exponents of float16 do not reach so far.
+        if self.config.value_boxes == "feature" or b.dtype is torch.float16 or not b.numel():
             b = fake_quantize(b, fmt, -1, rounding, generator)
             how = arithmetic(a, fmt, fmt, self.config.gemm, boxed=False)
             return self.operand(a, fmt, -1, how), Operand(b, fmt, -2, boxed=False)
-        exponents = (b.float().abs().amax(-1, keepdim=True).view(torch.int32) + fmt.headroom & _EXPONENT).clamp_(
-            *_NORMAL
-        )
+        largest = torch.maximum(b.amax(-1, keepdim=True), -b.amin(-1, keepdim=True)).float()
+        exponents = (largest.view(torch.int32) + fmt.headroom & _EXPONENT).clamp_(*_NORMAL)
         scale = exponents.view(torch.float32).to(b.dtype)
         codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).mul_(1 / scale)
         how = self.arithmetic(a, fmt, fmt, -1, -2)

@@ -655,3 +655,16 @@ def test_an_in_place_activation_follows_a_converted_layer():
     twin.zero_grad()
     twin[0].context.set_precision(BFP_MIXED)
     assert all(value.isfinite().all() for value in step(twin))
+
+
+@pytest.mark.parametrize("value_boxes", ["row", "feature"])
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_rows_apart_of_nothing_are_torch_s(sizes, value_boxes):
+    m, k, n = sizes
+    how = GemmConfig(PrecisionConfig((4, 4, 4, 16)), value_boxes=value_boxes)
+    a, b = normal(2, m, k).requires_grad_(), normal(2, k, n).requires_grad_()
+    product = matmul(a, b, how, apart=True)
+    assert torch.equal(product, torch.zeros(2, m, n)) or k
+    assert product.shape == (2, m, n)
+    product.sum().backward()
+    assert (a.grad.shape, b.grad.shape) == (a.shape, b.shape)
