@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from omegaconf import DictConfig
-
 from fairseq_dsq import formats
 from fairseq_dsq.flags import DEFAULTS
 from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.models.modes import flag_of
 from fairseq_dsq.precision import PrecisionConfig, parse_levels
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
@@ -38,16 +37,8 @@ class TrainingFlags:
 
         None where it shows no such flags: a model that was built outside of fairseq-train.
         """
-        sections = [args]
-        if isinstance(args, DictConfig):
-            root = args._get_root()
-            sections += [root[name] for name in ("checkpoint", "dataset", "optimization") if name in root]
-        found = {}
-        for field in fields(cls):
-            for section in sections:
-                value = getattr(section, field.name, None)
-                if value is not None:
-                    found[field.name] = value
+        values = {field.name: flag_of(args, field.name) for field in fields(cls)}
+        found = {name: value for name, value in values.items() if value is not None}
         if "validate_interval" not in found:
             return None
         if "update_freq" in found:

@@ -22,7 +22,7 @@ def _trains() -> bool:
     return Path(sys.argv[0] if sys.argv else "").name in TRAINING_COMMANDS
 
 
-def _flag(args: Any, name: str) -> Any:
+def flag_of(args: Any, name: str) -> Any:
     """A flag's value. argparse's configuration has those of all of fairseq; OmegaConf's hangs in a tree of sections."""
     sections = [args]
     if isinstance(args, DictConfig):
@@ -45,18 +45,18 @@ def check_modes(args: Any) -> None:
     """
     if not _trains():
         return
-    if _flag(args, "bf16") and _flag(args, "tpu") and "--tpu" not in sys.argv:
+    if flag_of(args, "bf16") and flag_of(args, "tpu") and "--tpu" not in sys.argv:
         args.tpu = False
     for name, reason in _refused(args):
-        flag_error("--" + name.replace("_", "-"), f"got {_flag(args, name)}, {reason}")
-    check_workers(lambda name: _flag(args, name))
+        flag_error("--" + name.replace("_", "-"), f"got {flag_of(args, name)}, {reason}")
+    check_workers(lambda name: flag_of(args, name))
 
 
 def _refused(args: Any) -> Iterator[tuple[str, str]]:
     """(flag, why it is refused)."""
 
     def given(name: str) -> Any:
-        return _flag(args, name)
+        return flag_of(args, name)
 
     if given("tpu"):
         yield "tpu", "expected none: there is no quantized path for TPUs"
