@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fairseq_dsq import artefact
 from fairseq_dsq.flags import DEFAULTS
 
 if TYPE_CHECKING:
@@ -59,12 +60,8 @@ def main(args: argparse.Namespace) -> int:
     document.pop("last_optimizer_state", None)
     for name in ("ema", "ema_fp32_params"):
         document["extra_state"].pop(name, None)
-    partial = args.output.with_name(args.output.name + ".part")
-    try:
+    with artefact.whole(args.output) as partial:
         torch.save(document, partial)
-        partial.rename(args.output)
-    finally:
-        partial.unlink(missing_ok=True)
     at = "" if record is None else f", at precision level {record.in_force}, {record.levels[record.in_force]}"
     print(f"wrote {args.output}: the average of {count} checkpoints{at}")
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq import artefact
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.flags import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
 from fairseq_dsq.text import quoted
@@ -84,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
     criterion["_name"] = str(criterion["_name"]).removeprefix(PREFIX)
     state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
     state["model"] = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
-    torch.save(state, args.output)
+    with artefact.whole(args.output) as partial:
+        torch.save(state, partial)
     print(f"wrote {args.output} ({model['arch']})")
     return 0
