@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq_dsq.quant.reference import noise
+from fairseq_dsq.formats.definition import noise
 
 _BITS = tuple(1 << place for place in range(8))
 
