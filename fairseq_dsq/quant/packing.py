@@ -3,7 +3,7 @@
 Layout of the byte buffer, for each part of :func:`fairseq_dsq.quant.reference.split_boxes` (full boxes, then short
 ones): one uint8 biased exponent per box (255: the box is NaN), then the boxes' codes, each box starting on a byte,
 little-endian. Sign-magnitude codes carry the sign in their highest bit. This is the readable definition;
-``native/kernels.cpp`` and ``triton_kernels.py`` write the same bytes.
+``native/quantize.cpp`` and ``triton_kernels.py`` write the same bytes.
 """
 
 from __future__ import annotations
