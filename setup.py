@@ -44,7 +44,7 @@ class EditableWheel(editable_wheel):
 
 NATIVE = Path("fairseq_dsq", "quant", "native")
 SOURCES = sorted(path.relative_to(ROOT) for pattern in ("*.cpp", "*.h") for path in (ROOT / NATIVE).glob(pattern))
-# kernels.cpp and gemm.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
+# All but cpu.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
 INSTRUCTION_SETS = {"baseline": []}
 # What gemm.cpp wants besides; with a compiler that does not know it, the set has no GEMM.
 GEMM_FLAGS = {}
@@ -80,7 +80,8 @@ class BuildKernels(build_ext):
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
             isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
-            objects += self._compile("kernels.cpp", isa, isa_flags)
+            for source in ("quantize.cpp", "masks.cpp"):
+                objects += self._compile(source, isa, isa_flags)
             try:
                 objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])
             except Exception:

@@ -48,7 +48,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 
 
 class _Format(ctypes.Structure):
-    """DsqFormat of kernels.cpp."""
+    """DsqFormat of encode.h."""
 
     _fields_ = (
         ("bits", _INT32),
@@ -70,7 +70,7 @@ def _format(spec: CodeSpec) -> Any:
 
 
 class _Operand(ctypes.Structure):
-    """dsq_operand of gemm.cpp."""
+    """DsqOperand of gemm.cpp."""
 
     _fields_ = (
         ("data", _POINTER),
