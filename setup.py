@@ -42,7 +42,7 @@ class EditableWheel(editable_wheel):
         super().run()
 
 
-NATIVE = Path("fairseq_dsq", "quant", "native")
+NATIVE = Path("fairseq_dsq", "kernels", "native")
 SOURCES = sorted(path.relative_to(ROOT) for pattern in ("*.cpp", "*.h") for path in (ROOT / NATIVE).glob(pattern))
 # All but cpu.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
 INSTRUCTION_SETS = {"baseline": []}
@@ -108,12 +108,12 @@ setup(
     package_data={
         "fairseq_dsq": ["py.typed"],
         "fairseq_dsq.configs": ["**/*.yaml"],
-        "fairseq_dsq.quant.native": ["*.cpp", "*.h"],
+        "fairseq_dsq.kernels.native": ["*.cpp", "*.h"],
         "fairseq_dsq.report": ["*.jinja"],
     },
     ext_modules=[
         Extension(
-            "fairseq_dsq.quant.native._kernels",
+            "fairseq_dsq.kernels.native._kernels",
             [str(source) for source in SOURCES if source.suffix == ".cpp"],
             depends=[str(source) for source in SOURCES],
             optional=True,

@@ -13,8 +13,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cp -r "$DSQ_ROOT/fairseq_dsq" "$DSQ_ROOT/tests" "$DSQ_ROOT/configs" "$DSQ_ROOT/.pytest.ini" "$folder"
 cd "$folder"
-native=fairseq_dsq/quant/native
-source_number=$(python -c 'from fairseq_dsq.quant import native; print(native.source_number())')
+native=fairseq_dsq/kernels/native
+source_number=$(python -c 'from fairseq_dsq.kernels import native; print(native.source_number())')
 for lacks in nothing avx512bf16; do
     for source in cpu quantize masks gemm; do
         g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/quant/emulated_avx512.h \

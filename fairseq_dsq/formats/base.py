@@ -19,7 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -122,6 +122,16 @@ class Format(ABC):
     def kernel_spec(self) -> KernelSpec | None:
         """What C++ and Triton need to run the format; None where its definition runs."""
         return None
+
+    @cached_property
+    def spec(self) -> KernelSpec | None:
+        """:meth:`kernel_spec`, made once."""
+        return self.kernel_spec()
+
+    @cached_property
+    def text(self) -> str:
+        """``str``, made once."""
+        return str(self)
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor: for each group its scale and its codes, these rounded up to whole bytes.

@@ -71,6 +71,19 @@ def quantize(x: Tensor, dim: int, seed: int | None, dtype: torch.dtype) -> None:
     _result(dtype)
 
 
+def factorize(x: Tensor, dim: int, seed: int | None) -> None:
+    """Refuse what has no rows along ``dim``.
+
+    Raises:
+        TypeError, IndexError, ValueError: one line names the argument.
+    """
+    quantize(x, dim, seed, torch.float32)
+    if not x.numel():
+        raise ValueError("x: got a tensor without elements, expected some")
+    if not x.dim():
+        raise ValueError("x: got a tensor without dimensions, expected at least one")
+
+
 def packed(data: Tensor, shape: Sequence[int], dim: int, fmt: Format, dtype: torch.dtype) -> None:
     """Refuse bytes that are not those of a tensor of ``shape``.
 

@@ -69,16 +69,13 @@ def _kernels(device: torch.device) -> Any:
 
 def _kernels_for(x: Tensor, fmt: Format) -> Any:
     """The kernels that run ``fmt`` on a tensor; None where its definition is to."""
-    if x.numel() == 0:
-        return None
     kernels = _kernels(x.device)
-    if kernels is None:
+    if kernels is None or x.numel() == 0:
         return None
-    spec = fmt.kernel_spec()
-    if spec is None:
+    if fmt.spec is None:
         _say_slow(str(fmt))
         return None
-    return kernels if kernels.covers(spec) else None
+    return kernels if kernels.covers(fmt.spec) else None
 
 
 @cache
@@ -94,13 +91,21 @@ def _fake_quantize(x: Tensor, dim: int, fmt: str, seed: int | None, dtype: torch
         return definition.fake_quantize(x, parsed, dim, seed, dtype)
     x = x.float().contiguous()
     out = torch.empty_like(x, dtype=_kernel_dtype(dtype, parsed))
-    kernels.fake_quantize(x, out, _shape_around(x.shape, dim), fmt, seed)
+    kernels.fake_quantize(x, out, _shape_around(x.shape, dim), parsed.spec, seed)
     return out if out.dtype is dtype else out.to(dtype)
 
 
 def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
-    checks.quantize(x, dim, seed, torch.float32)
-    return definition.factorize(x, formats.parse(fmt), dim, seed)
+    checks.factorize(x, dim, seed)
+    parsed = formats.parse(fmt)
+    by_row = parsed.group == "row" and dim in (-1, x.dim() - 1) and x.device.type == "cpu"
+    kernels = _kernels_for(x, parsed) if by_row else None
+    if kernels is None:
+        return definition.factorize(x, parsed, dim, seed)
+    x = x.float().contiguous()
+    elements, factors = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    kernels.factorize(x, elements, factors, parsed.spec, seed)
+    return elements, factors
 
 
 def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
@@ -111,7 +116,7 @@ def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
         return definition.pack(x, parsed, dim, seed)
     x = x.float().contiguous()
     data = x.new_empty(parsed.nbytes(x.shape, dim), dtype=torch.uint8)
-    kernels.pack(x, data, _shape_around(x.shape, dim), fmt, seed)
+    kernels.pack(x, data, _shape_around(x.shape, dim), parsed.spec, seed)
     return data
 
 
@@ -122,7 +127,7 @@ def _unpack(data: Tensor, shape: Sequence[int], dim: int, fmt: str, dtype: torch
     if kernels is None:
         return definition.unpack(data, shape, parsed, dim, dtype)
     out = data.new_empty(shape, dtype=_kernel_dtype(dtype, parsed))
-    kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), fmt)
+    kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), parsed.spec)
     return out if out.dtype is dtype else out.to(dtype)
 
 
@@ -135,7 +140,7 @@ def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) 
     x = x.float().contiguous()
     out = torch.empty_like(x, dtype=_kernel_dtype(dtype, fmt))
     data = x.new_empty(stash_fmt.nbytes(x.shape, -2), dtype=torch.uint8)
-    kernels.quantize_and_pack(x, out, data, _shape_around(x.shape, -2), operand, stash)
+    kernels.quantize_and_pack(x, out, data, _shape_around(x.shape, -2), fmt.spec, stash_fmt.spec)
     return out if out.dtype is dtype else out.to(dtype), data
 
 
@@ -222,7 +227,7 @@ def _fake_quantize_fake(x: Tensor, dim: int, fmt: str, seed: int | None, dtype: 
 
 
 def _factorize_fake(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
-    checks.quantize(x, dim, seed, torch.float32)
+    checks.factorize(x, dim, seed)
     elements = torch.empty(x.shape, device=x.device)
     return elements, elements.narrow(dim, 0, 1).clone()
 

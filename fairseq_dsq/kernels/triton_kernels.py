@@ -1,11 +1,11 @@
-"""The CUDA kernels, in Triton: bit for bit what reference.py and packing.py define, for block floating point.
+"""The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for block floating point.
 
 One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Floats are added
 and multiplied as on a CPU: nothing is fused (it would not show: products by powers of two are exact) and subnormal
 numbers are kept, but by Triton's ``floor``. There it does not show: a code just below zero comes out as -0 either way,
 rounded down to -0 or down to -1 and up again.
 
-Imported by :mod:`fairseq_dsq.quant.ops` at the first call for a CUDA tensor; needs Triton.
+Imported by :mod:`fairseq_dsq.kernels.ops` at the first call for a CUDA tensor; needs Triton.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,9 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq_dsq.formats import BlockFloat, box_nbytes
-from fairseq_dsq.quant import packing, reference
-from fairseq_dsq.quant.reference import CodeSpec
+from fairseq_dsq.formats import BlockFloat, KernelSpec, definition
 
 Shape = tuple[int, int, int]
 # The values of a tile: eight for each thread of four warps.
@@ -72,7 +70,7 @@ def _mix(h):
 
 @triton.jit
 def _noise(index, low, high):
-    """reference.noise in 32 bits, which is all that it keeps; ``low`` and ``high`` are the seed's halves."""
+    """definition.noise in 32 bits, which is all that it keeps; ``low`` and ``high`` are the seed's halves."""
     low, high = low.to(tl.uint32, bitcast=True), high.to(tl.uint32, bitcast=True)
     h = _mix(_mix(tl.add(index.to(tl.uint32), low, sanitize_overflow=False)) ^ high)
     return (h >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
@@ -80,7 +78,7 @@ def _noise(index, low, high):
 
 @triton.jit
 def _magnitudes(x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Magnitudes of the codes, as float32: reference.encode but for the sign, which is ``x``'s own."""
+    """Magnitudes of the codes, as float32: ScaledInteger.encode but for the sign, which is ``x``'s own."""
     shift = (BITS - 2 + 127) - exponent
     half = shift >> 1
     scaled = x * _power_of_two(half) * _power_of_two(shift - half)
@@ -97,7 +95,7 @@ def _magnitudes(x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.
 
 @triton.jit
 def _values(magnitude, negative, exponent, BITS: tl.constexpr):
-    """reference.decode of float32 magnitudes and uint32 signs, 0 or 1."""
+    """ScaledInteger.decode of float32 magnitudes and uint32 signs, 0 or 1."""
     shift = exponent - (BITS - 2 + 127)
     half = shift >> 1
     value = magnitude * _power_of_two(half) * _power_of_two(shift - half)
@@ -210,10 +208,10 @@ class _Part(NamedTuple):
     values: int
 
 
-def covers(spec: CodeSpec) -> bool:
+def covers(spec: KernelSpec) -> bool:
     """Whether the kernels know the format: sign-magnitude codes under the exponent of their box."""
     lopsided = not spec.signed_zero or spec.min_code != -spec.max_code
-    return spec.box_size is not None and spec.box_size <= MAX_BOX_SIZE and spec.fixed_exponent is None and not lopsided
+    return 0 < spec.box_size <= MAX_BOX_SIZE and not spec.fixed_exponent and not lopsided
 
 
 def check(device: torch.device) -> None:
@@ -226,9 +224,9 @@ def check(device: torch.device) -> None:
     x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
     x[:, 5] *= 2.0**-126
     for fmt, seed in ((BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98)):
-        spec = reference.code_spec(fmt)
-        data = packing.pack(x, spec, 0, seed)
-        expected = packing.unpack(data, x.shape, spec, 0, x.dtype)
+        spec = fmt.kernel_spec()
+        data = definition.pack(x, fmt, 0, seed)
+        expected = definition.unpack(data, x.shape, fmt, 0, x.dtype)
         rounded, packed, unpacked = torch.empty_like(x), torch.empty_like(data), torch.empty_like(x)
         fake_quantize(x, rounded, shape, spec, seed)
         pack(x, packed, shape, spec, seed)
@@ -238,7 +236,7 @@ def check(device: torch.device) -> None:
             raise RuntimeError("the result is not that of the definition")
 
 
-def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
     """Write the rounded values of ``x`` to ``out``.
 
     All tensors here are contiguous, on one CUDA device and not empty: ``x`` float32, ``out`` float32, or bfloat16 for
@@ -252,7 +250,7 @@ def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: in
             _fake_quantize[_grid(part, tile)](x, out, *numbers, **tile, **_rounding(spec, seed))
 
 
-def pack(x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+def pack(x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
     """Write the packed bytes of ``x`` to ``data``; as for :func:`fake_quantize`."""
     bits = spec.bits
     touched = max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits))
@@ -268,7 +266,7 @@ def pack(x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None
             )
 
 
-def unpack(data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
+def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> None:
     """Write the values of packed bytes to ``out``; as for :func:`fake_quantize`."""
     touched = max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8))
     with torch.cuda.device_of(data):
@@ -277,10 +275,9 @@ def unpack(data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
             _unpack[_grid(part, tile)](exponents, codes, out, *part, box_bytes, **tile, TOUCHED=touched)
 
 
-def _parts(shape: Shape, spec: CodeSpec) -> Iterator[_Part]:
-    """The parts of reference.split_boxes."""
+def _parts(shape: Shape, spec: KernelSpec) -> Iterator[_Part]:
+    """The parts of definition.split_groups."""
     before, length, after = shape
-    assert spec.box_size is not None
     full, rest = divmod(length, spec.box_size)
     if full:
         yield _Part(before * full * after, 0, length, full, after, spec.box_size)
@@ -288,15 +285,15 @@ def _parts(shape: Shape, spec: CodeSpec) -> Iterator[_Part]:
         yield _Part(before * after, length - rest, length, 1, after, rest)
 
 
-def _packed_parts(data: Tensor, shape: Shape, spec: CodeSpec) -> Iterator[tuple[_Part, Tensor, Tensor, int]]:
+def _packed_parts(data: Tensor, shape: Shape, spec: KernelSpec) -> Iterator[tuple[_Part, Tensor, Tensor, int]]:
     """The parts with their exponents, their codes and the bytes of a box's codes."""
     for part in _parts(shape, spec):
-        box_bytes = box_nbytes(part.values, spec.bits)
+        box_bytes = -(-part.values * spec.bits // 8)
         exponents, codes, data = data.tensor_split([part.total, part.total * (1 + box_bytes)])
         yield part, exponents, codes, box_bytes
 
 
-def _tile(part: _Part, spec: CodeSpec, elements: int) -> dict[str, Any]:
+def _tile(part: _Part, spec: KernelSpec, elements: int) -> dict[str, Any]:
     """The compile-time numbers that all kernels take, and options; ``elements``: of the largest tensor."""
     return {
         "BITS": spec.bits,
@@ -308,8 +305,8 @@ def _tile(part: _Part, spec: CodeSpec, elements: int) -> dict[str, Any]:
     }
 
 
-def _rounding(spec: CodeSpec, seed: int | None) -> dict[str, Any]:
-    return {"MAX_CODE": float(spec.max_code), "STOCHASTIC": seed is not None}
+def _rounding(spec: KernelSpec, seed: int | None) -> dict[str, Any]:
+    return {"MAX_CODE": spec.max_code, "STOCHASTIC": seed is not None}
 
 
 def _grid(part: _Part, tile: dict[str, Any]) -> tuple[int]:

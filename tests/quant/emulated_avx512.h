@@ -1,5 +1,5 @@
 // AVX-512 on any x86 CPU with AVX2, by SIMDe's functions (https://github.com/simd-everywhere/simde), for scripts/avx512.sh.
-// Included before a source of fairseq_dsq/quant/native, which is then compiled for -mavx2.
+// Included before a source of fairseq_dsq/kernels/native, which is then compiled for -mavx2.
 #pragma once
 
 // First, so that no later #include brings the compiler's own functions back.

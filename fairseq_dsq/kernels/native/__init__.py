@@ -1,7 +1,7 @@
 """The CPU kernels: loads the library that setup.py built of the C++ files here and calls it through ctypes.
 
 ``kernels`` are those of the best instruction set that this CPU has, or None; ``unavailable`` then says why, and
-:mod:`fairseq_dsq.quant.ops` takes the plain-torch path. The environment variable FAIRSEQ_DSQ_ISA forces one of
+:mod:`fairseq_dsq.kernels.ops` runs the definition. The environment variable FAIRSEQ_DSQ_ISA forces one of
 ``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels, on GPUs neither).
 """
 
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import EXPONENT_BIAS
-from fairseq_dsq.quant.reference import CodeSpec
+from fairseq_dsq.formats import KernelSpec
 
 ISAS = ("avx512", "avx2", "baseline")
 NO_KERNELS = "torch"
@@ -39,34 +38,28 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "unpack": (_POINTER, _POINTER, _INT32, *_SHAPE, _POINTER, _INT32),
     "quantize_and_pack": (
         *(_POINTER, _POINTER, _INT32, _POINTER, *_SHAPE),
-        *(_POINTER, _POINTER, _INT32, _UINT64, _UINT64, _INT32),
+        *(_POINTER, _POINTER, _INT32),
     ),
+    "factorize": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _UINT64, _INT32),
     "dropout": (_POINTER, _POINTER, _INT64, ctypes.c_float, ctypes.c_float, _UINT64, _INT32),
     "pack_positive": (_POINTER, _POINTER, _INT64, _INT32),
     "mask": (_POINTER, _POINTER, _POINTER, _INT64, _INT32),
 }
 
 
-class _Format(ctypes.Structure):
-    """DsqFormat of encode.h."""
+_KINDS = {"box_size": _INT64, "min_code": ctypes.c_float, "max_code": ctypes.c_float, "headroom": ctypes.c_uint32}
 
-    _fields_ = (
-        ("bits", _INT32),
-        ("signed_zero", _INT32),
-        ("box_size", _INT64),
-        ("fixed_exponent", _INT32),
-        ("min_code", ctypes.c_float),
-        ("max_code", ctypes.c_float),
-        ("headroom", ctypes.c_uint32),
-    )
+
+class _Format(ctypes.Structure):
+    """DsqFormat of encode.h: a :class:`~fairseq_dsq.formats.KernelSpec`."""
+
+    _fields_ = tuple((name, _KINDS.get(name, _INT32)) for name in KernelSpec._fields)
 
 
 @cache
-def _format(spec: CodeSpec) -> Any:
-    """A pointer to ``spec`` as the library reads it."""
-    exponent = 0 if spec.fixed_exponent is None else spec.fixed_exponent + EXPONENT_BIAS
-    codes = spec.min_code, spec.max_code
-    return ctypes.pointer(_Format(spec.bits, spec.signed_zero, spec.box_size or 0, exponent, *codes, spec.headroom))
+def _format(spec: KernelSpec) -> Any:
+    """A pointer to a format as the library reads it."""
+    return ctypes.pointer(_Format(*spec))
 
 
 class _Operand(ctypes.Structure):
@@ -132,6 +125,7 @@ class Kernels:
     _pack: Any
     _unpack: Any
     _quantize_and_pack: Any
+    _factorize: Any
     _dropout: Any
     _pack_positive: Any
     _mask: Any
@@ -175,7 +169,11 @@ class Kernels:
         if code:
             raise MemoryError(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
 
-    def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+    def covers(self, spec: KernelSpec) -> bool:
+        """Whether the kernels run a format: all that describe themselves so."""
+        return True
+
+    def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
         before, length, after = shape
         bfloat16, stochastic, threads = out.dtype is torch.bfloat16, seed is not None, self._threads(x)
@@ -183,13 +181,13 @@ class Kernels:
             x.data_ptr(), out.data_ptr(), bfloat16, before, length, after, _format(spec), stochastic, seed or 0, threads
         )
 
-    def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: CodeSpec, seed: int | None) -> None:
+    def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the packed bytes of ``x`` to ``data``."""
         before, length, after = shape
         stochastic, threads = seed is not None, self._threads(x)
         self._pack(x.data_ptr(), data.data_ptr(), before, length, after, _format(spec), stochastic, seed or 0, threads)
 
-    def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: CodeSpec) -> None:
+    def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> None:
         """Write the values of packed bytes to ``out``."""
         before, length, after = shape
         bfloat16, threads = out.dtype is torch.bfloat16, self._threads(out)
@@ -201,15 +199,22 @@ class Kernels:
         operand: Tensor,
         stash: Tensor,
         shape: Shape,
-        operand_spec: CodeSpec,
-        stash_spec: CodeSpec,
-        seeds: tuple[int, int] | None,
+        operand_spec: KernelSpec,
+        stash_spec: KernelSpec,
     ) -> None:
         """Read ``x`` once for ``operand``, boxed along ``after``, and the packed ``stash``, boxed along ``length``."""
         self._quantize_and_pack(
             *(x.data_ptr(), operand.data_ptr(), operand.dtype is torch.bfloat16, stash.data_ptr(), *shape),
-            *(_format(operand_spec), _format(stash_spec)),
-            *(seeds is not None, *(seeds or (0, 0)), self._threads(x)),
+            *(_format(operand_spec), _format(stash_spec), self._threads(x)),
+        )
+
+    def factorize(self, x: Tensor, elements: Tensor, factors: Tensor, spec: KernelSpec, seed: int | None) -> None:
+        """Write the elements of ``x``, whose rows (its last dimension) are one group each, and a factor for each."""
+        length, stochastic = x.shape[-1], seed is not None
+        rows, threads = x.numel() // length, self._threads(x)
+        self._factorize(
+            *(x.data_ptr(), elements.data_ptr(), factors.data_ptr(), rows, length),
+            *(_format(spec), stochastic, seed or 0, threads),
         )
 
     def dropout(self, x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:

@@ -3,20 +3,20 @@
 //
 //   code  = clamp(round(x * 2^(bits - 2 + 127 - e)))       value = code * 2^(e - (bits - 2 + 127))
 //
-// quant/reference.py is the definition.
+// fairseq_dsq/formats/scaled_integer.py is the definition.
 #pragma once
 
 #include "loops.h"
 
 extern "C" {
-// What fairseq_dsq.formats says of a format; native/__init__.py has the same fields.
+// fairseq_dsq.formats.KernelSpec, which says what each field means.
 struct DsqFormat {
     int32_t bits;
     int32_t signed_zero;
-    int64_t box_size;        // 0: the whole tensor is one box
-    int32_t fixed_exponent;  // biased; 0: it follows from the box
+    int64_t box_size;
+    int32_t fixed_exponent;
     float min_code, max_code;
-    uint32_t headroom;  // added to the bits of the largest magnitude before its exponent is read
+    uint32_t headroom;
 };
 }
 
@@ -94,7 +94,7 @@ INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, int 
 
 // ---- Rounding
 
-// The noise of an element: uniform multiples of 2^-24 in [0, 1). reference.noise is the definition.
+// The noise of an element: uniform multiples of 2^-24 in [0, 1). definition.noise is the definition.
 INLINE U mix(U h) {
     h = (h ^ (h >> 16)) * 0x7feb352du;
     h = (h ^ (h >> 15)) * 0x846ca68bu;

@@ -1,4 +1,4 @@
-// Dropout whose mask is a function of a seed, and masks of one bit per value: quant/masks.py, bit for bit. Compiled
+// Dropout whose mask is a function of a seed, and masks of one bit per value: kernels/masks.py, bit for bit. Compiled
 // once per instruction set.
 
 #include "bits.h"

@@ -1,4 +1,4 @@
-// Quantize, pack and unpack float32 tensors on the CPU: quant/reference.py and quant/packing.py, bit for bit.
+// Quantize, pack and unpack float32 tensors on the CPU: fairseq_dsq/formats is the definition, bit for bit.
 //
 // A contiguous tensor is seen as (before, length, after) with boxes of n values along `length`, or the whole tensor
 // is one box. encode.h has the codes of a box, runs.h and tiles.h the two ways that boxes lie in memory, bits.h the
@@ -208,17 +208,32 @@ void unpack(const uint8_t* data, Out* out, Shape shape, Format format, int threa
 
 // x as (before, length, after) once for two readers: the operand has its boxes along `after`, the stash along
 // `length`. Each row of the stash's boxes is quantized for the operand, and packed while it is in the cache.
-template <bool STOCHASTIC, class Out>
+template <class Out>
 void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape, Format operand_format,
-                       uint64_t operand_seed, Format stash_format, uint64_t stash_seed, int threads) {
+                       Format stash_format, int threads) {
     for_parts(shape, stash_format, [&](const Part& part) {
         for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
             int64_t fibre = row_of_boxes / part.boxes, box = row_of_boxes % part.boxes;
             int64_t at = (fibre * shape.length + part.start + box * part.n) * shape.after;
-            quantize_fibres<STOCHASTIC>(x + at, operand + at, at, {part.n, shape.after, 1}, operand_format,
-                                        operand_seed, 1);
-            pack_row_of_boxes<STOCHASTIC>(x, stash, shape, part, row_of_boxes, stash_format, stash_seed);
+            quantize_fibres<false>(x + at, operand + at, at, {part.n, shape.after, 1}, operand_format, 0, 1);
+            pack_row_of_boxes<false>(x, stash, shape, part, row_of_boxes, stash_format, 0);
         });
+    });
+}
+
+// Rows, each one box: elements code * 2^-(bits - 2), NaN throughout where one holds Inf or NaN, and factors 2^E, there
+// 1. Their product is the value.
+template <bool STOCHASTIC>
+void factorize(const float* x, float* elements, float* factors, int64_t rows, int64_t length, Format format,
+               uint64_t seed, int threads) {
+    for_each(rows, threads, [&](int64_t row) {
+        int64_t at = row * length;
+        U exponent = exponent_of(all(largest_of(x + at, length)), format);
+        bool finite = exponent[0] != NAN_EXPONENT;
+        Scale up{all(finite ? 1.0f : __builtin_nanf("")), power_of_two(all(2 - format.bits))};
+        quantize_stretch<STOCHASTIC>(x + at, elements + at, length, (uint32_t)at, encode_scale(exponent, format.bits),
+                                     up, format, seed);
+        factors[row] = finite ? power_of_two((I)exponent - BIAS)[0] : 1.0f;
     });
 }
 
@@ -252,14 +267,15 @@ EXPORT void DSQ_NAME(unpack)(const uint8_t* data, void* out, int32_t bfloat16, i
 
 EXPORT void DSQ_NAME(quantize_and_pack)(const float* x, void* operand, int32_t bfloat16, uint8_t* stash, int64_t before,
                                         int64_t length, int64_t after, const DsqFormat* operand_format,
-                                        const DsqFormat* stash_format, int32_t stochastic, uint64_t operand_seed,
-                                        uint64_t stash_seed, int32_t threads) {
+                                        const DsqFormat* stash_format, int32_t threads) {
     Shape shape{before, length, after};
-    auto run = [&](auto kernel, auto* out) {
-        kernel(x, out, stash, shape, *operand_format, operand_seed, *stash_format, stash_seed, threads);
-    };
-    if (stochastic && bfloat16) return run(quantize_and_pack<true, uint16_t>, (uint16_t*)operand);
-    if (stochastic) return run(quantize_and_pack<true, float>, (float*)operand);
-    if (bfloat16) return run(quantize_and_pack<false, uint16_t>, (uint16_t*)operand);
-    run(quantize_and_pack<false, float>, (float*)operand);
+    if (bfloat16)
+        return quantize_and_pack(x, (uint16_t*)operand, stash, shape, *operand_format, *stash_format, threads);
+    quantize_and_pack(x, (float*)operand, stash, shape, *operand_format, *stash_format, threads);
+}
+
+EXPORT void DSQ_NAME(factorize)(const float* x, float* elements, float* factors, int64_t rows, int64_t length,
+                                const DsqFormat* format, int32_t stochastic, uint64_t seed, int32_t threads) {
+    auto run = stochastic ? factorize<true> : factorize<false>;
+    run(x, elements, factors, rows, length, *format, seed, threads);
 }
