@@ -58,6 +58,10 @@ class QuantizedTensor:
             return self.data.to(dtype)
         return ops.unpack(self.data, self.shape, self.dim, self.fmt.text, dtype)
 
+    def factorize(self) -> tuple[Tensor, Tensor]:
+        """The tensor as elements times a scale, see :func:`factorize`."""
+        return ops.unpack_factors(self.data, self.shape, self.dim, self.fmt.text)
+
     def requantize(self, dim: int) -> QuantizedTensor:
         """The same values with groups along another dimension, rounded to nearest once more."""
         return pack(self.dequantize(), self.fmt, dim)

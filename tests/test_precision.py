@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions
-from fairseq_dsq.precision import Gemm, PrecisionConfig, levels_to_str, parse_levels, parse_q
+from fairseq_dsq.ledger import Gemm
+from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels, parse_q
 
 
 def qs(levels):
@@ -17,24 +18,24 @@ def qs(levels):
 
 def test_each_q_has_its_operand():
     precision = PrecisionConfig((3, 5, 7, 9))
-    assert precision.output_operands == BlockFloat(3)
-    assert precision.stash == BlockFloat(5)
-    assert precision.grad_input_weight == BlockFloat(7)
-    assert precision.grad_output == BlockFloat(9)
+    assert precision.operands("output")[0] == BlockFloat(3)
+    assert precision.stash("input") == BlockFloat(5)
+    assert precision.operands("grad_input")[1] == BlockFloat(7)
+    assert precision.operands("grad_input")[0] == BlockFloat(9)
 
 
 def test_each_gemm_has_its_operands():
     precision = PrecisionConfig((3, 5, 7, 9))
-    assert precision.operand_q("output") == (3, 3)
-    assert precision.operand_q("grad_input") == (9, 7)
-    assert precision.operand_q("grad_weight") == (5, 9)
+    assert precision.operand_bits("output") == (3, 3)
+    assert precision.operand_bits("grad_input") == (9, 7)
+    assert precision.operand_bits("grad_weight") == (5, 9)
 
 
 def test_operands_have_the_named_format_and_its_options():
     extra = PrecisionConfig((2, 2, 2, 16), options=FormatOptions(sign_bit_extra=True))
     assert extra.output_operands == BlockFloat(3)
     assert extra.grad_output == BlockFloat(17)
-    assert extra.operand_q("grad_input") == (16, 2)  # q as the flag gives it
+    assert extra.operand_bits("grad_input") == (16, 2)  # q as the flag gives it
     assert PrecisionConfig((4, 4, 4, 8), "fixed").grad_output == FixedPoint(8)
     static = PrecisionConfig((4, 4, 4, 8), "fixed", FormatOptions(fixed_scale="static"))
     assert static.stash == FixedPoint(4, 2)

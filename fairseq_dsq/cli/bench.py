@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from fairseq_dsq.cost.hardware import processor
-    from fairseq_dsq.quant import native
+    from fairseq_dsq.kernels import native
 
     for flag in ("rounds", "threads"):
         value = getattr(args, flag)
@@ -152,7 +152,7 @@ class _PeerLinear(torch.autograd.Function):
 
 
 def _quantize(rounds: int) -> list[Row]:
-    from fairseq_dsq.quant import fake_quantize, pack
+    from fairseq_dsq.quantized import fake_quantize, pack
 
     torch.manual_seed(0)
     x = torch.randn(ROWS, COLUMNS)

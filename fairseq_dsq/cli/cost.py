@@ -19,7 +19,8 @@ from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.cost.published import FIXED16, compare
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.nn import FLOAT32, LedgerKey, StashKey, Work
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash, parse_q
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig, parse_q
 from fairseq_dsq.text import quoted
 
 DEFAULT_LAYER = "4096x512x2048"

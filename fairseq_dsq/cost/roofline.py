@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
 from fairseq_dsq.cost.hardware import Hardware
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 ATTENTION, FULLY_CONNECTED, OTHERS = "attention", "fully connected", "others"
 MEMORY, COMPUTE = "memory", "compute"

@@ -119,6 +119,10 @@ class Format(ABC):
     def from_codes(self, codes: Tensor) -> Tensor:
         """The inverse of :meth:`to_codes`."""
 
+    def by_row(self) -> Format | None:
+        """The format with one scale for each row; None where there is no such."""
+        return None
+
     def kernel_spec(self) -> KernelSpec | None:
         """What C++ and Triton need to run the format; None where its definition runs."""
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fairseq_dsq.formats.base import DEFAULT_BOX_SIZE, FormatOptions, Group, ScaleRule, check_box_size, register
 from fairseq_dsq.formats.scaled_integer import ScaledInteger
@@ -43,6 +43,9 @@ class BlockFloat(ScaledInteger):
     @property
     def group(self) -> Group:
         return self.box_size
+
+    def by_row(self) -> BlockFloat:
+        return replace(self, box_size="row")
 
     def __str__(self) -> str:
         boxes = "" if self.box_size == DEFAULT_BOX_SIZE else f"/{self.box_size}"

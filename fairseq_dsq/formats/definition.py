@@ -7,7 +7,7 @@ the groups' codes of exactly ``bits`` bits, each group starting on a byte, littl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -97,17 +97,26 @@ def factorize(x: Tensor, fmt: Format, dim: int, seed: int | None) -> tuple[Tenso
     or NaN its elements are NaN, and its factor is 1.
     """
     elements = torch.empty(x.shape, device=x.device)
-    shape = [1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)]
+    sources = split_groups(x, fmt.group, dim)
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        for source, random in zip(sources, _group_noise(x, fmt, dim, seed), strict=True):
+            groups = source.float()
+            scale = fmt.scale_of(groups)
+            yield fmt.factorize(fmt.encode(groups, scale, random), scale)
+
+    return elements, _join_factors(elements, fmt, dim, parts())
+
+
+def _join_factors(elements: Tensor, fmt: Format, dim: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Write the elements of each part where they belong; gives their factors."""
+    shape = [1 if axis == dim % elements.dim() else size for axis, size in enumerate(elements.shape)]
     factors = elements.new_ones(shape)
-    sources, targets = split_groups(x, fmt.group, dim), split_groups(elements, fmt.group, dim)
-    for source, target, random in zip(sources, targets, _group_noise(x, fmt, dim, seed), strict=True):
-        groups = source.float()
-        scale = fmt.scale_of(groups)
-        part, factor = fmt.factorize(fmt.encode(groups, scale, random), scale)
+    for target, (part, factor) in zip(split_groups(elements, fmt.group, dim), parts, strict=True):
         target.copy_(part).masked_fill_(factor.isnan(), math.nan)
         factor = factor.nan_to_num(1.0)
-        factors.copy_(factor.view(()) if factor.numel() == 1 else factor.view(shape))
-    return elements, factors
+        factors.copy_(factor.view(()) if factor.numel() == 1 else factor.reshape(shape))
+    return factors
 
 
 def pack(x: Tensor, fmt: Format, dim: int, seed: int | None) -> Tensor:
@@ -123,19 +132,32 @@ def pack(x: Tensor, fmt: Format, dim: int, seed: int | None) -> Tensor:
     return torch.cat(pieces) if pieces else x.new_empty(0, dtype=torch.uint8)
 
 
-def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`pack`, as a tensor of ``shape`` and ``dtype``."""
-    out = torch.empty(shape, dtype=dtype, device=data.device)
-    for part in split_groups(out, fmt.group, dim):
+def _unpacked(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(elements, scales) of each part of ``split_groups``."""
+    for part in split_groups(torch.empty(shape, device="meta"), fmt.group, dim):
         *outer, values = part.shape
         groups = part.numel() // values
         nbytes = fmt.codes_nbytes(values)
         scales, codes, data = data.tensor_split([groups * fmt.scale_bytes, groups * (fmt.scale_bytes + nbytes)])
-        # Bytes of a tensor may begin anywhere; a view of another dtype must not.
+        # Bytes may begin anywhere; a view of another dtype must not.
         scale = scales.clone().view(fmt.scale_dtype).view(*outer, 1)
-        elements = fmt.from_codes(_from_bytes(codes.view(*outer, nbytes), values, fmt.bits))
-        part.copy_(fmt.decode(elements, scale))
+        yield fmt.from_codes(_from_bytes(codes.view(*outer, nbytes), values, fmt.bits)), scale
+
+
+def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`pack`, as a tensor of ``shape`` and ``dtype``."""
+    out = torch.empty(shape, dtype=dtype, device=data.device)
+    targets = split_groups(out, fmt.group, dim)
+    for target, (elements, scale) in zip(targets, _unpacked(data, shape, fmt, dim), strict=True):
+        target.copy_(fmt.decode(elements, scale))
     return out
+
+
+def unpack_factors(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> tuple[Tensor, Tensor]:
+    """What :func:`factorize` gave of the tensor that was packed."""
+    elements = torch.empty(shape, device=data.device)
+    parts = (fmt.factorize(*part) for part in _unpacked(data, shape, fmt, dim))
+    return elements, _join_factors(elements, fmt, dim, parts)
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:

@@ -52,6 +52,9 @@ class FixedPoint(ScaledInteger):
     def group(self) -> Group:
         return "row" if self.per_row else "tensor"
 
+    def by_row(self) -> FixedPoint | None:
+        return self if self.per_row else None
+
     @property
     def min_code(self) -> int:
         """Where the scale follows from the tensor, two's complement's odd code out, -2^(bits-1), stays unused.

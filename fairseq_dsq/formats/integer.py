@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class Integer(Format):
     @property
     def outer_scale(self) -> bool:
         return isinstance(self.group_size, str)
+
+    def by_row(self) -> Integer:
+        return replace(self, group_size="row")
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

@@ -131,6 +131,12 @@ def _unpack(data: Tensor, shape: Sequence[int], dim: int, fmt: str, dtype: torch
     return out if out.dtype is dtype else out.to(dtype)
 
 
+def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
+    parsed = formats.parse(fmt)
+    checks.packed(data, shape, dim, parsed, torch.float32)
+    return definition.unpack_factors(data, shape, parsed, dim)
+
+
 def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     fmt, stash_fmt = formats.parse(operand), formats.parse(stash)
     checks.quantize_and_pack(x, fmt, stash_fmt, dtype)
@@ -242,6 +248,12 @@ def _unpack_fake(data: Tensor, shape: Sequence[int], dim: int, fmt: str, dtype: 
     return data.new_empty(shape, dtype=dtype)
 
 
+def _unpack_factors_fake(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
+    checks.packed(data, shape, dim, formats.parse(fmt), torch.float32)
+    elements = data.new_empty(shape, dtype=torch.float32)
+    return elements, elements.narrow(dim, 0, 1).clone()
+
+
 def _quantize_and_pack_fake(x: Tensor, operand: str, stash: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     checks.quantize_and_pack(x, formats.parse(operand), formats.parse(stash), dtype)
     return _fake_quantize_fake(x, -1, operand, None, dtype), _pack_fake(x, -2, stash, None)
@@ -276,6 +288,9 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "unpack": (
         "(Tensor data, SymInt[] shape, int dim, str fmt, ScalarType dtype) -> Tensor", _unpack, _unpack_fake
     ),
+    "unpack_factors": (
+        "(Tensor data, SymInt[] shape, int dim, str fmt) -> (Tensor, Tensor)", _unpack_factors, _unpack_factors_fake
+    ),
     "quantize_and_pack": (
         "(Tensor x, str operand, str stash, ScalarType dtype) -> (Tensor, Tensor)",
         _quantize_and_pack, _quantize_and_pack_fake,
@@ -297,6 +312,7 @@ fake_quantize: Callable[..., Tensor] = torch.ops.fairseq_dsq.fake_quantize.defau
 factorize: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.factorize.default
 pack: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack.default
 unpack: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack.default
+unpack_factors: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.unpack_factors.default
 quantize_and_pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_and_pack.default
 gemm: Callable[..., None] = torch.ops.fairseq_dsq.gemm.default
 dropout: Callable[..., Tensor] = torch.ops.fairseq_dsq.dropout.default

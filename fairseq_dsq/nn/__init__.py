@@ -1,20 +1,16 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
+from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQMultiheadAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     FLOAT32,
-    GEMM_MODES,
     STASH_SCOPES,
     VALUE_BOXES,
     BoxDim,
     DSQContext,
     GemmConfig,
-    Ledger,
-    LedgerKey,
-    StashKey,
     StashScope,
-    Work,
 )
 from fairseq_dsq.nn.convert import convert, left_float, matching_patterns, warn_of_float
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
@@ -25,7 +21,6 @@ from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
 __all__ = [
     "BOX_DIMS",
     "FLOAT32",
-    "GEMM_MODES",
     "STASH_SCOPES",
     "VALUE_BOXES",
     "BoxDim",

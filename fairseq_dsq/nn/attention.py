@@ -182,8 +182,8 @@ class DSQMultiheadAttention(nn.Module):
 
     def _counts_keys(self, keys: int) -> bool:
         """Whether it matters which of so many keys is a sentence's first: the weights' boxes are shorter."""
-        box_size = self.context.config.precision.output_operands.box_size
-        return self.context.attention_matmul and box_size is not None and box_size < keys
+        group = self.context.config.precision.operands("output")[0].group
+        return self.context.attention_matmul and isinstance(group, int) and 1 < group < keys
 
     def forward(
         self,

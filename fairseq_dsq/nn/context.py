@@ -2,98 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from fairseq_dsq.precision import Gemm, GemmKind, PrecisionConfig, Stash, StashRole
-from fairseq_dsq.quant import Rounding
+from fairseq_dsq import gemm
+from fairseq_dsq.ledger import Ledger
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.quantized import Rounding
 
 BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
 ValueBoxes = Literal["row", "feature"]
 VALUE_BOXES: tuple[ValueBoxes, ...] = ("row", "feature")
-GemmMode = Literal["auto", "float32"]
-GEMM_MODES: tuple[GemmMode, ...] = ("auto", "float32")
 StashScope = Literal["gemm", "all"]
 STASH_SCOPES: tuple[StashScope, ...] = ("gemm", "all")
 
 FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
-
-
-class LedgerKey(NamedTuple):
-    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
-
-    gemm: Gemm
-    precision: PrecisionConfig
-    training: bool
-    scope: str = ""
-
-
-class StashKey(NamedTuple):
-    """A stash, the precision it was packed at, and the module it served."""
-
-    stash: Stash
-    precision: PrecisionConfig
-    scope: str = ""
-
-
-@dataclass
-class Work:
-    """What ran: GEMMs and stashes with their counts, and the bytes that the stashes really took."""
-
-    gemms: Counter[LedgerKey] = field(default_factory=Counter)
-    stashes: Counter[StashKey] = field(default_factory=Counter)
-    stash_bytes: int = 0
-
-    def at_precision(self, precision: PrecisionConfig) -> Work:
-        """The same GEMMs and stashes at another level; the bytes really taken are not known."""
-        return Work(
-            Counter({key._replace(precision=precision): count for key, count in self.gemms.items()}),
-            Counter({key._replace(precision=precision): count for key, count in self.stashes.items()}),
-        )
-
-
-@dataclass
-class Ledger(Work):
-    """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
-
-    What activation checkpointing repeats is counted as often as it runs.
-
-    Attributes:
-        scope: goes into every key; names the module at work, for whoever wants to tell them apart.
-    """
-
-    scope: str = ""
-
-    def record(
-        self,
-        kind: GemmKind,
-        m: int,
-        k: int,
-        n: int,
-        batch: int,
-        precision: PrecisionConfig,
-        training: bool,
-        scope: str | None = None,
-    ) -> None:
-        """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
-        self.gemms[
-            LedgerKey(Gemm(kind, m, k, n, batch), precision, training, self.scope if scope is None else scope)
-        ] += 1
-
-    def record_stash(
-        self, role: StashRole, shape: tuple[int, ...], dim: int, precision: PrecisionConfig, nbytes: int
-    ) -> None:
-        """Count one stash that took ``nbytes`` bytes."""
-        self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
-        self.stash_bytes += nbytes
-
-    def drain(self) -> Work:
-        """What ran since the last call; starts anew."""
-        work = Work(self.gemms, self.stashes, self.stash_bytes)
-        self.gemms, self.stashes, self.stash_bytes = Counter(), Counter(), 0
-        return work
 
 
 @dataclass(frozen=True)
@@ -105,8 +29,7 @@ class GemmConfig:
         rounding: ``nearest`` or ``stochastic``.
         box_dim: ``reduction`` lays boxes along the reduction dimension of the GEMM that reads the operand; ``last``
             along the stored tensor's last dimension.
-        gemm: ``auto`` multiplies on the cheapest arithmetic that is exact, see :mod:`fairseq_dsq.nn.gemm`; ``float32``
-            on that.
+        gemm: ``auto`` multiplies on the cheapest engine that is exact, see :mod:`fairseq_dsq.gemm`; a name on that one.
         value_boxes: what shares an exponent of attention's values, of which no position's may share one with
             another's: ``row``, all of one position and head; ``feature``, boxes along the features.
     """
@@ -114,7 +37,7 @@ class GemmConfig:
     precision: PrecisionConfig
     rounding: Rounding = "nearest"
     box_dim: BoxDim = "reduction"
-    gemm: GemmMode = "auto"
+    gemm: str = gemm.AUTO
     value_boxes: ValueBoxes = "row"
 
     def dim(self, reduction_dim: int) -> int:
@@ -149,7 +72,7 @@ class DSQContext:
     @property
     def packs(self) -> bool:
         """Whether the level in force packs anything."""
-        return self.config.precision.format_name != FLOAT32.format_name
+        return self.config.precision.rounds
 
     @property
     def packs_everything(self) -> bool:

@@ -52,7 +52,7 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
     for number, level in enumerate(levels):
-        if args.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
+        if min(level.bits[3]) < SAFE_GRAD_BITS:
             logger.warning(
                 f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"

@@ -16,19 +16,18 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf, open_dict
 
-from fairseq_dsq import formats
+from fairseq_dsq import formats, gemm
 from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.formats import FIXED_SCALES
 from fairseq_dsq.nn import (
     BOX_DIMS,
     FLOAT32,
-    GEMM_MODES,
     STASH_SCOPES,
     VALUE_BOXES,
 )
 from fairseq_dsq.plugin.modes import check_modes
 from fairseq_dsq.precision import parse_levels
-from fairseq_dsq.quant import ROUNDINGS
+from fairseq_dsq.quantized import ROUNDINGS
 from fairseq_dsq.text import quoted
 
 # The paper's two levels and patience (arXiv 2303.05295, section 4).
@@ -130,6 +129,13 @@ def _choice(*values: str) -> Check:
     return check
 
 
+def _gemm_mode(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"got {quoted(value)}, expected one of {', '.join((gemm.AUTO, *gemm.names()))}")
+    gemm.check_mode(value)
+    return value
+
+
 def _patterns(value: Any) -> str:
     if isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value):
         return shlex.join(value)
@@ -190,7 +196,7 @@ _FLAGS: dict[str, tuple[Check, str, str]] = {
         "row, from each row's; static, half the bits are fraction",
     ),
     "dsq_scale": (
-        _choice(*formats.SCALES),
+        _choice(*formats.SCALE_RULES),
         "MODE",
         "scale of a box, or of a tensor in dynamic fixed point: floor, from the power of two below its largest "
         "magnitude, values above the largest code clip; fit, twice that where one would, so that none does",
@@ -207,9 +213,11 @@ _FLAGS: dict[str, tuple[Check, str, str]] = {
         "space-separated shell-style patterns of module names whose GEMMs stay float32",
     ),
     "dsq_gemm": (
-        _choice(*GEMM_MODES),
+        _gemm_mode,
         "MODE",
-        "arithmetic of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; float32",
+        "engine of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; or one of "
+        + ", ".join(gemm.names())
+        + ", where float32 takes what it does not",
     ),
 }
 

@@ -138,21 +138,21 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             others = levels_of(argparse.Namespace(**{**flags, flag: DEFAULTS[flag]}))
         except ValueError:
             return False
-        return [_formats(level) for level in others] == [_formats(level) for level in levels]
+        return [level.formats for level in others] == [level.formats for level in levels]
 
     if len(levels) == 1:
         for line in given("dsq_patience", "dsq_min_delta"):
             yield f"{line} with one level in --dsq-levels"
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
-        if _formats(lower) == _formats(higher):
+        if lower.formats == higher.formats:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
-    used = {held for level in levels for held in _formats(level)}
+    used = {held for level in levels for pair in level.formats for held in pair}
     if used <= {formats.Float32()}:
         names = ("rounding", "sign_bit", "box_dim", "value_boxes", "attention_matmul", "fixed_scale", "scale")
         for line in given(*(f"dsq_{name}" for name in (*names, "stash_scope", "skip", "gemm"))):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
-    if all(held.box_size is None for held in used):
+    if all(held.group == "tensor" for held in used - {formats.Float32()}):
         for line in given("dsq_box_dim", "dsq_value_boxes"):
             yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"
     elif args.dsq_attention_matmul == "off":
@@ -162,7 +162,3 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
         if idle(flag):
             for line in given(flag):
                 yield f"{line} with --dsq-format {args.dsq_format}"
-
-
-def _formats(level: PrecisionConfig) -> tuple[formats.Format, ...]:
-    return level.output_operands, level.stash, level.grad_input_weight, level.grad_output

@@ -25,12 +25,6 @@ _COUNTERS = ("level", "best_loss", "bad_validations", "counted_update")
 _IN_FORCE = re.compile(r"in_force (\d+) of ((?:\[[^\[\]]*\] ?)+)")
 
 
-def formats_of(level: PrecisionConfig) -> str:
-    """A level by value, whichever flags spelled it: ``[bfp2,bfp2,bfp2,bfp16]``, the formats of q0 to q3."""
-    formats = (level.output_operands, level.stash, level.grad_input_weight, level.grad_output)
-    return f"[{','.join(map(str, formats))}]"
-
-
 @dataclass(frozen=True)
 class Record:
     """What a checkpoint's model entries say of the schedule.
@@ -110,7 +104,7 @@ class DSQState(nn.Module):
         self.context = context
         self.state = ScheduleState()
         self.counted_update = -1
-        self._values = tuple(map(formats_of, self.levels))
+        self._values = tuple(level.by_value for level in self.levels)
         # By mode (training or evaluation): why a checkpoint's level cannot come into force.
         self._problems: dict[bool, str] = {}
         self._loaded = False

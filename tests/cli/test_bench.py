@@ -50,7 +50,7 @@ def test_ratios_are_of_the_fastest_rounds_and_of_the_median_round():
 
 def test_peers_round_as_the_format_does_where_nothing_is_at_the_edge():
     from fairseq_dsq.formats import BlockFloat
-    from fairseq_dsq.quant import fake_quantize
+    from fairseq_dsq.quantized import fake_quantize
 
     x = torch.linspace(-1.99, 1.93, 160).reshape(10, 16)
     for peer in (bench.naive, bench.microxcaling_style):

@@ -8,7 +8,8 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.published import compare, printed
 from fairseq_dsq.formats import BlockFloat, Float32, FormatOptions
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 PAPER, OPERANDS = load_profile("paper"), load_profile("operands")
 # One linear layer's three GEMMs.

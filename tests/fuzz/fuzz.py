@@ -39,7 +39,7 @@ from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
 from fairseq_dsq.plugin import config as dsq_config
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.precision import parse_levels, parse_q
-from fairseq_dsq.quant import packing
+from fairseq_dsq.formats import definition
 from fairseq_dsq.quant.reference import code_spec
 from fairseq_dsq.report.logs import epoch_table, read_run
 from fairseq_dsq.report.scores import judged_by, scores

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fairseq_dsq.formats import BlockFloat, FormatOptions, make_format
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.quant import fake_quantize
+from fairseq_dsq.quantized import fake_quantize
 
 # A format of its own for every operand, so that no two can be mixed up.
 BFP_MIXED = PrecisionConfig((4, 3, 6, 8))

@@ -35,7 +35,7 @@ from fairseq_dsq.nn import (
     LedgerKey,
     convert,
 )
-from fairseq_dsq.precision import Gemm
+from fairseq_dsq.ledger import Gemm
 
 EMBED_DIM, HEADS, BATCH = 24, 2, 6
 TGT_LEN, SRC_LEN = 5, 7

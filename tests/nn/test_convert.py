@@ -47,7 +47,8 @@ from fairseq_dsq.nn import (
     left_float,
     linear,
 )
-from fairseq_dsq.precision import Gemm, PrecisionConfig
+from fairseq_dsq.ledger import Gemm
+from fairseq_dsq.precision import PrecisionConfig
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"
 ATTENTIONS = (f"{ENCODER}.self_attn", f"{DECODER}.self_attn", f"{DECODER}.encoder_attn")

@@ -43,7 +43,8 @@ from fairseq_dsq.nn import (
     linear_group,
     matmul,
 )
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 # M, K, N: whole boxes; short last boxes along each; less than a box; single rows and columns.
 SHAPES = [(32, 16, 48), (37, 21, 18), (1, 5, 3), (17, 33, 1), (16, 1, 7)]

@@ -10,7 +10,8 @@ from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
 from fairseq_dsq.nn import GemmConfig, gemm, linear, matmul
 from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, split
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.quant import fake_quantize, native
+from fairseq_dsq.kernels import native
+from fairseq_dsq.quantized import fake_quantize
 
 HAS_KERNEL = native.kernels is not None and native.kernels.has_gemm
 TAKES_VALUES = native.kernels is not None and native.kernels.gemm_takes_values

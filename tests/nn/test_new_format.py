@@ -9,7 +9,7 @@ import torch
 from fairseq_dsq import formats
 from fairseq_dsq.nn import GemmConfig, linear
 from fairseq_dsq.precision import parse_levels
-from fairseq_dsq.quant import fake_quantize, pack
+from fairseq_dsq.quantized import fake_quantize, pack
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ def registered():
 
 def test_a_registered_format_parses_packs_and_trains(registered):
     (level,) = parse_levels("[5,4,6,8]", "positive")
-    assert formats.parse("positive5") == level.output_operands
+    assert formats.parse("positive5") == level.operands("output")[0]
     x, weight, grad = torch.randn(10, 6), torch.randn(7, 6), torch.randn(10, 7)
     assert torch.equal(fake_quantize(x, PowerBoxes(5)), fake_quantize(x, PowerBoxes(5)).clamp(min=0))
     for dim in (0, 1):
         packed = pack(x, PowerBoxes(5), dim)
         assert packed.nbytes == PowerBoxes(5).nbytes(x.shape, dim)
-        assert torch.equal(packed.unpack(), fake_quantize(x, PowerBoxes(5), dim))
+        assert torch.equal(packed.dequantize(), fake_quantize(x, PowerBoxes(5), dim))
 
     leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
     linear(*leaves, None, GemmConfig(level)).backward(grad)

@@ -178,7 +178,7 @@ def test_few_gradient_bits_are_warned_of_once(caplog):
 )
 def test_flags_choose_the_formats(changes, expected):
     level = attached(Task(), **changes)[0].context.config.precision
-    formats = level.output_operands, level.stash, level.grad_input_weight, level.grad_output
+    formats = level.operands("output")[0], level.stash("input"), level.operands("grad_input")[1], level.operands("grad_input")[0]
     assert " ".join(map(str, formats)) == expected
 
 
@@ -197,7 +197,7 @@ def test_skipped_layers_stay_float32():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     attach(model, flags(skip="1"), Task())
     assert isinstance(model[1], DSQLinear)
-    assert str(model[1].context.config.precision.output_operands) == "float32"
+    assert str(model[1].context.config.precision.operands("output")[0]) == "float32"
     model.dsq.validated(1.0)
     x = torch.randn(3, 8)
     assert torch.equal(model[1](x), nn.functional.linear(x, model[1].weight, model[1].bias))

@@ -11,7 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from fairseq_dsq.formats import MAX_BITS, MIN_BITS, BlockFloat, FixedPoint
-from fairseq_dsq.quant import BFLOAT16_BITS, native, packing, reference
+from fairseq_dsq.kernels import native
+from fairseq_dsq.formats import definition
+from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

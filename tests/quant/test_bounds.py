@@ -12,7 +12,9 @@ import torch
 from quant.common import assert_equal_bits, awkward_tensor, kernels_here
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import BFLOAT16_BITS, masks, native, packing, reference
+from fairseq_dsq.kernels import masks, native
+from fairseq_dsq.formats import definition
+from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 from fairseq_dsq.quant.reference import code_spec
 
 HERE = kernels_here()

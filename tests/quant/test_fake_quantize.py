@@ -34,7 +34,7 @@ from quant.common import (
 )
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32
-from fairseq_dsq.quant import ROUNDINGS, fake_quantize
+from fairseq_dsq.quantized import ROUNDINGS, fake_quantize
 
 FOUR_BITS = [BlockFloat(4), FixedPoint(4), FixedPoint(4, 2)]
 HUGE = torch.finfo(torch.float32).max

@@ -10,7 +10,8 @@ import torch
 from quant.common import kernels_here
 
 from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.quant import fake_quantize, native, ops
+from fairseq_dsq.kernels import native, ops
+from fairseq_dsq.quantized import fake_quantize
 
 HERE = {isa: kernels for isa, kernels in kernels_here().items() if kernels.has_gemm}
 pytestmark = pytest.mark.skipif(not HERE, reason="no GEMM kernel for this CPU")

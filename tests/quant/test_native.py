@@ -26,7 +26,7 @@ from quant.common import (
 )
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import (
+from fairseq_dsq.kernels import (
     BFLOAT16_BITS,
     ROUNDINGS,
     fake_quantize,
@@ -209,7 +209,7 @@ def test_half_precision_equals_the_definition(isa, fmt, dtype):
             seed = None if rounding == "nearest" else int(torch.randint(2**62, (), generator=seeded(5)))
             expected = reference_fake_quantize(x, code_spec(fmt), dim, seed, dtype)
             assert_equal_bits(fake_quantize(x, fmt, dim, rounding, seeded(5)), expected)
-            assert_equal_bits(pack(x, fmt, dim, rounding, seeded(5)).unpack(), expected)
+            assert_equal_bits(pack(x, fmt, dim, rounding, seeded(5)).dequantize(), expected)
 
 
 @pytest.mark.parametrize("bits", range(2, BFLOAT16_BITS + 1))
@@ -494,7 +494,7 @@ def test_without_kernels_the_definition_runs(monkeypatch):
     again, again_stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
     assert_equal_bits(again, operand)
     assert torch.equal(again_stash.data, stash.data)
-    assert_equal_bits(again_stash.unpack(), stash.unpack())
+    assert_equal_bits(again_stash.dequantize(), stash.dequantize())
 
 
 # Choosing an instruction set

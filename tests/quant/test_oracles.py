@@ -11,7 +11,7 @@ import torch
 from quant.common import assert_equal_bits, seeded
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import fake_quantize, pack
+from fairseq_dsq.quantized import fake_quantize, pack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -86,4 +86,4 @@ def golden():
 def test_block_float_equals_microxcaling_bit_for_bit(golden, bits, dim):
     expected = golden[f"bfp{bits}_dim{dim}"]
     assert_equal_bits(fake_quantize(golden["x"], BlockFloat(bits), dim), expected)
-    assert_equal_bits(pack(golden["x"], BlockFloat(bits), dim).unpack(), expected)
+    assert_equal_bits(pack(golden["x"], BlockFloat(bits), dim).dequantize(), expected)

@@ -25,13 +25,13 @@ from quant.common import (
 )
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32
-from fairseq_dsq.quant import ROUNDINGS, Packed, fake_quantize, pack
+from fairseq_dsq.quantized import QuantizedTensor, ROUNDINGS, fake_quantize, pack
 
 
 def assert_packs(x, fmt, dim, rounding="nearest", seed=9):
     """pack holds what it says it holds, and decodes to fake_quantize bit for bit."""
     packed = pack(x, fmt, dim, rounding, seeded(seed))
-    assert_equal_bits(packed.unpack(), fake_quantize(x, fmt, dim, rounding, seeded(seed)))
+    assert_equal_bits(packed.dequantize(), fake_quantize(x, fmt, dim, rounding, seeded(seed)))
     assert packed.nbytes == fmt.nbytes(x.shape, dim)
     return packed
 
@@ -62,7 +62,7 @@ def test_unpack_equals_fake_quantize_at_every_width(fmt):
             x = awkward_tensor(shape, dtype, index, finite)
             rounding = ROUNDINGS[(index + fmt.bits) % 2]
             packed = pack(x, fmt, dim, rounding, seeded(9))
-            assert_equal_bits(packed.unpack(), fake_quantize(x, fmt, dim, rounding, seeded(9)))
+            assert_equal_bits(packed.dequantize(), fake_quantize(x, fmt, dim, rounding, seeded(9)))
 
 
 shapes = st.lists(st.integers(0, 37), max_size=3).filter(lambda shape: math.prod(shape) < 6000)
@@ -103,14 +103,14 @@ def test_equal_states_of_torchs_own_generator_give_equal_results():
         torch.manual_seed(3)
         packed = pack(x, BlockFloat(4), rounding="stochastic")
         torch.manual_seed(3)
-        assert_equal_bits(packed.unpack(), fake_quantize(x, BlockFloat(4), rounding="stochastic"))
+        assert_equal_bits(packed.dequantize(), fake_quantize(x, BlockFloat(4), rounding="stochastic"))
     assert not torch.equal(packed.data, pack(x, BlockFloat(4)).data)
 
 
 @pytest.mark.parametrize("fmt", [BlockFloat(5), FixedPoint(5), FixedPoint(5, 2)], ids=str)
 def test_packing_again_what_was_unpacked_gives_the_same_bytes(fmt):
     packed = pack(awkward_tensor((6, 50), seed=4, finite=True), fmt)
-    assert torch.equal(pack(packed.unpack(), fmt).data, packed.data)
+    assert torch.equal(pack(packed.dequantize(), fmt).data, packed.data)
 
 
 # Bytes
@@ -184,7 +184,7 @@ def test_every_code_at_every_exponent_has_its_bits(bits):
         patterns = sum(pattern << (pattern * bits) for pattern in range(2**bits))
         expected = [exponent + 127, *patterns.to_bytes(math.ceil(2**bits * bits / 8), "little")]
         assert packed.data.tolist() == expected
-        assert_equal_bits(packed.unpack(), x)
+        assert_equal_bits(packed.dequantize(), x)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -198,7 +198,7 @@ def test_every_code_of_a_static_scale_has_its_bits(bits):
         exponent_byte = 127 + bits - 2 - fraction_bits
         expected = [exponent_byte, *patterns.to_bytes(math.ceil(2**bits * bits / 8), "little")]
         assert packed.data.tolist() == expected
-        assert_equal_bits(packed.unpack(), x)
+        assert_equal_bits(packed.dequantize(), x)
 
 
 @pytest.mark.parametrize("fmt", BLOCK_FLOATS, ids=str)
@@ -209,7 +209,7 @@ def test_inf_and_nan_mark_their_box_with_255(fmt):
         packed = pack(x, fmt)
         assert packed.data[1] == 255
         assert 255 not in packed.data[[0, 2]]
-        result = packed.unpack()
+        result = packed.dequantize()
         assert result[16:32].isnan().all()
         assert result[:16].isfinite().all()
         assert result[32:].isfinite().all()
@@ -250,7 +250,7 @@ def test_float32_holds_the_tensor_itself(dtype):
     x = awkward_tensor((5, 7), dtype)
     packed = pack(x, Float32())
     assert packed.data is x
-    assert packed.unpack() is x
+    assert packed.dequantize() is x
     assert packed.nbytes == x.numel() * x.element_size()
 
 
@@ -262,7 +262,7 @@ def test_bytes_and_spec_put_a_packed_tensor_together_again(fmt):
     x = awkward_tensor((3, 40), torch.bfloat16, seed=1, finite=True)
     packed = pack(x, fmt, 0)
     assert packed.spec == (x.shape, x.dtype, fmt, 0)
-    assert_equal_bits(Packed(packed.data.clone(), *packed.spec).unpack(), packed.unpack())
+    assert_equal_bits(QuantizedTensor(packed.data.clone(), *packed.spec).dequantize(), packed.dequantize())
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -275,11 +275,11 @@ def test_nothing_is_changed_in_place(fmt, dtype, rounding):
         packed = pack(view(x), fmt, 0, rounding)
         assert torch.equal(bit_view(x), bit_view(before))
         data = packed.data.clone()
-        first = packed.unpack()
+        first = packed.dequantize()
         assert torch.equal(packed.data, data)
         first_bits = bit_view(first).clone()
         first.fill_(1.0)
-        assert torch.equal(bit_view(packed.unpack()), first_bits)
+        assert torch.equal(bit_view(packed.dequantize()), first_bits)
 
 
 def test_the_stash_does_not_follow_the_tensor():
@@ -287,7 +287,7 @@ def test_the_stash_does_not_follow_the_tensor():
     packed = pack(x, BlockFloat(6))
     expected = fake_quantize(x, BlockFloat(6))
     x.zero_()
-    assert_equal_bits(packed.unpack(), expected)
+    assert_equal_bits(packed.dequantize(), expected)
 
 
 # Arguments

@@ -13,7 +13,7 @@ import torch
 
 from fairseq_dsq import quant
 from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.quant import native, ops
+from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.quant.reference import code_spec
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_kernels_compile_without_fusing_or_flushing(architecture, bits, stochast
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from fairseq_dsq.quant import triton_kernels
+    from fairseq_dsq.kernels import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {

@@ -13,7 +13,9 @@ import torch
 from quant.common import SHAPES_AND_DIMS, assert_equal_bits, assert_implements_definition, awkward_tensor, seeded
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.quant import ROUNDINGS, ops, packing, triton_kernels
+from fairseq_dsq.kernels import ops, triton_kernels
+from fairseq_dsq.formats import definition
+from fairseq_dsq.quantized import ROUNDINGS
 from fairseq_dsq.quant.reference import CodeSpec, code_spec
 from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
 
