@@ -6,8 +6,8 @@
     grad_input:   grad_output(q3) @ weight(q2)        MxN @ NxK => MxK
     grad_weight:  stash(q1) @ grad_output(q3)         KxM @ MxN => KxN
 
-A q is bits of ``--dsq-format`` (``4``), any format's text (``int8/row``), or, for q0 and q3, whose operands may differ, a
-pair of these: ``int8/row|bfp4`` is input and weight in q0, the gradient of grad_input and of grad_weight in q3. The
+A q is bits of ``--dsq-format`` (``4``), any format's text (``int8/row``), or, for q0 and q3, whose operands may differ,
+a pair of these: ``int8/row|bfp4`` is input and weight in q0, the gradient of grad_input and of grad_weight in q3. The
 second operand of a batched product plays the weight; it is stashed at q2.
 
 Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXiv 2303.05295, section 3.
@@ -65,7 +65,9 @@ class PrecisionConfig:
                 raise TypeError(f"q{index}: got {q!r}, expected an integer or a format such as int8/row")
             pair = _pair(q)
             if len(pair) > (2 if index in _PAIRED else 1):
-                raise ValueError(f"q{index}: got {q}, expected {'a pair' if index in _PAIRED else 'one format'} at most")
+                raise ValueError(
+                    f"q{index}: got {q}, expected {'a pair' if index in _PAIRED else 'one format'} at most"
+                )
             for member in pair:
                 if isinstance(member, int) and not formats.MIN_BITS <= member <= formats.MAX_BITS:
                     raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
@@ -176,6 +178,8 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
                     raise ValueError(f"got {shown} in {quoted(text)}, {expected}") from None
     q0, q1, q2, q3 = (int(piece) if _INTEGER.fullmatch(piece) else piece for piece in pieces)
     return q0, q1, q2, q3
+
+
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:

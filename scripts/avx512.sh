@@ -7,7 +7,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || set -- tests/quant/test_gemm.py tests/quant/test_native.py
+[ $# -gt 0 ] || set -- tests/kernels/test_gemm.py tests/kernels/test_native.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -17,7 +17,7 @@ native=fairseq_dsq/kernels/native
 source_number=$(python -c 'from fairseq_dsq.kernels import native; print(native.source_number())')
 for lacks in nothing avx512bf16; do
     for source in cpu quantize masks gemm; do
-        g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/quant/emulated_avx512.h \
+        g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/kernels/emulated_avx512.h \
             "-DEMULATED_WITHOUT=\"$lacks\"" -DDSQ_ISA=avx512 "-DDSQ_SOURCE=${source_number}u" -c $native/$source.cpp -o $source.o
     done
     g++ -shared -fopenmp cpu.o quantize.o masks.o gemm.o -o $native/_kernels.so

@@ -7,8 +7,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || set -- tests/quant/test_bounds.py tests/quant/test_native.py tests/quant/test_packing.py \
-    tests/quant/test_gemm.py tests/nn/test_threads.py
+[ $# -gt 0 ] || set -- tests/kernels/test_bounds.py tests/kernels/test_native.py tests/kernels/test_packing.py \
+    tests/kernels/test_gemm.py tests/nn/test_threads.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

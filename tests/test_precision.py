@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions
@@ -33,13 +35,13 @@ def test_each_gemm_has_its_operands():
 
 def test_operands_have_the_named_format_and_its_options():
     extra = PrecisionConfig((2, 2, 2, 16), options=FormatOptions(sign_bit_extra=True))
-    assert extra.output_operands == BlockFloat(3)
-    assert extra.grad_output == BlockFloat(17)
+    assert extra.operands("output")[0] == BlockFloat(3)
+    assert extra.operands("grad_input")[0] == BlockFloat(17)
     assert extra.operand_bits("grad_input") == (16, 2)  # q as the flag gives it
-    assert PrecisionConfig((4, 4, 4, 8), "fixed").grad_output == FixedPoint(8)
+    assert PrecisionConfig((4, 4, 4, 8), "fixed").operands("grad_weight")[1] == FixedPoint(8)
     static = PrecisionConfig((4, 4, 4, 8), "fixed", FormatOptions(fixed_scale="static"))
-    assert static.stash == FixedPoint(4, 2)
-    assert PrecisionConfig((32, 32, 32, 32), "float32").stash == Float32()
+    assert static.stash("input") == FixedPoint(4, 2)
+    assert PrecisionConfig((32, 32, 32, 32), "float32").stash("weight") == Float32()
 
 
 def test_float32_requires_four_times_32():
@@ -87,8 +89,47 @@ def test_a_q_beyond_the_format_is_named_by_its_index():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match="format: got 'int'"):
-        PrecisionConfig((2, 2, 2, 16), "int")
+    with pytest.raises(ValueError, match="format: got 'other'"):
+        PrecisionConfig((2, 2, 2, 16), "other")
+
+
+# Formats and pairs as q
+
+
+def test_a_q_may_be_a_formats_text_or_a_pair():
+    level = PrecisionConfig(("int8/row|bfp4/32", "fixed8", 4, "bfp16|bfp8"))
+    assert [tuple(map(str, level.operands(kind))) for kind in ("output", "grad_input", "grad_weight")] == [
+        ("int8/row", "bfp4/32"),
+        ("bfp16", "bfp4"),
+        ("fixed8", "bfp8"),
+    ]
+    assert (str(level.stash("input")), str(level.stash("weight"))) == ("fixed8", "bfp4")
+    assert level.bits == ((8, 4), (8, 8), (4, 4), (16, 8))
+    assert level.operand_families("output") == ("int", "bfp") and level.operand_families("grad_weight")[0] == "fixed"
+    assert level.by_value == "[int8/row|bfp4/32,fixed8,bfp4,bfp16|bfp8]"
+    assert parse_levels(str(level)) == (level,)
+
+
+def test_a_pair_may_mix_bits_and_formats():
+    level = PrecisionConfig(("8|int4/row", 4, 4, 16), "fixed", FormatOptions(sign_bit_extra=True))
+    assert [str(fmt) for fmt in level.operands("output")] == ["fixed9", "int4/row"]
+    assert level.operand_bits("output") == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        ((4, "4|8", 4, 16), "q1: got 4|8, expected one format at most"),
+        ((4, 4, "bfp4|bfp8", 16), "q2: got bfp4|bfp8, expected one format at most"),
+        (("4|4|4", 4, 4, 16), "q0: got 4|4|4, expected a pair at most"),
+        (("bfp99", 4, 4, 16), "q0 = bfp99: bits: got 99"),
+        (("what8", 4, 4, 16), "q0 = what8: format: got 'what8', expected such as bfp4"),
+        ((4, 4, 4, "16|40"), "q3: got 16|40, expected 2 to 32"),
+    ],
+)
+def test_a_q_that_stands_for_no_format_is_named_by_its_index(q, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PrecisionConfig(q)
 
 
 # GEMMs
@@ -148,7 +189,7 @@ def test_levels_carry_format_and_options():
     options = FormatOptions(fixed_scale="static")
     levels = parse_levels("[4,4,4,8] [8,8,8,8]", "fixed", options)
     assert {(level.format_name, level.options) for level in levels} == {("fixed", options)}
-    assert levels[1].stash == FixedPoint(8, 4)
+    assert levels[1].stash("input") == FixedPoint(8, 4)
 
 
 def test_levels_and_their_text_are_inverse():

@@ -18,8 +18,8 @@ from fairseq_dsq.cost.gemm import stash_bytes
 from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.cost.published import FIXED16, compare
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.nn import FLOAT32, LedgerKey, StashKey, Work
 from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.nn import FLOAT32, LedgerKey, StashKey, Work
 from fairseq_dsq.precision import PrecisionConfig, parse_q
 from fairseq_dsq.text import quoted
 

@@ -143,7 +143,9 @@ class SettingProfile(CostProfile):
         pairs = list(zip(precision.bits, precision.families, strict=True))[: None if training else 1]
 
         def stored(bits: tuple[int, int], families: tuple[str, str]) -> float:
-            first, second = (b + self.format_cost(family).overhead_bits for b, family in zip(bits, families, strict=True))
+            first, second = (
+                b + self.format_cost(family).overhead_bits for b, family in zip(bits, families, strict=True)
+            )
             return (first + second) / 2
 
         return sum(stored(*pair) for pair in pairs) / (BASELINE_BITS * len(pairs))

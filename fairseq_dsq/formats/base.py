@@ -129,8 +129,15 @@ class Format(ABC):
 
     @cached_property
     def spec(self) -> KernelSpec | None:
-        """:meth:`kernel_spec`, made once."""
-        return self.kernel_spec()
+        """:meth:`kernel_spec`, made and checked once: kernels read and write memory as it says.
+
+        Raises:
+            ValueError: it contradicts the format, or itself.
+        """
+        spec = self.kernel_spec()
+        if spec is not None:
+            _check_spec(self, spec)
+        return spec
 
     @cached_property
     def text(self) -> str:
@@ -158,6 +165,31 @@ class Format(ABC):
     def codes_nbytes(self, values: int) -> int:
         """Bytes of a group's codes, its scale not among them."""
         return -(-values * self.bits // 8)
+
+
+def _check_spec(fmt: Format, spec: KernelSpec) -> None:
+    values = {"tensor": 0, "row": MAX_BOX_SIZE}.get(fmt.group, fmt.group)  # type: ignore[call-overload]
+    for name, got, expected in (
+        ("bits", spec.bits, fmt.bits),
+        ("box_size", spec.box_size, values),
+        ("scale_bytes", fmt.scale_bytes, 1),
+        ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
+    ):
+        if got != expected:
+            raise ValueError(f"{fmt}: {name}: got {got} for the kernels, expected {expected}")
+    check_bits(spec.bits)
+    magnitudes = 1 << (spec.bits - 1)
+    smallest = 1 - magnitudes if spec.signed_zero else -magnitudes
+    for name, code, low, high in (
+        ("min_code", int(spec.min_code), smallest, 0),
+        ("max_code", int(spec.max_code), 0, magnitudes - 1),
+    ):
+        if not low <= code <= high:
+            raise ValueError(f"{fmt}: {name}: got {code}, expected {low} to {high} in {spec.bits} bits")
+    if not 0 <= spec.fixed_exponent <= 254:
+        raise ValueError(f"{fmt}: fixed_exponent: got {spec.fixed_exponent}, expected 0 to 254")
+    if not 0 <= spec.headroom < 1 << (SIGNIFICAND_BITS - 1):
+        raise ValueError(f"{fmt}: headroom: got {spec.headroom}, expected 0 to {(1 << (SIGNIFICAND_BITS - 1)) - 1}")
 
 
 def check_bits(bits: int) -> None:

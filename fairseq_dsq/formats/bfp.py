@@ -53,7 +53,9 @@ class BlockFloat(ScaledInteger):
 
 
 def _make(q: int, options: FormatOptions) -> BlockFloat:
-    return BlockFloat(options.bits(q), DEFAULT_BOX_SIZE if options.box_size is None else options.box_size, options.scale)
+    return BlockFloat(
+        options.bits(q), DEFAULT_BOX_SIZE if options.box_size is None else options.box_size, options.scale
+    )
 
 
 def _parse(text: str) -> BlockFloat | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, FormatOptions, Group, register
+from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, Group, register
 
 
 @dataclass(frozen=True)

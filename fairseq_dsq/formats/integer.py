@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, FormatOptions, Group, check_bits, check_box_size, register
+from fairseq_dsq.formats.base import (
+    SIGNIFICAND_BITS,
+    Format,
+    FormatOptions,
+    Group,
+    check_bits,
+    check_box_size,
+    register,
+)
 
 MOST_BITS = 16
 

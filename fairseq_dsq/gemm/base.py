@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fairseq_dsq.formats import Float32, Format
 
-# Significant bits that one bfloat16 and an exact sum of two hold. A value of two terms takes 15 at most: 16 with a sign.
+# Significant bits that one bfloat16 holds, and a value that is the exact sum of two.
 TERM_BITS = (8, 15)
 AUTO = "auto"
 
@@ -124,9 +124,7 @@ class Plan:
     engines: tuple[Engine, ...]
     fused: tuple[bool, bool]
 
-    def multiply(
-        self, a: Operand, b: Operand, bias: Tensor | None = None, add_to: Tensor | None = None
-    ) -> Tensor:
+    def multiply(self, a: Operand, b: Operand, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
         """The product of two operands over their reduction dimensions, exact products accumulated in float32.
 
         Args:
@@ -147,7 +145,9 @@ class Plan:
                 raise RuntimeError(f"{name}: got {operand.side}, expected {side}, which the product was planned for")
             if not operand.rounded and not fused:
                 names = ", ".join(engine.name for engine in self.engines)
-                raise RuntimeError(f"{name}: not rounded to {side.fmt}, and {names} does not round it: nothing multiplied")
+                raise RuntimeError(
+                    f"{name}: not rounded to {side.fmt}, and {names} does not round it: nothing multiplied"
+                )
         if a.scale is None and b.scale is None:
             return self._product(a, b, bias, add_to)
         product = self._product(a, b, None, None)

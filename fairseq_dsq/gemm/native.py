@@ -21,7 +21,7 @@ class NativeEngine(Engine):
 
     def unavailable(self) -> str | None:
         if native.kernels is None:
-            return native.unavailable
+            return native.unavailable or "no kernels"
         return None if native.kernels.has_gemm else f"{native.kernels.isa} kernels have no GEMM"
 
     def accepts(self, a: Side, b: Side, device: torch.device, dtype: torch.dtype) -> bool:

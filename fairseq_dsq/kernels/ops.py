@@ -1,8 +1,8 @@
 """The quantizers, GEMM, dropout and bit masks as torch.library operators, ``torch.ops.fairseq_dsq.*``.
 
 A format comes as its text. On the CPU the native kernels run it, on CUDA devices Triton's, where its ``kernel_spec``
-says that they can; else its definition runs, in plain torch. ``Library.define`` and not ``custom_op``, which takes 12 us
-a call where this takes 3: a training step makes a thousand calls.
+says that they can; else its definition runs, in plain torch. ``Library.define`` and not ``custom_op``, which takes
+12 us a call where this takes 3: a training step makes a thousand calls.
 """
 
 from __future__ import annotations

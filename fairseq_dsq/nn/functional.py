@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import Float32, Format
+from fairseq_dsq.formats import Float32
 from fairseq_dsq.gemm import Operand, Plan, Side, plan
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.context import GemmConfig
@@ -77,7 +77,8 @@ def _plans(config: GemmConfig, x: Tensor, n_dim: int) -> dict[GemmKind, Plan]:
     }
     plans = {}
     for kind, dims in reductions.items():
-        first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in zip(config.precision.operands(kind), dims))
+        operands = zip(config.precision.operands(kind), dims, strict=True)
+        first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in operands)
         # grad_weight is multiplied as its transpose, NxM @ MxK => NxK.
         sides = (second, first) if kind == "grad_weight" else (first, second)
         plans[kind] = plan(*sides, x.device, x.dtype, config.gemm)

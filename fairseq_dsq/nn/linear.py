@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fairseq_dsq.nn.context import DSQContext, GemmConfig
 from fairseq_dsq.gemm import Operand, Plan, Side, plan
+from fairseq_dsq.nn.context import DSQContext, GemmConfig
 from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear, rounded_operand
 
 

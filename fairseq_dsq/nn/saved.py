@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.formats import BlockFloat
+from fairseq_dsq.kernels import ops
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import autocast_device
-from fairseq_dsq.kernels import ops
 from fairseq_dsq.quantized import QuantizedTensor, pack
 
 KEPT = BlockFloat(8)

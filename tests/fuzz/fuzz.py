@@ -34,13 +34,11 @@ from fairseq_dsq.cli import cost as cost_command
 from fairseq_dsq.cli import export_float
 from fairseq_dsq.cost.hardware import load_hardware
 from fairseq_dsq.cost.profiles import load_profile
-from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions
+from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions, definition
 from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
 from fairseq_dsq.plugin import config as dsq_config
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.precision import parse_levels, parse_q
-from fairseq_dsq.formats import definition
-from fairseq_dsq.quant.reference import code_spec
 from fairseq_dsq.report.logs import epoch_table, read_run
 from fairseq_dsq.report.scores import judged_by, scores
 
@@ -202,14 +200,13 @@ def run_packed(case: Any) -> None:
     data, shape, dim, fmt = case
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     right = fmt.nbytes(shape, dim) == len(data)
-    spec = code_spec(fmt)
     try:
-        values = torch.ops.fairseq_dsq.unpack(tensor, shape, dim, *spec, torch.float32)
+        values = torch.ops.fairseq_dsq.unpack(tensor, shape, dim, str(fmt), torch.float32)
     except ValueError:
         assert not right, "bytes of the right length were refused"
         raise
     assert right, "bytes of a wrong length were taken"
-    expected = packing.unpack(tensor, shape, spec, dim, torch.float32)
+    expected = definition.unpack(tensor, shape, fmt, dim, torch.float32)
     assert torch.equal(values.view(torch.int32)[~values.isnan()], expected.view(torch.int32)[~expected.isnan()])
     assert torch.equal(values.isnan(), expected.isnan())
 
@@ -351,7 +348,7 @@ def targets() -> dict[str, Target]:
     return {
         "levels": Target(40_000, levels, run_levels),
         "q": Target(18_000, text_of("[2,2,2,16]", "2,2,2,16", "[16, 4, 4, 16]"), parse_q),
-        "format": Target(12_000, text_of("bfp4", "bfp4x32", "fixed8", "fixed8.4", "float32"), run_format),
+        "format": Target(12_000, text_of("bfp4", "bfp4/32", "fixed8", "fixed8.4", "float32"), run_format),
         "flag": Target(6_000, flag, run_flag),
         "cost": Target(200, cost, run_cost),
         "profile": yaml_target(400, "cost", load_profile),

@@ -35,6 +35,7 @@ from nn.common import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.nn import (
     FLOAT32,
     DSQContext,
@@ -47,7 +48,6 @@ from fairseq_dsq.nn import (
     left_float,
     linear,
 )
-from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.precision import PrecisionConfig
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"

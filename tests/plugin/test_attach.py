@@ -178,8 +178,7 @@ def test_few_gradient_bits_are_warned_of_once(caplog):
 )
 def test_flags_choose_the_formats(changes, expected):
     level = attached(Task(), **changes)[0].context.config.precision
-    formats = level.operands("output")[0], level.stash("input"), level.operands("grad_input")[1], level.operands("grad_input")[0]
-    assert " ".join(map(str, formats)) == expected
+    assert level.by_value == f"[{expected.replace(' ', ',')}]"
 
 
 def test_a_static_scale_fits_nothing():

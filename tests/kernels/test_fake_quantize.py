@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quant.common import (
+from kernels.common import (
     BLOCK_FLOATS,
     DTYPES,
     DYNAMIC_FIXED,

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_dsq import quant
-from fairseq_dsq.formats import BlockFloat
+from fairseq_dsq import kernels
+from fairseq_dsq.formats import BlockFloat, definition
 from fairseq_dsq.kernels import native, ops
-from fairseq_dsq.quant.reference import code_spec
 
 CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent
@@ -65,19 +64,14 @@ def test_kernels_compile_without_fusing_or_flushing(architecture, bits, stochast
         assert set(re.findall(r"\S*\bftz\b\S*", compiled.asm["ptx"])) <= {"cvt.rmi.ftz.f32.f32"}
 
 
-def test_cuda_tensors_have_implementations_of_their_own():
-    for name in ("fake_quantize", "pack", "unpack", "quantize_and_pack"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fairseq_dsq::{name}", "CUDA")
-
-
-def test_a_device_on_which_they_do_not_work_runs_the_definition():
+def test_a_device_on_which_they_do_not_work_runs_the_definition(monkeypatch):
     pytest.importorskip("triton")
     x = torch.randn(4, 20)
-    spec = code_spec(BlockFloat(4))
     # A CPU is one.
+    monkeypatch.setattr(ops, "_kernels", ops._triton_kernels)
     with pytest.warns(UserWarning, match="^cpu: no Triton kernels, quantization runs in plain, slow torch: "):
-        result = ops._fake_quantize_cuda(x, -1, *spec, None, torch.float32)
-    assert torch.equal(result, ops.fake_quantize(x, -1, *spec, None, torch.float32))
+        result = ops.fake_quantize(x, -1, "bfp4", None, torch.float32)
+    assert torch.equal(result, definition.fake_quantize(x, BlockFloat(4), -1, None, torch.float32))
 
 
 def test_the_variable_turns_them_off(monkeypatch):
@@ -87,6 +81,6 @@ def test_the_variable_turns_them_off(monkeypatch):
 
 def test_without_triton_the_definition_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "fairseq_dsq.quant.triton_kernels", raising=False)
-    monkeypatch.delattr(quant, "triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "fairseq_dsq.kernels.triton_kernels", raising=False)
+    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
     assert ops._triton_kernels(CPU) is None

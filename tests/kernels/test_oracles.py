@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from quant.common import assert_equal_bits, seeded
+from kernels.common import assert_equal_bits, seeded
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint
 from fairseq_dsq.quantized import fake_quantize, pack

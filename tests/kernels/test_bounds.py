@@ -9,13 +9,11 @@ import random
 
 import pytest
 import torch
-from quant.common import assert_equal_bits, awkward_tensor, kernels_here
+from kernels.common import assert_equal_bits, awkward_tensor, kernels_here
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint
+from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
 from fairseq_dsq.kernels import masks, native
-from fairseq_dsq.formats import definition
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
-from fairseq_dsq.quant.reference import code_spec
 
 HERE = kernels_here()
 pytestmark = pytest.mark.skipif(not HERE, reason=f"no kernels: {native.unavailable}")
@@ -74,13 +72,13 @@ def guarded(request):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt):
-    spec = code_spec(fmt)
+    spec = fmt.spec
     for index, ((rows, columns), dim) in enumerate(itertools.product(MATRICES, (0, 1))):
         values = awkward_tensor((rows, columns), seed=index)
         shape = (1, rows, columns) if dim == 0 else (rows, columns, 1)
         x, seed = guarded.copy(values), (None, 77 << 32 | 5)[index % 2]
-        expected = reference.fake_quantize(values, spec, dim, seed, torch.float32)
-        bytes_expected = packing.pack(values, spec, dim, seed)
+        expected = definition.fake_quantize(values, fmt, dim, seed, torch.float32)
+        bytes_expected = definition.pack(values, fmt, dim, seed)
         out, data = guarded.empty(x.shape), guarded.empty(bytes_expected.shape, torch.uint8)
         kernels.fake_quantize(x, out, shape, spec, seed)
         assert_equal_bits(out, expected)
@@ -88,19 +86,22 @@ def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt)
         assert torch.equal(data, bytes_expected)
         kernels.unpack(data, out.fill_(1), shape, spec)
         assert_equal_bits(out, expected)
-        if spec.bits <= BFLOAT16_BITS:
+        if fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS:
             half = guarded.empty(x.shape, torch.bfloat16)
             kernels.fake_quantize(x, half, shape, spec, seed)
             assert_equal_bits(half, expected.bfloat16())
             kernels.unpack(data, half.fill_(1), shape, spec)
             assert_equal_bits(half, expected.bfloat16())
-        if spec.box_size and dim == 0:
-            operand_spec = code_spec(BlockFloat(4))
-            kernels.quantize_and_pack(
-                x, out, data.fill_(0), shape, operand_spec, spec, None if seed is None else (seed, seed)
-            )
-            assert_equal_bits(out, reference.fake_quantize(values, operand_spec, 1, seed, torch.float32))
+        if spec.box_size and dim == 0 and seed is None:
+            kernels.quantize_and_pack(x, out, data.fill_(0), shape, BlockFloat(4).spec, spec)
+            assert_equal_bits(out, definition.fake_quantize(values, BlockFloat(4), 1, None, torch.float32))
             assert torch.equal(data, bytes_expected)
+        if dim == 1:
+            by_row = BlockFloat(fmt.bits, "row")
+            factors = guarded.empty((rows, 1))
+            kernels.factorize(x, out, factors, by_row.spec, seed)
+            for actual, wanted in zip((out, factors), definition.factorize(values, by_row, 1, seed), strict=True):
+                assert_equal_bits(actual, wanted)
 
 
 def test_masks_and_dropout_stay_within_their_tensors(kernels, guarded):
@@ -139,7 +140,7 @@ def test_products_stay_within_their_tensors(kernels, guarded, seed):
     out = guarded.empty((batch, m, n))
     kernels.gemm(out, laid_out(a), laid_out(b), bits, 1, None if bias is None else guarded.copy(bias), False)
     rounded = (
-        reference.fake_quantize(x, code_spec(BlockFloat(width)), -1, None, torch.float32)
+        definition.fake_quantize(x, BlockFloat(width), -1, None, torch.float32)
         for x, width in zip((a, b), bits, strict=True)
     )
     expected = torch.matmul(*(x.double() if i == 0 else x.double().mT for i, x in enumerate(rounded)))

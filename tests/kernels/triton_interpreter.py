@@ -10,14 +10,11 @@ import os
 
 import pytest
 import torch
-from quant.common import SHAPES_AND_DIMS, assert_equal_bits, assert_implements_definition, awkward_tensor, seeded
+from kernels.common import SHAPES_AND_DIMS, Odd, assert_equal_bits, assert_implements_definition, awkward_tensor, seeded
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint
+from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
 from fairseq_dsq.kernels import ops, triton_kernels
-from fairseq_dsq.formats import definition
 from fairseq_dsq.quantized import ROUNDINGS
-from fairseq_dsq.quant.reference import CodeSpec, code_spec
-from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -29,16 +26,10 @@ EDGES = [((2, 35, 33), 1), ((3, 40), -1)]
 
 @pytest.fixture(autouse=True)
 def kernels_for_any_device(monkeypatch):
-    monkeypatch.setattr(ops, "_triton_kernels", lambda device: triton_kernels)
+    monkeypatch.setattr(ops, "_kernels", lambda device: triton_kernels)
 
 
-def assert_spec_equals_definition(x, spec, dim, seed):
-    kernels = ops._fake_quantize_cuda, ops._pack_cuda, ops._unpack_cuda
-    assert_implements_definition(kernels, x, spec, dim, seed)
-
-
-def assert_equals_definition(x, fmt, dim, seed):
-    assert_spec_equals_definition(x, code_spec(fmt), dim, seed)
+assert_equals_definition = assert_implements_definition
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -57,7 +48,7 @@ def test_every_shape(shape, dim, seed):
 
 @pytest.mark.parametrize("box_size", [1, 3, 8, 32, 100, 256])
 def test_every_box_size(box_size):
-    assert triton_kernels.covers(code_spec(BlockFloat(7, box_size)))
+    assert triton_kernels.covers(BlockFloat(7, box_size).spec)
     for seed in SEEDS:
         assert_equals_definition(awkward_tensor((3, 270), seed=4), BlockFloat(7, box_size), 1, seed)
         assert_equals_definition(awkward_tensor((270, 3), seed=5), BlockFloat(4, box_size), 0, seed)
@@ -88,7 +79,7 @@ def test_ties_and_special_values(bits, seed):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 24, 25, 32])
 def test_a_scale_that_fits(bits, seed):
     fmt = BlockFloat(bits, scale="fit")
-    assert triton_kernels.covers(code_spec(fmt))
+    assert triton_kernels.covers(fmt.spec)
     top = 2.0 - 2.0 ** (2 - bits)  # the largest code's value where the exponent is 0
     tops = torch.tensor(
         [top, 1.0, 1.5, 2 - 2.0**-23, 2.0, torch.finfo(torch.float32).max, 2.0**-130, math.inf, math.nan]
@@ -109,30 +100,28 @@ def test_offsets_of_64_bits(monkeypatch):
 
 
 def test_other_formats_take_the_plain_path():
-    for spec in (
-        code_spec(FixedPoint(8)),
-        code_spec(FixedPoint(8, 4)),
-        code_spec(BlockFloat(4, 257)),
-        CodeSpec(5, 16, 0, 15, False, None),
-        CodeSpec(6, 16, -3, 31, True, None),
-        CodeSpec(7, 16, -63, 63, True, -40),
+    for fmt in (
+        FixedPoint(8),
+        FixedPoint(8, 4),
+        BlockFloat(4, 257),
+        Odd(5, 16, (0, 15), False),
+        Odd(6, 16, (-3, 31), True),
+        Odd(7, 16, (-63, 63), True, -40),
     ):
-        assert not triton_kernels.covers(spec)
-        assert_spec_equals_definition(awkward_tensor((5, 20), seed=1, finite=True), spec, 1, None)
+        assert not triton_kernels.covers(fmt.spec)
+        assert_equals_definition(awkward_tensor((5, 20), seed=1, finite=True), fmt, 1, None)
 
 
-@pytest.mark.parametrize("seeds", [(None, None), (5, 6)], ids=ROUNDINGS)
-def test_operand_and_stash_at_once(seeds):
+def test_operand_and_stash_at_once():
     x = torch.randn(20, 40, generator=seeded(1)).bfloat16()
-    operand_spec, stash_spec = code_spec(BlockFloat(4)), code_spec(BlockFloat(2))
-    operand, stash = ops._quantize_and_pack_cuda(x, *operand_spec, *stash_spec, *seeds, x.dtype)
-    assert_equal_bits(operand, reference_fake_quantize(x, operand_spec, -1, seeds[0], x.dtype))
-    assert torch.equal(stash, packing.pack(x, stash_spec, -2, seeds[1]))
+    operand, stash = ops.quantize_and_pack(x, "bfp4", "bfp2", x.dtype)
+    assert_equal_bits(operand, definition.fake_quantize(x, BlockFloat(4), -1, None, x.dtype))
+    assert torch.equal(stash, definition.pack(x, BlockFloat(2), -2, None))
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused():
     with pytest.raises(ValueError, match=r"data: got 9 of torch.uint8, expected 18 of torch.uint8"):
-        ops._unpack_cuda(torch.zeros(9, dtype=torch.uint8), [32], 0, *code_spec(BlockFloat(4)), torch.float32)
+        ops.unpack(torch.zeros(9, dtype=torch.uint8), [32], 0, "bfp4", torch.float32)
 
 
 def test_a_device_is_checked(monkeypatch):

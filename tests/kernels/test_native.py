@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quant.common import (
+from kernels.common import (
     BLOCK_FLOATS,
     DYNAMIC_FIXED,
     FITTED,
@@ -17,6 +17,7 @@ from quant.common import (
     SHAPES_AND_DIMS,
     STATIC_FIXED,
     WIDTHS,
+    Odd,
     assert_equal_bits,
     assert_implements_definition,
     awkward_tensor,
@@ -25,21 +26,10 @@ from quant.common import (
     seeded,
 )
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint
-from fairseq_dsq.kernels import (
-    BFLOAT16_BITS,
-    ROUNDINGS,
-    fake_quantize,
-    masks,
-    native,
-    ops,
-    pack,
-    packing,
-    quantize_and_pack,
-    reference,
-)
-from fairseq_dsq.quant.reference import CodeSpec, code_spec, noise
-from fairseq_dsq.quant.reference import fake_quantize as reference_fake_quantize
+from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
+from fairseq_dsq.formats.definition import noise
+from fairseq_dsq.kernels import masks, native, ops
+from fairseq_dsq.quantized import ROUNDINGS, fake_quantize, pack, quantize_and_pack
 
 SEEDS = (None, 123456789 << 32 | 987654321)
 # Both sides of every edge: of a vector, of a box of 16, of a run of 64 boxes and of a tile of 512 columns.
@@ -69,7 +59,7 @@ def isa(request, monkeypatch):
 
 def assert_equals_definition(x, fmt, dim, seed):
     """The operators against the functions that define them."""
-    assert_implements_definition((ops.fake_quantize, ops.pack, ops.unpack), x, code_spec(fmt), dim, seed)
+    assert_implements_definition(x, fmt, dim, seed)
 
 
 # Bit for bit
@@ -120,19 +110,14 @@ def test_any_shape_equals_the_definition(shape, data, bits, box_size, seed, whic
 @pytest.mark.parametrize("box_size", [1, 5, 16])
 def test_a_format_nobody_here_knows(isa, box_size):
     # Non-negative codes; a lopsided range with a signed zero; a scale far off.
-    for spec in (
-        CodeSpec(5, box_size, 0, 15, False, None),
-        CodeSpec(6, box_size, -3, 31, True, None),
-        CodeSpec(7, box_size, -64, 63, False, -40),
+    for fmt in (
+        Odd(5, box_size, (0, 15), False),
+        Odd(6, box_size, (-3, 31), True),
+        Odd(7, box_size, (-64, 63), False, -40),
     ):
         for seed in SEEDS:
             for shape, dim in EDGES[:5]:
-                x = awkward_tensor(shape, seed=1)
-                expected = reference_fake_quantize(x, spec, dim, seed, torch.float32)
-                assert_equal_bits(ops.fake_quantize(x, dim, *spec, seed, torch.float32), expected)
-                data = packing.pack(x, spec, dim, seed)
-                assert torch.equal(ops.pack(x, dim, *spec, seed), data)
-                assert_equal_bits(ops.unpack(data, shape, dim, *spec, torch.float32), expected)
+                assert_equals_definition(awkward_tensor(shape, seed=1), fmt, dim, seed)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -148,8 +133,8 @@ def test_threads_do_not_matter(isa, threads):
         x[201, 517] = torch.nan
         assert_equals_definition(x, FixedPoint(8), 0, None)
         operand, stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
-        assert_equal_bits(operand, reference_fake_quantize(x, code_spec(BlockFloat(4)), 1, None, torch.float32))
-        assert torch.equal(stash.data, packing.pack(x, code_spec(BlockFloat(2)), 0, None))
+        assert_equal_bits(operand, definition.fake_quantize(x, BlockFloat(4), 1, None, torch.float32))
+        assert torch.equal(stash.data, definition.pack(x, BlockFloat(2), 0, None))
     finally:
         torch.set_num_threads(before)
 
@@ -181,20 +166,17 @@ FUSED = [
 NOT_FUSED = [(BlockFloat(4), FixedPoint(4)), (FixedPoint(4, 2), BlockFloat(4))]
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("formats", FUSED + NOT_FUSED, ids=str)
-def test_operand_and_stash_are_those_of_two_calls(isa, formats, rounding):
+def test_operand_and_stash_are_those_of_two_calls(isa, formats):
     operand_fmt, stash_fmt = formats
     for shape in [(48, 40), (35, 37), (3, 33, 20), (2, 0, 5), (1, 1), (20, 600)]:
         x = awkward_tensor(shape, seed=4)
         for dims in [(-1, -2), (x.dim() - 1, x.dim() - 2), (-2, -1)]:
-            for dtype in (None, torch.bfloat16):
-                generator, same = seeded(6), seeded(6)
-                operand, stash = quantize_and_pack(x, operand_fmt, stash_fmt, *dims, rounding, generator, dtype)
-                assert_equal_bits(operand, fake_quantize(x, operand_fmt, dims[0], rounding, same, dtype))
-                expected = pack(x, stash_fmt, dims[1], rounding, same)
-                assert torch.equal(stash.data, expected.data)
-                assert stash.spec == expected.spec
+            operand, stash = quantize_and_pack(x, operand_fmt, stash_fmt, *dims)
+            assert_equal_bits(operand, fake_quantize(x, operand_fmt, dims[0]))
+            expected = pack(x, stash_fmt, dims[1])
+            assert torch.equal(stash.data, expected.data)
+            assert stash.spec == expected.spec
 
 
 # dtypes and strides
@@ -207,18 +189,18 @@ def test_half_precision_equals_the_definition(isa, fmt, dtype):
     for dim in (0, 1):
         for rounding in ROUNDINGS:
             seed = None if rounding == "nearest" else int(torch.randint(2**62, (), generator=seeded(5)))
-            expected = reference_fake_quantize(x, code_spec(fmt), dim, seed, dtype)
+            expected = definition.fake_quantize(x, fmt, dim, seed, dtype)
             assert_equal_bits(fake_quantize(x, fmt, dim, rounding, seeded(5)), expected)
             assert_equal_bits(pack(x, fmt, dim, rounding, seeded(5)).dequantize(), expected)
 
 
-@pytest.mark.parametrize("bits", range(2, BFLOAT16_BITS + 1))
+@pytest.mark.parametrize("bits", range(2, 10))
 def test_bfloat16_holds_up_to_nine_bits_exactly(bits):
     x = awkward_tensor((64, 48), seed=bits)
     for fmt in (BlockFloat(bits), FixedPoint(bits), FixedPoint(bits, bits // 2)):
         expected = fake_quantize(x, fmt)
         assert_equal_bits(fake_quantize(x, fmt, dtype=torch.bfloat16).float(), expected)
-        assert_equal_bits(pack(x, fmt).unpack(torch.bfloat16).float(), expected)
+        assert_equal_bits(pack(x, fmt).dequantize(torch.bfloat16).float(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -226,7 +208,7 @@ def test_a_dtype_that_would_round_again_is_refused(dtype):
     with pytest.raises(ValueError, match=f"dtype: got {dtype} for torch.float32 in bfp10, expected torch.float32"):
         fake_quantize(torch.zeros(16), BlockFloat(10), dtype=dtype)
     with pytest.raises(ValueError, match=r"dtype: got torch\.float16"):
-        pack(torch.zeros(16), BlockFloat(4)).unpack(torch.float16)
+        pack(torch.zeros(16), BlockFloat(4)).dequantize(torch.float16)
 
 
 def test_a_transposed_matrix_is_read_as_it_lies(isa):
@@ -255,10 +237,9 @@ def test_a_scale_that_fits_at_every_edge_equals_the_definition(isa, make, bits):
                 assert_equals_definition(x, make(bits, scale="fit"), 0, seed)
             finite = x.isfinite().all() and top < 2.0**127
             if finite:
-                spec = code_spec(make(bits, scale="fit"))
-                floor = code_spec(make(bits))
+                fit, floor = make(bits, scale="fit"), make(bits)
                 clips = top > floor.max_code * 2.0 ** (math.frexp(top)[1] - 1 - (bits - 2)) and top >= 2.0**-126
-                exponents = [reference.box_exponent(x, each).item() for each in (floor, spec)]
+                exponents = [int(each.scale_of(x)) for each in (floor, fit)]
                 assert exponents[1] - exponents[0] == clips
 
 
@@ -360,16 +341,23 @@ def test_dropout_keeps_its_share_and_the_mean(p):
 
 @pytest.mark.parametrize("fmt", [BlockFloat(4), BlockFloat(5, 3), FixedPoint(8), FixedPoint(6, 3)], ids=str)
 def test_operators_are_registered_as_torch_wants_them(fmt):
-    spec = code_spec(fmt)
+    text = str(fmt)
     x = awkward_tensor((33, 20), seed=1, finite=True)
     for seed in SEEDS:
-        torch.library.opcheck(ops.fake_quantize, (x, 0, *spec, seed, torch.float32))
-        torch.library.opcheck(ops.pack, (x, -1, *spec, seed))
-    torch.library.opcheck(ops.fake_quantize, (x, 1, *spec, None, torch.bfloat16))
-    torch.library.opcheck(ops.unpack, (ops.pack(x, 0, *spec, None), [33, 20], 0, *spec, torch.float32))
-    if spec.box_size:
-        for seed in SEEDS:
-            torch.library.opcheck(ops.quantize_and_pack, (x, *spec, *spec, seed, seed, torch.float32))
+        torch.library.opcheck(ops.fake_quantize, (x, 0, text, seed, torch.float32))
+        torch.library.opcheck(ops.pack, (x, -1, text, seed))
+    torch.library.opcheck(ops.fake_quantize, (x, 1, text, None, torch.bfloat16))
+    torch.library.opcheck(ops.unpack, (ops.pack(x, 0, text, None), [33, 20], 0, text, torch.float32))
+    if fmt.group != "tensor":
+        torch.library.opcheck(ops.quantize_and_pack, (x, text, text, torch.float32))
+
+
+@pytest.mark.parametrize("fmt", [BlockFloat(4, "row"), FixedPoint(8), FixedPoint(6, per_row=True)], ids=str)
+def test_operators_of_factors_are_registered_as_torch_wants_them(fmt):
+    x = awkward_tensor((33, 20), seed=1, finite=True)
+    for seed in SEEDS:
+        torch.library.opcheck(ops.factorize, (x, 1, str(fmt), seed))
+    torch.library.opcheck(ops.unpack_factors, (ops.pack(x, 0, str(fmt), None), [33, 20], 0, str(fmt)))
 
 
 def test_dropout_and_masks_are_registered_as_torch_wants_them():
@@ -379,43 +367,17 @@ def test_dropout_and_masks_are_registered_as_torch_wants_them():
     torch.library.opcheck(ops.mask, (x, ops.pack_positive(x)))
 
 
-FOUR = code_spec(BlockFloat(4))
-BYTES = torch.zeros(34, dtype=torch.uint8)
-BAD_SPECS = {
-    "bits: got 0, expected 2 to 32": FOUR._replace(bits=0),
-    "bits: got -3, expected 2 to 32": FOUR._replace(bits=-3),
-    "bits: got 1, expected 2 to 32": FOUR._replace(bits=1),
-    "bits: got 33, expected 2 to 32": FOUR._replace(bits=33),
-    "bits: got 64, expected 2 to 32": FOUR._replace(bits=64),
-    "box_size: got 0, expected an integer >= 1": FOUR._replace(box_size=0),
-    "box_size: got -16, expected an integer >= 1": FOUR._replace(box_size=-16),
-    "max_code: got 8, expected 0 to 7 in 4 bits": FOUR._replace(max_code=8),
-    "max_code: got -1, expected 0 to 7 in 4 bits": FOUR._replace(max_code=-1),
-    "min_code: got -8, expected -7 to 0 in 4 bits": FOUR._replace(min_code=-8),
-    "min_code: got -9, expected -8 to 0 in 4 bits": FOUR._replace(min_code=-9, signed_zero=False),
-    "min_code: got 1, expected -7 to 0 in 4 bits": FOUR._replace(min_code=1),
-    "max_code: got 2147483647, expected at most 24 significant bits": CodeSpec(32, 16, 0, 2**31 - 1, True, None),
-    "fixed_exponent: got 128, expected -126 to 127, or None": FOUR._replace(fixed_exponent=128),
-    "fixed_exponent: got -127, expected -126 to 127, or None": FOUR._replace(fixed_exponent=-127),
-    "headroom: got -1, expected 0 to 8388607": FOUR._replace(headroom=-1),
-    "headroom: got 8388608, expected 0 to 8388607": FOUR._replace(headroom=1 << 23),
-}
+FOUR, BYTES = "bfp4", torch.zeros(34, dtype=torch.uint8)
 X = torch.zeros(2, 16)
 XS = torch.zeros(1, 2, 2), X[None], X[None]
 SEED = "got {}, expected 0 to 2^62 - 1, or None for nearest rounding"
 BAD_CALLS = [
-    *((message, "fake_quantize", (X, 1, *spec, None, torch.float32)) for message, spec in BAD_SPECS.items()),
-    *((message, "pack", (X, 1, *spec, None)) for message, spec in BAD_SPECS.items()),
-    *((message, "unpack", (BYTES, [64], 0, *spec, torch.float32)) for message, spec in BAD_SPECS.items()),
-    *((message, "quantize_and_pack", (X, *FOUR, *spec, None, None, X.dtype)) for message, spec in BAD_SPECS.items()),
-    *((message, "quantize_and_pack", (X, *spec, *FOUR, None, None, X.dtype)) for message, spec in BAD_SPECS.items()),
     *(
         call
         for seed in (-1, 2**62)
         for call in (
-            (SEED.format(seed), "fake_quantize", (X, 1, *FOUR, seed, X.dtype)),
-            (SEED.format(seed), "pack", (X, 1, *FOUR, seed)),
-            (SEED.format(seed), "quantize_and_pack", (X, *FOUR, *FOUR, 1, seed, X.dtype)),
+            (SEED.format(seed), "fake_quantize", (X, 1, FOUR, seed, X.dtype)),
+            (SEED.format(seed), "pack", (X, 1, FOUR, seed)),
             (SEED.format(seed), "dropout", (X, 0.5, 2.0, seed)),
         )
     ),
@@ -423,27 +385,27 @@ BAD_CALLS = [
         call
         for dtype in (torch.float64, torch.int8, torch.bool)
         for call in (
-            (f"dtype: got {dtype}, expected float32, bfloat16 or float16", "fake_quantize", (X, 1, *FOUR, None, dtype)),
-            (f"dtype: got {dtype}, expected float32", "unpack", (BYTES[:18], [32], 0, *FOUR, dtype)),
-            (f"x: got {dtype}, expected float32", "fake_quantize", (X.to(dtype), 1, *FOUR, None, X.dtype)),
-            (f"x: got {dtype}, expected float32", "pack", (X.to(dtype), 1, *FOUR, None)),
+            (f"dtype: got {dtype}, expected float32, bfloat16 or float16", "fake_quantize", (X, 1, FOUR, None, dtype)),
+            (f"dtype: got {dtype}, expected float32", "unpack", (BYTES[:18], [32], 0, FOUR, dtype)),
+            (f"x: got {dtype}, expected float32", "fake_quantize", (X.to(dtype), 1, FOUR, None, X.dtype)),
+            (f"x: got {dtype}, expected float32", "pack", (X.to(dtype), 1, FOUR, None)),
             (f"x: got {dtype}, expected float32", "dropout", (X.to(dtype), 0.5, 2.0, 1)),
             (f"x: got {dtype}, expected float32", "pack_positive", (X.to(dtype),)),
             (f"x: got {dtype}, expected float32", "mask", (X.to(dtype), BYTES[:4])),
         )
     ),
-    ("dim: got 2, expected one of a tensor with 2 dimensions", "fake_quantize", (X, 2, *FOUR, None, X.dtype)),
-    ("dim: got -3, expected one of a tensor with 2 dimensions", "pack", (X, -3, *FOUR, None)),
-    ("dim: got 1, expected one of a tensor with 1 dimensions", "unpack", (BYTES[:18], [32], 1, *FOUR, X.dtype)),
-    ("dim: got -2, expected one of a tensor with 1", "quantize_and_pack", (X[0], *FOUR, *FOUR, None, None, X.dtype)),
-    ("got 9 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:9], [32], 0, *FOUR, X.dtype)),
-    ("got 19 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:19], [32], 0, *FOUR, X.dtype)),
-    ("got 18 of torch.int8, expected 18 of torch.uint8", "unpack", (BYTES[:18].char(), [32], 0, *FOUR, X.dtype)),
-    ("got 18 of torch.float32, expected 18", "unpack", (BYTES[:18].float(), [32], 0, *FOUR, X.dtype)),
-    ("got 18 of torch.uint8, expected 32 of torch.uint8", "unpack", (BYTES[:18], [2, 16], 0, *FOUR, X.dtype)),
-    ("got 1 of torch.uint8, expected 0 of torch.uint8", "unpack", (BYTES[:1], [0], 0, *FOUR, X.dtype)),
-    ("data: got 2 dimensions, expected 1", "unpack", (BYTES[:18].view(2, 9), [32], 0, *FOUR, X.dtype)),
-    ("shape: got [-1, 16], expected no negative size", "unpack", (BYTES[:18], [-1, 16], 0, *FOUR, X.dtype)),
+    ("dim: got 2, expected one of a tensor with 2 dimensions", "fake_quantize", (X, 2, FOUR, None, X.dtype)),
+    ("dim: got -3, expected one of a tensor with 2 dimensions", "pack", (X, -3, FOUR, None)),
+    ("dim: got 1, expected one of a tensor with 1 dimensions", "unpack", (BYTES[:18], [32], 1, FOUR, X.dtype)),
+    ("dim: got -2, expected one of a tensor with 1", "quantize_and_pack", (X[0], FOUR, FOUR, X.dtype)),
+    ("got 9 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:9], [32], 0, FOUR, X.dtype)),
+    ("got 19 of torch.uint8, expected 18 of torch.uint8", "unpack", (BYTES[:19], [32], 0, FOUR, X.dtype)),
+    ("got 18 of torch.int8, expected 18 of torch.uint8", "unpack", (BYTES[:18].char(), [32], 0, FOUR, X.dtype)),
+    ("got 18 of torch.float32, expected 18", "unpack", (BYTES[:18].float(), [32], 0, FOUR, X.dtype)),
+    ("got 18 of torch.uint8, expected 32 of torch.uint8", "unpack", (BYTES[:18], [2, 16], 0, FOUR, X.dtype)),
+    ("got 1 of torch.uint8, expected 0 of torch.uint8", "unpack", (BYTES[:1], [0], 0, FOUR, X.dtype)),
+    ("data: got 2 dimensions, expected 1", "unpack", (BYTES[:18].view(2, 9), [32], 0, FOUR, X.dtype)),
+    ("shape: got [-1, 16], expected no negative size", "unpack", (BYTES[:18], [-1, 16], 0, FOUR, X.dtype)),
     ("got 3 of torch.uint8, expected 4 of torch.uint8", "mask", (X, BYTES[:3])),
     ("got 5 of torch.uint8, expected 4 of torch.uint8", "mask", (X, BYTES[:5])),
     ("got 4 of torch.float32, expected 4 of torch.uint8", "mask", (X, BYTES[:4].float())),
@@ -452,39 +414,67 @@ BAD_CALLS = [
     *((f"a_bits: got {bits}, expected 2 to 16, or 0", "gemm", (*XS, bits, 4, 1, None, False)) for bits in (1, 17, 64)),
     *((f"b_bits: got {bits}, expected 2 to 9, or 0", "gemm", (*XS, 4, bits, 1, None, False)) for bits in (1, 10, 64)),
     *((f"terms: got {terms}, expected 1 or 2", "gemm", (*XS, 0, 0, terms, None, False)) for terms in (0, 3)),
-    ("seeds: got None and 1, expected both or none", "quantize_and_pack", (X, *FOUR, *FOUR, None, 1, X.dtype)),
     (
         "quantize_and_pack: expected formats with a box size",
-        "quantize_and_pack", (X, *FOUR, *code_spec(FixedPoint(4)), None, None, X.dtype),
+        "quantize_and_pack", (X, FOUR, "fixed4", X.dtype),
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("implementation", [0, 1, 2, 3], ids=["any device", "CPU", "CUDA", "shapes alone"])
 @pytest.mark.parametrize(("message", "name", "arguments"), BAD_CALLS, ids=lambda value: str(value)[:30])
-def test_what_an_operator_refuses_it_refuses_in_every_implementation(message, name, arguments, implementation):
-    run = ops._IMPLEMENTATIONS[name][implementation]
+def test_what_an_operator_refuses_it_refuses_in_every_implementation(message, name, arguments):
     kind = TypeError if message.startswith("x: ") else IndexError if message.startswith("dim: ") else ValueError
-    for call in (run, getattr(ops, name)):
-        if call is not None:
-            with pytest.raises(kind, match=re.escape(message)):
-                call(*arguments)
+    for call in (*ops._OPERATORS[name][1:], getattr(ops, name)):
+        with pytest.raises(kind, match=re.escape(message)):
+            call(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("message", "bad"),
+    [
+        ("bits: got 5 for the kernels, expected 4", {"bits": 5}),
+        ("box_size: got 0 for the kernels, expected 16", {"box_size": 0}),
+        ("box_size: got -16 for the kernels, expected 16", {"box_size": -16}),
+        ("max_code: got 8, expected 0 to 7 in 4 bits", {"max_code": 8.0}),
+        ("max_code: got -1, expected 0 to 7 in 4 bits", {"max_code": -1.0}),
+        ("min_code: got -8, expected -7 to 0 in 4 bits", {"min_code": -8.0}),
+        ("min_code: got -9, expected -8 to 0 in 4 bits", {"min_code": -9.0, "signed_zero": 0}),
+        ("min_code: got 1, expected -7 to 0 in 4 bits", {"min_code": 1.0}),
+        ("fixed_exponent: got 255, expected 0 to 254", {"fixed_exponent": 255}),
+        ("fixed_exponent: got -1, expected 0 to 254", {"fixed_exponent": -1}),
+        ("headroom: got -1, expected 0 to 8388607", {"headroom": -1}),
+        ("headroom: got 8388608, expected 0 to 8388607", {"headroom": 1 << 23}),
+    ],
+)
+def test_a_format_that_tells_the_kernels_what_it_is_not_is_refused(message, bad):
+    class Lying(BlockFloat):
+        def kernel_spec(self):
+            return super().kernel_spec()._replace(**bad)
+
+    with pytest.raises(ValueError, match=re.escape(f"bfp4: {message}")):
+        _ = Lying(4).spec
+
+
+@pytest.mark.parametrize("overridden", ["nbytes", "codes_nbytes"])
+def test_bytes_that_the_kernels_do_not_count_so_are_refused(overridden):
+    lying = type("Lying", (BlockFloat,), {overridden: lambda self, *arguments: 1})
+    with pytest.raises(ValueError, match="nbytes: got False for the kernels"):
+        _ = lying(4).spec
 
 
 @pytest.mark.parametrize("name", ["fake_quantize", "unpack"])
 def test_on_the_meta_device_too(name):
     arguments = {
-        "fake_quantize": (X.to("meta"), 1, *FOUR._replace(bits=33), None, X.dtype),
-        "unpack": (BYTES[:19].to("meta"), [32], 0, *FOUR, X.dtype),
+        "fake_quantize": (X.to("meta"), 1, FOUR, -1, X.dtype),
+        "unpack": (BYTES[:19].to("meta"), [32], 0, FOUR, X.dtype),
     }
-    with pytest.raises(ValueError, match=r"expected (2 to 32|18 of torch.uint8)"):
+    with pytest.raises(ValueError, match=r"expected (0 to|18 of torch.uint8)"):
         getattr(ops, name)(*arguments[name])
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused(isa):
-    spec = code_spec(BlockFloat(4))
     with pytest.raises(ValueError, match=r"data: got 9 of torch.uint8, expected 18 of torch.uint8"):
-        ops.unpack(torch.zeros(9, dtype=torch.uint8), [32], 0, *spec, torch.float32)
+        ops.dequantize(torch.zeros(9, dtype=torch.uint8), [32], 0, "bfp4", torch.float32)
 
 
 def test_without_kernels_the_definition_runs(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -10,9 +11,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from fairseq_dsq.formats import MAX_BITS, MIN_BITS, BlockFloat, FixedPoint
-from fairseq_dsq.kernels import native
-from fairseq_dsq.formats import definition
+from fairseq_dsq import formats
+from fairseq_dsq.formats import MAX_BITS, MIN_BITS, BlockFloat, FixedPoint, definition
+from fairseq_dsq.formats.scaled_integer import ScaledInteger
+from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
 WIDTHS = range(MIN_BITS, MAX_BITS + 1)
@@ -70,17 +72,63 @@ def kernels_here():
     return found
 
 
-def assert_implements_definition(kernels, x, spec, dim, seed):
-    """(fake_quantize, pack, unpack) of quant/ops.py against the functions that define them, bit for bit."""
-    fake_quantize, pack, unpack = kernels
-    expected = reference.fake_quantize(x, spec, dim, seed, torch.float32)
-    assert_equal_bits(fake_quantize(x, dim, *spec, seed, torch.float32), expected)
-    data = packing.pack(x, spec, dim, seed)
-    assert torch.equal(pack(x, dim, *spec, seed), data)
-    assert_equal_bits(unpack(data, x.shape, dim, *spec, torch.float32), expected)
-    if spec.bits <= BFLOAT16_BITS:
-        assert_equal_bits(fake_quantize(x, dim, *spec, seed, torch.bfloat16), expected.to(torch.bfloat16))
-        assert_equal_bits(unpack(data, x.shape, dim, *spec, torch.bfloat16), expected.to(torch.bfloat16))
+@dataclasses.dataclass(frozen=True)
+class Odd(ScaledInteger):
+    """A format nobody knows: any range of codes, any scale."""
+
+    box_size: int
+    limits: tuple
+    signed_zero: bool = True
+    fixed_exponent: int | None = None
+
+    family = "odd"
+    scale = "floor"
+
+    @property
+    def group(self):
+        return self.box_size
+
+    @property
+    def min_code(self):
+        return self.limits[0]
+
+    @property
+    def max_code(self):
+        return self.limits[1]
+
+    def __str__(self):
+        low, high = self.limits
+        return f"odd{self.bits}:{self.box_size}:{low}:{high}:{int(self.signed_zero)}:{self.fixed_exponent}"
+
+
+def _parse_odd(text):
+    if not text.startswith("odd"):
+        return None
+    bits, box_size, low, high, signed_zero, exponent = text[3:].split(":")
+    exponent = None if exponent == "None" else int(exponent)
+    return Odd(int(bits), int(box_size), (int(low), int(high)), bool(int(signed_zero)), exponent)
+
+
+if "odd" not in formats.names():
+    formats.register("odd", lambda q, options: None, _parse_odd)
+
+
+def assert_implements_definition(x, fmt, dim, seed):
+    """The operators against the functions that define them, bit for bit."""
+    expected = definition.fake_quantize(x, fmt, dim, seed, torch.float32)
+    assert_equal_bits(ops.fake_quantize(x, dim, fmt.text, seed, torch.float32), expected)
+    data = definition.pack(x, fmt, dim, seed)
+    assert torch.equal(ops.pack(x, dim, fmt.text, seed), data)
+    assert_equal_bits(ops.unpack(data, x.shape, dim, fmt.text, torch.float32), expected)
+    if fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS:
+        halves = expected.to(torch.bfloat16)
+        assert_equal_bits(ops.fake_quantize(x, dim, fmt.text, seed, torch.bfloat16), halves)
+        assert_equal_bits(ops.unpack(data, x.shape, dim, fmt.text, torch.bfloat16), halves)
+    if isinstance(fmt.group, str) and x.numel() and x.dim():
+        elements, scale = ops.factorize(x, dim, fmt.text, seed)
+        for actual, wanted in zip((elements, scale), definition.factorize(x, fmt, dim, seed), strict=True):
+            assert_equal_bits(actual, wanted)
+        assert_equal_bits(elements * scale, expected)
 
 
 def seeded(seed):

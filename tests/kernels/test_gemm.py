@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from quant.common import kernels_here
+from kernels.common import kernels_here
 
 from fairseq_dsq.formats import BlockFloat
 from fairseq_dsq.kernels import native, ops

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quant.common import (
+from kernels.common import (
     BLOCK_FLOATS,
     DTYPES,
     DYNAMIC_FIXED,
@@ -25,7 +25,7 @@ from quant.common import (
 )
 
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32
-from fairseq_dsq.quantized import QuantizedTensor, ROUNDINGS, fake_quantize, pack
+from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, fake_quantize, pack
 
 
 def assert_packs(x, fmt, dim, rounding="nearest", seed=9):
