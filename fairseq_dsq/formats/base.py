@@ -119,6 +119,11 @@ class Format(ABC):
     def from_codes(self, codes: Tensor) -> Tensor:
         """The inverse of :meth:`to_codes`."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether one scale follows from all of a tensor: a sentence's values then depend on its batch."""
+        return self.group == "tensor"
+
     def by_row(self) -> Format | None:
         """The format with one scale for each row; None where there is no such."""
         return None

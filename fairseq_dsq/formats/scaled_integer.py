@@ -60,6 +60,10 @@ class ScaledInteger(Format):
         return None
 
     @property
+    def mixes(self) -> bool:
+        return self.group == "tensor" and self.fixed_exponent is None
+
+    @property
     def max_code(self) -> int:
         """The largest magnitude that ``bits`` bits with the sign hold *and* a float32 can have."""
         magnitude_bits = self.bits - 1
