@@ -20,6 +20,7 @@ ARROWS = {
     "flags": {"errors"},
     "formats": {"text"},
     "precision": {"formats", "text"},
+    "record": {"artefact", "text"},
     "schedule": set(),
     "text": set(),
     "quant": {"formats", "precision"},
@@ -29,7 +30,7 @@ ARROWS = {
     "criterions": {"cost", "errors", "flags"},
     "glue": {"artefact", "download", "text"},
     "translation": {"artefact", "download"},
-    "report": {"artefact", "cost", "flags", "formats", "glue", "precision", "text"},
+    "report": {"artefact", "cost", "flags", "formats", "glue", "precision", "record", "text"},
     "cli": {
         "artefact",
         "criterions",

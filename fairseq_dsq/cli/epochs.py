@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fairseq_dsq.report.logs import epoch_table, read_run
+from fairseq_dsq.report.runs import epoch_table, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_dsq.report import tables
-from fairseq_dsq.report.logs import Run, missing_extra, read_run
+from fairseq_dsq.report.runs import Run, missing_extra, read_run
 from fairseq_dsq.report.scores import BEST, GIVEN, scores, stale
 from fairseq_dsq.report.tables import Table
 from fairseq_dsq.text import printable

@@ -12,7 +12,7 @@ import pytest
 
 import fairseq_dsq
 from fairseq_dsq.cli import main
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 
 BIN = Path(sys.executable).parent
 FLAGS = (

@@ -7,7 +7,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import fairseq_dsq
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 
 # Without it fairseq draws the batches of all epochs at the start, from the epoch that the command starts in: its own
 # transformer does not resume exactly either.

@@ -14,7 +14,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cli import main
 from fairseq_dsq.cli.corpus import write
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
