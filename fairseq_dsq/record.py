@@ -116,7 +116,11 @@ def begin(path: Path, start: Start, source: Path | None = None, stopped: bool = 
     while kept and isinstance(kept[-1], Start):
         kept.pop()  # nothing came of it
     own, own_problem = _lines(path)
-    cut = path == source and (stopped or all(line.update <= start.update for line in lines))
+    cut = (
+        source is not None
+        and path.resolve() == source.resolve()
+        and (stopped or all(line.update <= start.update for line in lines))
+    )
     said = None
     if own_problem or (any(isinstance(line, Point) for line in own) and not cut):
         aside = _unused(path)
@@ -174,7 +178,7 @@ def _parse(line: bytes) -> Line:
     kind: type[Start] | type[Point] = Start if "schema" in found else Point
     if kind is Start and found["schema"] != SCHEMA:
         raise ValueError(f"schema: got {quoted(found['schema'])}, expected {SCHEMA}: written by another version")
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         try:
             values[field.name] = _READERS[str(field.type)](found[field.name])

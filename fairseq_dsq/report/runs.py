@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fairseq_dsq import record
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
-from fairseq_dsq.flags import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
 from fairseq_dsq.record import Point, Start
 from fairseq_dsq.text import printable
 
