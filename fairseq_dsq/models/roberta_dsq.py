@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.plugin import attach, config
 from fairseq_dsq.plugin.checkpoints import DSQModelMixin, Shape, shape_to_str
-from fairseq_dsq.plugin.config import ENCODER_DEFAULTS
+from fairseq_dsq.plugin.config import DSQEncoderConfig
 
 # The head of a checkpoint that holds BERT's pooler (dense, tanh). It has no classes; fairseq's own roberta drops it.
 POOLER = "pooler"
@@ -57,19 +56,9 @@ class TokenTypeEncoder(TransformerEncoder):
         return super().forward_embedding(src_tokens, token_embedding + types)  # type: ignore[no-any-return]
 
 
-_OWN_FLAGS: dict[str, tuple[config.Check, Any]] = {
-    name: (check, ENCODER_DEFAULTS[name])
-    for name, check in {
-        "token_types": config.integer("0, for none, or an integer >= 2", lambda value: value != 1),
-        "layer_norm_eps": config.number("a finite number > 0", lambda value: value > 0),
-        "head_from_pooler": config.boolean,
-    }.items()
-}
-
-
 def set_defaults(args: Any) -> None:
     """As :func:`fairseq_dsq.plugin.config.set_defaults`, with this architecture's own flags."""
-    config.set_defaults(args, _OWN_FLAGS)
+    config.set_defaults(args, DSQEncoderConfig)
 
 
 @register_model("roberta_dsq")
@@ -79,26 +68,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
     ``--token-types`` and ``--layer-norm-eps`` make it BERT.
     """
 
-    @classmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_args(parser)
-        parser.add_argument(
-            "--token-types",
-            type=config.checked("--token-types", _OWN_FLAGS["token_types"][0]),
-            metavar="N",
-            help="token types (segments), BERT's 2: what stands after the first </s> is of type 1 (default: 0, none)",
-        )
-        parser.add_argument(
-            "--layer-norm-eps",
-            type=config.checked("--layer-norm-eps", _OWN_FLAGS["layer_norm_eps"][0]),
-            metavar="E",
-            help="epsilon of every LayerNorm; BERT has 1e-12 (default: 1e-5)",
-        )
-        parser.add_argument(
-            "--head-from-pooler",
-            action="store_true",
-            help="start the classification head's dense layer from the pooler of a checkpoint that convert-hf made",
-        )
+    config = DSQEncoderConfig
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> RobertaDSQModel:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.nn import DSQContext, log_softmax
 from fairseq_dsq.plugin.attach import attach
-from fairseq_dsq.plugin.config import add_args, set_defaults
+from fairseq_dsq.plugin.config import DSQConfig, add_args, set_defaults
 
 Shape = tuple[int, ...] | None
 
@@ -70,13 +70,15 @@ class DSQModelMixin:
             base_lm_architecture(args)
     """
 
+    config: type[DSQConfig] = DSQConfig
+
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags of the float model, and ``--dsq-*``."""
         super().add_args(parser)  # type: ignore[misc]
         if (dataclass := base_dataclass(cls)) is not None:
             gen_parser_from_dataclass(parser, dataclass(), delete_default=True)
-        add_args(parser)
+        add_args(parser, cls.config)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
@@ -85,7 +87,7 @@ class DSQModelMixin:
         Raises:
             DSQError: a flag that is refused; names it.
         """
-        set_defaults(args)
+        set_defaults(args, cls.config)
         if (dataclass := base_dataclass(cls)) is not None:
             _fill_from(dataclass, args)
         model = super().build_model(args, task)  # type: ignore[misc]

@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq_dsq import artefact, record
 from fairseq_dsq.cost.hardware import processor
-from fairseq_dsq.plugin.config import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.state import DSQState, formats_of
 from fairseq_dsq.record import Point, Start
@@ -115,9 +115,9 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         version=artefact.version(),
         arch=str(getattr(args, "arch", None) or getattr(args, "_name", "")),
         criterion=str(criterion["_name"] if isinstance(criterion, DictConfig) else criterion),
-        cost_profile=str(flag_of(args, PROFILE_FIELD) or DEFAULT_PROFILE),
+        cost_profile=str(flag_of(args, "dsq_cost_profile") or DSQCriterionConfig.dsq_cost_profile),
         levels=tuple(map(formats_of, model.dsq.levels)),  # type: ignore[union-attr, arg-type]
-        flags={name: _flag(flag_of(args, name)) for name in (*DEFAULTS, *FAIRSEQ_FLAGS)},
+        flags={name: _flag(flag_of(args, name)) for name in (*defaults(DSQConfig), *FAIRSEQ_FLAGS)},
         machine=machine,
     )
 

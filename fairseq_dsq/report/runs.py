@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fairseq_dsq import record
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
-from fairseq_dsq.plugin.config import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
 from fairseq_dsq.record import Point, Start
 from fairseq_dsq.text import printable
 
@@ -26,8 +26,8 @@ LOWER_IS_BETTER = frozenset({"loss"})
 # What the flags that make a precision setup are where a record does not say: all but those of the schedule.
 DSQ_DEFAULTS = {
     flag: str(value)
-    for flag, value in {**DEFAULTS, PROFILE_FIELD: DEFAULT_PROFILE}.items()
-    if flag not in ("dsq_patience", "dsq_min_delta")
+    for flag, value in {**defaults(DSQConfig), **defaults(DSQCriterionConfig)}.items()
+    if flag not in defaults(DSQConfig, "schedule")
 }
 EXPECTED = f"expected the folder of a run with {record.NAME}, such a file, or a log of fairseq-train --log-format json"
 _TRAIN = "train"
@@ -175,7 +175,7 @@ def _recorded(path: Path, file: Path) -> Run:
     start = lines[at]
     assert isinstance(start, Start)
     flags = {name: str(value) for name, value in start.flags.items()}
-    flags |= {"arch": start.arch, "criterion": start.criterion, PROFILE_FIELD: start.cost_profile}
+    flags |= {"arch": start.arch, "criterion": start.criterion, "dsq_cost_profile": start.cost_profile}
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     return _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
