@@ -148,7 +148,7 @@ setup(
             # To test the CUDA kernels without a GPU.
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
-        "report": ["matplotlib", "jinja2", "tensorboard", "tensorboardX"],
+        "report": ["matplotlib", "jinja2"],
         "glue": ["transformers", "tokenizers", "safetensors", "scikit-learn", "scipy"],
     },
     entry_points={"console_scripts": ["fairseq-dsq = fairseq_dsq.cli:main"]},

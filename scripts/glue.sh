@@ -41,5 +41,5 @@ mapfile -t flags <<< "$flags"
 train "$out" "${flags[@]}"
 
 echo "format $format, levels ${levels:-default}, seed $seed"
-fairseq-dsq epochs "$out/train.log"
+fairseq-dsq epochs "$out"
 fairseq-dsq glue-evaluate "$prepared" "$out/checkpoint_best.pt" --out "$out/glue.json"

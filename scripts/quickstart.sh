@@ -44,7 +44,7 @@ wait "$!" || failed=1
 [ -z "$failed" ] || exit 1
 
 echo
-fairseq-dsq epochs "$run/dsq/train.log"
+fairseq-dsq epochs "$run/dsq"
 echo
 echo "test sacreBLEU: DSQ $(< "$run/dsq.bleu"), float32 $(< "$run/float32.bleu")"
 echo

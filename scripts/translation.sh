@@ -35,7 +35,7 @@ train_method() {
         --lr-scheduler inverse_sqrt --max-epoch "$epochs" --seed "$seed" --no-epoch-checkpoints \
         --log-format json --log-interval 100 --no-progress-bar "${rest[@]}"
     echo "format $format, levels ${levels:-default}, seed $seed"
-    fairseq-dsq epochs "$folder/train.log"
+    fairseq-dsq epochs "$folder"
     bleu=$(translate "$folder" "$prepared/raw.test.$target" 2 "$prepared/bin" --remove-bpe sentencepiece "${search[@]}")
     echo "$test sacreBLEU: $bleu"
 }

@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     """What a checkpoint says of the schedule; None for one of a float model."""
-    from fairseq_dsq.plugin.state import Record, formats_of
+    from fairseq_dsq.plugin.state import Record
 
     entries = {name.removeprefix(PREFIX): value for name, value in state["model"].items() if name.startswith(PREFIX)}
     if not entries:
@@ -95,7 +95,7 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
         levels = levels_of(state["cfg"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: --dsq-levels: {error}") from None
-    return Record(tuple(map(formats_of, levels)), record.in_force, record.schedule, record.counted_update)
+    return Record(tuple(level.by_value for level in levels), record.in_force, record.schedule, record.counted_update)
 
 
 def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> Record | None:

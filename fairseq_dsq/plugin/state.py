@@ -95,6 +95,7 @@ class DSQState(nn.Module):
         state: where the schedule stands.
         counted_update: the update of the last validation that counted; -1 before the first.
         level_in_force: index of the level that GEMMs run at.
+        updates: those done, as fairseq says before each one and when it loads a checkpoint.
     """
 
     def __init__(self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext) -> None:
@@ -104,6 +105,7 @@ class DSQState(nn.Module):
         self.context = context
         self.state = ScheduleState()
         self.counted_update = -1
+        self.updates = 0
         self._values = tuple(level.by_value for level in self.levels)
         # By mode (training or evaluation): why a checkpoint's level cannot come into force.
         self._problems: dict[bool, str] = {}
@@ -121,6 +123,10 @@ class DSQState(nn.Module):
                 f"precision rises from {self.levels[before.level]} to {self.levels[self.state.level]} after "
                 f"{self.schedule.patience} validations without a new best (best loss {self.state.best_loss})"
             )
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq's hook."""
+        self.updates = num_updates
 
     def begin_training(self, restart: bool) -> None:
         """Before the first update: ``restart`` forgets what another training reached, the level and the best loss.

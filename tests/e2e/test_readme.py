@@ -94,10 +94,7 @@ def report(argv, fixture):
     for number, name in enumerate(runs):
         Path(name).mkdir(parents=True)
         flags = samples.FLOAT32 if number else samples.DSQ
-        (Path(name) / "train.log").write_text(
-            samples.config_line(**flags) + samples.begin_line(1) + "epoch 001 | loss 5 | num_updates 9 | wall 1\n"
-            "epoch 001 | valid on 'valid' subset | loss 4 | num_updates 9\n"
-        )  # fmt: skip
+        (Path(name) / "dsq.jsonl").write_text(samples.record(flags, [4.0]))
     assert main(argv[1:]) == 0
 
 

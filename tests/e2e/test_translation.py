@@ -14,7 +14,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cli import main
 from fairseq_dsq.cli.corpus import write
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -64,7 +64,7 @@ def test_one_method(clone, script, test, language):
     folder = clone / "runs" / script.removesuffix(".sh") / "bfp-4-4-4-16-seed1"
     assert len((folder / f"hypotheses.{language}").read_text().splitlines()) == 9
     assert json.loads((folder / "score.json").read_text())["name"] == "BLEU"
-    assert read_run(folder / "train.log").flags["dsq_levels"] == "[4,4,4,16]"
+    assert read_run(folder).flags["dsq_levels"] == "[4,4,4,16]"
     translated = (folder / f"hypotheses.{language}").stat().st_mtime_ns
     again = run(clone, script, *arguments, "--epochs", "1", "--", *TINY)
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]

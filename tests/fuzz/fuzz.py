@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report import samples
 
-from fairseq_dsq import data_files, formats
+from fairseq_dsq import data_files, formats, record
 from fairseq_dsq.cli import cost as cost_command
 from fairseq_dsq.cli import export_float
 from fairseq_dsq.cost.hardware import load_hardware
@@ -39,7 +39,7 @@ from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.config import DSQConfig, add_args, defaults
 from fairseq_dsq.precision import parse_levels, parse_q
-from fairseq_dsq.report.logs import epoch_table, read_run
+from fairseq_dsq.report.runs import epoch_table, read_run
 from fairseq_dsq.report.scores import judged_by, scores
 
 ERRORS = (ValueError, OSError)
@@ -212,8 +212,17 @@ def run_packed(case: Any) -> None:
 
 
 def logs(rng: random.Random) -> str | bytes:
-    """A log in one of fairseq's formats, cut, shuffled or damaged."""
-    text = rng.choice(LOGS)
+    """A log, cut, shuffled or damaged."""
+    return damaged(rng, rng.choice(LOGS))
+
+
+def records(rng: random.Random) -> str | bytes:
+    """A training's record, likewise."""
+    return damaged(rng, rng.choice(RECORDS))
+
+
+def damaged(rng: random.Random, text: str) -> str | bytes:
+    """``text`` with its lines shuffled, one of them changed, or bytes of it."""
     lines = text.splitlines(keepends=True)
     if rng.random() < 0.3:
         rng.shuffle(lines)
@@ -224,8 +233,8 @@ def logs(rng: random.Random) -> str | bytes:
     return mutated_bytes(rng, "".join(lines).encode())
 
 
-def run_log(content: str | bytes) -> None:
-    run = read_run(FOLDER.write("train.log", content))
+def run_log(content: str | bytes, name: str = "train.log") -> None:
+    run = read_run(FOLDER.write(name, content))
     epoch_table(run.epochs)
     found = scores(run)
     judged_by(found)
@@ -234,7 +243,7 @@ def run_log(content: str | bytes) -> None:
 def run_score(content: str) -> None:
     path = FOLDER.path / "run"
     path.mkdir(exist_ok=True)
-    (path / "train.log").write_text(LOGS[0])
+    (path / record.NAME).write_text(RECORDS[0])
     (path / "score.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     for value in scores(read_run(path)).values():
         assert value - value == 0, f"a score of {value}"
@@ -292,14 +301,16 @@ def checkpoint() -> bytes:
     return path.read_bytes()
 
 
+RECORDS = [
+    samples.record(samples.DSQ, [7.5, 6.25, 6.0], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH], bleu=[1, 2, 3]),
+    samples.start_line(4, patience=2) + samples.point_line(1, 5, 7.5, ended=False) + samples.point_line(1, 9)
+    + samples.start_line(4, 9, 2, patience=2, max_update=30) + samples.point_line(2, 18, float("nan")),
+]  # fmt: skip
 LOGS = [
-    samples.log(samples.DSQ, [7.5, 6.25, 6.0], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH], bleu=[1, 2, 3]),
-    samples.log(samples.FLOAT32, [7.5, 6.25], arch="transformer", done=False),
-    "epoch 001 | loss 7.5 | dsq_level 0 | dsq_arithmetic 100 | num_updates 12 | lr 0.1 | gnorm 1.0 | wall 4\n"
-    "epoch 001 | valid on 'valid' subset | loss 6.5 | bleu 12.5 | wps 100 | num_updates 12\n"
-    "begin training epoch 2\nStart iterating over samples\nepoch 002:  10%|#   | 3/30 [00:01<00:09,  2.9it/s]\n"
-    "Generate test with beam=4: BLEU4 = 35.1, 60.0/40.0/30.0/20.0 (BP=1.000)\ndone training in 3 seconds\n",
-]
+    samples.log([7.5, 6.25, 6.0]),
+    samples.valid_line(1, 12, 6.5, bleu="12.5") + samples.train_line(1, 12, 7.5, dsq_level="0", dsq_arithmetic="100")
+    + "Generate test with beam=4: BLEU4 = 35.1, 60.0/40.0/30.0/20.0 (BP=1.000)\ndone training in 3 seconds\n",
+]  # fmt: skip
 SCORES = (
     '{"name": "BLEU", "score": 35.4, "signature": "nrefs:1"}', '[{"name": "BLEU", "score": 12}]',
     '{"name": "glue", "scores": {"accuracy": 88.1, "f1": 1.5, "matthews": 3, "accuracy_mm": 10}}',
@@ -354,7 +365,8 @@ def targets() -> dict[str, Target]:
         "profile": yaml_target(400, "cost", load_profile),
         "hardware": yaml_target(400, "hardware", run_hardware),
         "model": yaml_target(400, "models", probe.find_model),
-        "log": Target(10_000, logs, run_log),
+        "record": Target(7_000, records, lambda content: run_log(content, record.NAME)),
+        "log": Target(3_000, logs, run_log),
         "score": Target(2_500, text_of(*SCORES), run_score),
         "packed": Target(2_500, packed, run_packed),
         "table": Target(2_500, table, run_table),
