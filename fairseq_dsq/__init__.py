@@ -3,7 +3,8 @@
 Importing the package makes fairseq know every name it registers.
 """
 
-from fairseq_dsq import compat, errors
+from fairseq_dsq import errors
+from fairseq_dsq.plugin import compat
 
 errors.end_commands_in_one_line()
 compat.quiet_fairseq()
@@ -14,7 +15,8 @@ compat.keep_archives_inside()
 __path__ = compat.Folders(__path__)
 
 from fairseq_dsq import criterions, models  # noqa: E402
+from fairseq_dsq.plugin import loading  # noqa: E402
 
-models.loading.guard_checkpoints()
+loading.guard_checkpoints()
 
 __all__ = ["criterions", "models"]

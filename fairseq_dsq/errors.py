@@ -7,12 +7,22 @@ import re
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from omegaconf.errors import ConfigKeyError
 
 
 class DSQError(ValueError):
     """What the user gave cannot be used; the message is one line that names the flag or the file."""
+
+
+def flag_error(flag: str, message: str) -> NoReturn:
+    """Refuse the value of a flag.
+
+    Raises:
+        DSQError: always; one line that names the flag.
+    """
+    raise DSQError(f"argument {flag}: {message}")
 
 
 def line_of(error: BaseException | None) -> str | None:

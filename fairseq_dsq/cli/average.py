@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairseq_dsq import artefact
-from fairseq_dsq.flags import DEFAULTS
+from fairseq_dsq.plugin.config import DEFAULTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fairseq_dsq.models.state import Record
+    from fairseq_dsq.plugin.state import Record
 
 PREFIX = "dsq."
 # These flags do not change what a model computes in evaluation, or are part of the levels by value.
@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     """What a checkpoint says of the schedule; None for one of a float model."""
-    from fairseq_dsq.models.state import Record, formats_of
+    from fairseq_dsq.plugin.state import Record, formats_of
 
     entries = {name.removeprefix(PREFIX): value for name, value in state["model"].items() if name.startswith(PREFIX)}
     if not entries:
@@ -96,7 +96,7 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     record = Record.of(entries)
     if record.levels:
         return record
-    from fairseq_dsq.models.effects import levels_of
+    from fairseq_dsq.plugin.effects import levels_of
 
     try:
         levels = levels_of(state["cfg"]["model"])
@@ -107,7 +107,7 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
 
 def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> Record | None:
     """The higher of two levels. No loss of the average is known, so that none is the best."""
-    from fairseq_dsq.models.state import Record
+    from fairseq_dsq.plugin.state import Record
     from fairseq_dsq.schedule import ScheduleState
 
     if own is None or other is None:

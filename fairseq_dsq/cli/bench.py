@@ -208,7 +208,7 @@ def _criterion(name: str, **settings: Any) -> Any:
 
 def _step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Module]:
     """A training step of the model: forward with its criterion, backward, clipping, Adam; float32 without flags."""
-    from fairseq_dsq.models import probe
+    from fairseq_dsq.plugin import probe
 
     torch.manual_seed(0)
     prefix = "" if flags is None else "dsq_"
@@ -289,7 +289,7 @@ def _memory(rounds: int) -> list[Row]:
 def _logging(rounds: int) -> list[Row]:
     """A step of 512 tokens in float32, where logging weighs the most."""
     from fairseq_dsq.criterions.dsq_criterion import PREFIX
-    from fairseq_dsq.models import probe
+    from fairseq_dsq.plugin import probe
 
     name = "cross_entropy"
     spec = probe.ModelSpec("transformer_dsq_iwslt_de_en", "--dsq-format float32", tokens=512)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from fairseq_dsq import artefact
+from fairseq_dsq.glue import hf_encoder, hf_vocabulary
 from fairseq_dsq.glue.encoder import ARCH, DICTIONARY, MODEL
-from fairseq_dsq.models import hf_encoder, hf_vocabulary
 
 
 def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:

@@ -76,10 +76,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, flag: str, default: str
 
 
 def find_model(args: argparse.Namespace, flag: str) -> Any:
-    """The :class:`fairseq_dsq.models.probe.ModelSpec` that the arguments ask for."""
+    """The :class:`fairseq_dsq.plugin.probe.ModelSpec` that the arguments ask for."""
     import dataclasses
 
-    from fairseq_dsq.models import probe
+    from fairseq_dsq.plugin import probe
 
     with blame(flag):
         spec = probe.find_model(args.model)
@@ -208,7 +208,7 @@ def _workload(args: argparse.Namespace) -> tuple[Work, dict[str, Any]]:
     if args.model:
         if args.layer:
             raise ValueError("--layer: got it beside --arch, expected one of the two")
-        from fairseq_dsq.models import probe
+        from fairseq_dsq.plugin import probe
 
         spec = find_model(args, "--arch")
         described = {"arch": spec.arch, "flags": spec.flags, "tokens": spec.tokens, "length": spec.length,

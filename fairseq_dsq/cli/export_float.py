@@ -10,7 +10,7 @@ from typing import Any
 
 from fairseq_dsq import artefact
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
-from fairseq_dsq.flags import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
 from fairseq_dsq.text import quoted
 
 SUFFIX = "_dsq"
@@ -44,7 +44,7 @@ def as_registered(model: dict[str, Any]) -> dict[str, Any]:
     from fairseq.dataclass.utils import interpret_dc_type
     from fairseq.models import ARCH_MODEL_REGISTRY
 
-    from fairseq_dsq.models.checkpoints import base_dataclass
+    from fairseq_dsq.plugin.checkpoints import base_dataclass
 
     dataclass = base_dataclass(ARCH_MODEL_REGISTRY.get(model["_name"], object))
     if dataclass is None:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from fairseq_dsq.models.sentence_prediction import load, predict
+    from fairseq_dsq.glue.sentence_prediction import load, predict
 
     prepared = Prepared.load(args.folder)
     task = find_task(prepared.task)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from fairseq_dsq.models.sentence_prediction import parse, updates_per_epoch
+    from fairseq_dsq.glue.sentence_prediction import parse, updates_per_epoch
 
     prepared = Prepared.load(args.folder)
     encoder = find(args.encoder, args.downloads)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from fairseq_dsq.models.sentence_prediction import binarise
+    from fairseq_dsq.glue.sentence_prediction import binarise
 
     with blame("TASK"):
         task = find_task(args.task)

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             *((f"DSQ level {number}", level, True) for number, level in enumerate(levels)),
         ]
     spec = find_model(args, "--model")
-    from fairseq_dsq.models import probe
+    from fairseq_dsq.plugin import probe
 
     work, elements = probe.trace(spec), probe.traffic(spec)
 

@@ -12,7 +12,8 @@ from torch.autograd import Variable
 
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
-from fairseq_dsq.flags import DEFAULT_PROFILE, PROFILE_FIELD, flag_error
+from fairseq_dsq.errors import flag_error
+from fairseq_dsq.plugin.config import DEFAULT_PROFILE, PROFILE_FIELD
 
 PREFIX = "dsq_"
 

@@ -1,6 +1,7 @@
-"""The GLUE benchmark (arXiv 1804.07461): its tasks, its files as it ships them, tokenisation and metrics.
+"""The GLUE benchmark (arXiv 1804.07461): its tasks, its files as it ships them, encoders, tokenisation and metrics.
 
-No torch and no fairseq: what runs a model is in :mod:`fairseq_dsq.models.sentence_prediction`.
+What runs a model is in :mod:`fairseq_dsq.glue.sentence_prediction`, Hugging Face's encoders in ``hf_*``; nothing else
+imports torch or fairseq.
 """
 
 from fairseq_dsq.glue.tasks import TASKS, GlueTask, find_task

@@ -101,7 +101,7 @@ def prepare(
         folder: to write to; made whole or not at all.
         pretrained: the encoder to prepare for.
         downloads: where downloaded files are kept.
-        binarise: :func:`fairseq_dsq.models.sentence_prediction.binarise`.
+        binarise: :func:`fairseq_dsq.glue.sentence_prediction.binarise`.
         data: the folder of the task's TSV files; see :func:`fairseq_dsq.glue.files.find`.
         train_rows: cut the training set to so many rows, drawn with a fixed seed; 0 for all.
         group_by_length: order the rows of every split by their number of tokens, so that a batch holds rows of like

@@ -1,5 +1,5 @@
 """Architectures that fairseq registers."""
 
-from fairseq_dsq.models import loading, roberta_dsq, transformer_dsq
+from fairseq_dsq.models import roberta_dsq, transformer_dsq
 
-__all__ = ["loading", "roberta_dsq", "transformer_dsq"]
+__all__ = ["roberta_dsq", "transformer_dsq"]

@@ -13,9 +13,10 @@ from fairseq.models.transformer import TransformerEncoder
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import Tensor, nn
 
-from fairseq_dsq.flags import ENCODER_DEFAULTS, flag_error
-from fairseq_dsq.models import dsq
-from fairseq_dsq.models.checkpoints import DSQModelMixin, Shape, shape_to_str
+from fairseq_dsq.errors import flag_error
+from fairseq_dsq.plugin import attach, config
+from fairseq_dsq.plugin.checkpoints import DSQModelMixin, Shape, shape_to_str
+from fairseq_dsq.plugin.config import ENCODER_DEFAULTS
 
 # The head of a checkpoint that holds BERT's pooler (dense, tanh). It has no classes; fairseq's own roberta drops it.
 POOLER = "pooler"
@@ -56,19 +57,19 @@ class TokenTypeEncoder(TransformerEncoder):
         return super().forward_embedding(src_tokens, token_embedding + types)  # type: ignore[no-any-return]
 
 
-_OWN_FLAGS: dict[str, tuple[dsq.Check, Any]] = {
+_OWN_FLAGS: dict[str, tuple[config.Check, Any]] = {
     name: (check, ENCODER_DEFAULTS[name])
     for name, check in {
-        "token_types": dsq.integer("0, for none, or an integer >= 2", lambda value: value != 1),
-        "layer_norm_eps": dsq.number("a finite number > 0", lambda value: value > 0),
-        "head_from_pooler": dsq.boolean,
+        "token_types": config.integer("0, for none, or an integer >= 2", lambda value: value != 1),
+        "layer_norm_eps": config.number("a finite number > 0", lambda value: value > 0),
+        "head_from_pooler": config.boolean,
     }.items()
 }
 
 
 def set_defaults(args: Any) -> None:
-    """As :func:`fairseq_dsq.models.dsq.set_defaults`, with this architecture's own flags."""
-    dsq.set_defaults(args, _OWN_FLAGS)
+    """As :func:`fairseq_dsq.plugin.config.set_defaults`, with this architecture's own flags."""
+    config.set_defaults(args, _OWN_FLAGS)
 
 
 @register_model("roberta_dsq")
@@ -83,13 +84,13 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
         super().add_args(parser)
         parser.add_argument(
             "--token-types",
-            type=dsq.checked("--token-types", _OWN_FLAGS["token_types"][0]),
+            type=config.checked("--token-types", _OWN_FLAGS["token_types"][0]),
             metavar="N",
             help="token types (segments), BERT's 2: what stands after the first </s> is of type 1 (default: 0, none)",
         )
         parser.add_argument(
             "--layer-norm-eps",
-            type=dsq.checked("--layer-norm-eps", _OWN_FLAGS["layer_norm_eps"][0]),
+            type=config.checked("--layer-norm-eps", _OWN_FLAGS["layer_norm_eps"][0]),
             metavar="E",
             help="epsilon of every LayerNorm; BERT has 1e-12 (default: 1e-5)",
         )
@@ -112,7 +113,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
         head = getattr(task.cfg, "classification_head_name", None)
         later = [f"{HEADS}.{head}.{layer}" for layer in ("dense", "out_proj")] if head else []
         with torch.random.fork_rng(devices=[]):  # the head starts as it does in fairseq's roberta
-            dsq.attach(model, args, task, later)
+            attach.attach(model, args, task, later)
         return model
 
     def register_classification_head(
@@ -120,7 +121,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
     ) -> None:
         """As fairseq's; the head is quantized at the model's level."""
         super().register_classification_head(name, num_classes, inner_dim, **kwargs)
-        dsq.convert_added(self, self.args, f"{HEADS}.{name}")
+        attach.convert_added(self, self.args, f"{HEADS}.{name}")
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         """As fairseq's; a checkpoint's pooler goes into new heads under ``--head-from-pooler``, else it is dropped.

@@ -12,8 +12,8 @@ from fairseq.models.transformer.transformer_legacy import (
     transformer_wmt_en_de,
 )
 
-from fairseq_dsq.models import dsq
-from fairseq_dsq.models.checkpoints import DSQModelMixin
+from fairseq_dsq.plugin.checkpoints import DSQModelMixin
+from fairseq_dsq.plugin.config import set_defaults
 
 
 @register_model("transformer_dsq")
@@ -23,17 +23,17 @@ class TransformerDSQModel(DSQModelMixin, TransformerModel):
 
 @register_model_architecture("transformer_dsq", "transformer_dsq")
 def transformer_dsq(args: Any) -> None:
-    dsq.set_defaults(args)
+    set_defaults(args)
     base_architecture(args)
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq_iwslt_de_en")
 def transformer_dsq_iwslt_de_en(args: Any) -> None:
-    dsq.set_defaults(args)
+    set_defaults(args)
     transformer_iwslt_de_en(args)
 
 
 @register_model_architecture("transformer_dsq", "transformer_dsq_wmt_en_de")
 def transformer_dsq_wmt_en_de(args: Any) -> None:
-    dsq.set_defaults(args)
+    set_defaults(args)
     transformer_wmt_en_de(args)

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
-from fairseq_dsq.flags import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
 from fairseq_dsq.text import printable
 
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.

@@ -7,7 +7,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost.hardware import Hardware, load_hardware, measure
 from fairseq_dsq.cost.published import roofline_table
 from fairseq_dsq.cost.roofline import Group, groups_of_step, total
-from fairseq_dsq.models import probe
+from fairseq_dsq.plugin import probe
 from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
 
 # 1e12 MACs/s at 32 bits, 2e12 at 16, 4e12 at 8; 1e11 bytes/s

@@ -9,8 +9,8 @@ import torch
 from fairseq import checkpoint_utils, options
 from fairseq_cli import preprocess
 from fairseq_cli.train import cli_main
-from models.encoders import masked_lm
-from models.test_roberta_dsq import official_layout
+from plugin.encoders import masked_lm
+from plugin.test_roberta_dsq import official_layout
 
 import fairseq_dsq
 from fairseq_dsq.cli import main

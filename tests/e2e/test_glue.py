@@ -20,7 +20,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_dsq.cli import main
 from fairseq_dsq.glue import find_task
 from fairseq_dsq.glue.encoder import SPECIAL_TOKENS
-from fairseq_dsq.models.sentence_prediction import load
+from fairseq_dsq.glue.sentence_prediction import load
 
 pytest.importorskip("tokenizers")
 

@@ -18,7 +18,7 @@ from fairseq_cli.preprocess import cli_main as preprocess
 from fairseq_cli.train import cli_main
 
 import fairseq_dsq
-from fairseq_dsq.models import dsq
+from fairseq_dsq.plugin import config
 
 LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", 1, "--dsq-min-delta", 100)
 MODEL = (
@@ -159,7 +159,7 @@ def as_on_a_gpu():
     """Without what fairseq's fp16 wants of a GPU after an overflow, and without our refusal."""
     torch.cuda.synchronize = lambda: None
     torch.Tensor.cuda = lambda tensor: tensor
-    dsq.check_modes = lambda args: None
+    config.check_modes = lambda args: None
 
 
 @pytest.mark.parametrize("flags", [("--memory-efficient-fp16",), ("--fp16", "--fp16-no-flatten-grads")])
@@ -269,5 +269,5 @@ def test_a_command_that_does_not_train_takes_the_flags_of_a_checkpoint_as_they_a
     flags = {"fp16": True, "tpu": True, "quant_noise_scalar": math.inf}
     monkeypatch.setattr(sys, "argv", ["fairseq-generate"])
     args = type("Flags", (), flags)()
-    dsq.check_modes(args)
+    config.check_modes(args)
     assert args.tpu

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fairseq_dsq.cli import SUBCOMMANDS, bench, main
-from fairseq_dsq.models.probe import training_config
+from fairseq_dsq.plugin.probe import training_config
 from tests.e2e import readme
 from tests.report import samples
 

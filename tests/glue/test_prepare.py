@@ -10,7 +10,7 @@ from fairseq.data import Dictionary
 from fairseq_dsq.cli import main
 from fairseq_dsq.glue.encoder import SPECIAL_TOKENS
 from fairseq_dsq.glue.prepare import Prepared, training_flags
-from fairseq_dsq.models.sentence_prediction import parse, updates_per_epoch
+from fairseq_dsq.glue.sentence_prediction import parse, updates_per_epoch
 
 pytest.importorskip("tokenizers")
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
-from models.encoders import FLOAT32, HEAD, classifier, classifier_task, masked_lm, pairs
+from plugin.encoders import FLOAT32, HEAD, classifier, classifier_task, masked_lm, pairs
 
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.models.roberta_dsq import HEADS, token_types

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq_dsq import formats
-from fairseq_dsq.flags import DEFAULTS
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.models.modes import flag_of
+from fairseq_dsq.plugin.config import DEFAULTS
+from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.precision import PrecisionConfig, parse_levels
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
@@ -121,7 +121,7 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     """One line for each ``--dsq-*`` flag that was given a value of its own and has no effect beside the others.
 
     Args:
-        args: with every flag of :data:`fairseq_dsq.flags.DEFAULTS`.
+        args: with every flag of :data:`fairseq_dsq.plugin.config.DEFAULTS`.
         levels: what they stand for.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils, options, tasks, utils
 
-from fairseq_dsq.models.probe import training_config
+from fairseq_dsq.plugin.probe import training_config
 
 TASK = "sentence_prediction"
 _MAX_TOKENS = 4400
@@ -57,7 +57,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def parse(flags: Sequence[str]) -> Any:
-    """As :func:`fairseq_dsq.models.probe.training_config`."""
+    """As :func:`fairseq_dsq.plugin.probe.training_config`."""
     return training_config(flags)
 
 

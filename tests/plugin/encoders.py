@@ -8,7 +8,7 @@ from fairseq.data import Dictionary
 from fairseq.tasks.masked_lm import MaskedLMTask
 from fairseq.tasks.sentence_prediction import SentencePredictionTask
 
-from fairseq_dsq.models.probe import training_config
+from fairseq_dsq.plugin.probe import training_config
 
 WORDS = 40
 TINY = [

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models.dsq import refuse_unknown
+from fairseq_dsq.plugin.config import refuse_unknown
 
 # Paths and free text, which fairseq never evaluates and which may look like anything.
 FREE_TEXT = frozenset(

@@ -6,7 +6,7 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from fairseq.data import Dictionary
 from nn.common import difference, held_bytes, saved_tensors
 
-from fairseq_dsq.models import probe
+from fairseq_dsq.plugin import probe
 
 # The layers' own widths, a vocabulary as large beside them as in a real one with 2 + 2 of 12 layers.
 FLAGS = "--encoder-layers 2 --decoder-layers 2"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
-from models.encoders import HEAD, classifier, pairs
 from nn.common import dictionary, seeded, tiny_transformer
+from plugin.encoders import HEAD, classifier, pairs
 
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.models.dsq import quantize
 from fairseq_dsq.nn import DSQContext, GemmConfig
+from fairseq_dsq.plugin.attach import quantize
 from fairseq_dsq.precision import PrecisionConfig
 
 WORDS = dictionary()

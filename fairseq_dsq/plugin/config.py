@@ -1,53 +1,57 @@
-"""What every DSQ architecture shares: flags and conversion."""
+"""The flags of every DSQ architecture: defaults, checks, help."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
-import logging
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
 from omegaconf import OmegaConf, open_dict
-from torch import nn
 
 from fairseq_dsq import formats
-from fairseq_dsq.errors import DSQError
-from fairseq_dsq.flags import DEFAULTS, PROFILE_FIELD, flag_error
+from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.formats import FIXED_SCALES
-from fairseq_dsq.models.effects import levels_of
-from fairseq_dsq.models.heads import convert_heads
-from fairseq_dsq.models.modes import check_modes
-from fairseq_dsq.models.state import DSQState, hang_on_training
 from fairseq_dsq.nn import (
     BOX_DIMS,
     FLOAT32,
     GEMM_MODES,
     STASH_SCOPES,
     VALUE_BOXES,
-    DSQContext,
-    GemmConfig,
-    convert,
-    matching_patterns,
-    warn_of_float,
 )
+from fairseq_dsq.plugin.modes import check_modes
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
-from fairseq_dsq.schedule import PrecisionSchedule
 from fairseq_dsq.text import quoted
 
-logger = logging.getLogger(__name__)
-
-# The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
-SAFE_GRAD_BITS = 16
-
+# The paper's two levels and patience (arXiv 2303.05295, section 4).
+DEFAULTS: dict[str, Any] = {
+    "dsq_format": "bfp",
+    "dsq_levels": "[2,2,2,16] [16,4,4,16]",
+    "dsq_patience": 5,
+    "dsq_min_delta": 0.0,
+    "dsq_rounding": "nearest",
+    "dsq_sign_bit": "counted",
+    "dsq_box_dim": "reduction",
+    "dsq_value_boxes": "row",
+    "dsq_attention_matmul": "on",
+    "dsq_fixed_scale": "dynamic",
+    "dsq_scale": "floor",
+    "dsq_stash_scope": "gemm",
+    "dsq_skip": "",
+    "dsq_gemm": "auto",
+}
+# What roberta_dsq has beyond fairseq's roberta; these values are roberta's own.
+ENCODER_DEFAULTS: dict[str, Any] = {"token_types": 0, "layer_norm_eps": 1e-5, "head_from_pooler": False}
+# The criterion's own flag.
+PROFILE_FIELD, DEFAULT_PROFILE = "dsq_cost_profile", "paper"
 
 # Checks a flag's value, text from a command line or a value from YAML or Python, and gives it in its one form.
 Check = Callable[[Any], Any]
@@ -275,76 +279,3 @@ def set_defaults(args: Any, own: Mapping[str, tuple[Check, Any]] = MappingProxyT
                 setattr(args, name, check(default if value is None else value))
             except ValueError as error:
                 flag_error("--" + name.replace("_", "-"), str(error))
-
-
-def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
-    """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
-    convert(model, context, skip, optional, warn=False)
-    convert_heads(model)
-    warn_of_float(model, skip)
-
-
-def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:
-    """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
-
-    Args:
-        model: changed in place.
-        args: the flags; :func:`set_defaults` checks them.
-        task: the fairseq task that validates.
-        later: names of layers that the model gets later and hands to :func:`convert_added`; ``--dsq-skip`` may name
-            them.
-
-    Raises:
-        DSQError: flags that contradict each other or the model; one line names the flag.
-    """
-    set_defaults(args)
-    if args.dsq_fixed_scale == "static" and args.dsq_format == "fixed" and args.dsq_scale != "floor":
-        flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
-    try:
-        levels = levels_of(args)
-    except ValueError as error:
-        flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
-    for number, level in enumerate(levels):
-        if args.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
-            logger.warning(
-                f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
-                "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
-            )
-            break
-    if args.dsq_format == "fixed" and args.dsq_fixed_scale == "dynamic":
-        logger.warning(
-            "--dsq-fixed-scale dynamic: one scale per tensor lets a sentence's result depend on its batch and a "
-            "position's on later ones; row and static do not"
-        )
-    context = DSQContext(
-        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm, args.dsq_value_boxes),
-        attention_matmul=args.dsq_attention_matmul == "on",
-        stash_scope=args.dsq_stash_scope,
-    )
-    schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
-    skip = shlex.split(args.dsq_skip)
-    try:
-        quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
-    except ValueError as error:
-        flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
-    model.dsq = DSQState(levels, schedule, context)
-    hang_on_training(task, args)
-
-
-def convert_added(model: nn.Module, args: Any, name: str) -> None:
-    """Convert the module ``name``, which ``model`` was given after :func:`attach`; it shares the model's level.
-
-    Raises:
-        DSQError: it cannot be converted; one line says why.
-    """
-    state = model.dsq
-    assert isinstance(state, DSQState)
-    # Inside of what contains it, so that --dsq-skip's patterns see its full name.
-    tree = model.get_submodule(name)
-    for part in reversed(name.split(".")):
-        tree = nn.ModuleDict({part: tree})
-    skip = shlex.split(args.dsq_skip)
-    try:
-        quantize(tree, state.context, skip, optional=skip)
-    except ValueError as error:
-        flag_error("--arch", str(error))

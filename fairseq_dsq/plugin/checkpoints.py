@@ -13,8 +13,9 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models import dsq
 from fairseq_dsq.nn import DSQContext, log_softmax
+from fairseq_dsq.plugin.attach import attach
+from fairseq_dsq.plugin.config import add_args, set_defaults
 
 Shape = tuple[int, ...] | None
 
@@ -27,7 +28,7 @@ def shape_to_str(shape: Shape) -> str:
 def _misfits(own: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> Iterator[tuple[str, Shape, Shape]]:
     """(name, shape in the checkpoint, shape in the model) of the tensors that differ; those that both have first.
 
-    The schedule's entries fit whatever they are, see :class:`fairseq_dsq.models.state.Record`.
+    The schedule's entries fit whatever they are, see :class:`fairseq_dsq.plugin.state.Record`.
     """
     names = [name for name in dict.fromkeys([*own, *checkpoint]) if not name.startswith("dsq.")]
     for name in sorted(names, key=lambda name: name not in own or name not in checkpoint):
@@ -55,8 +56,8 @@ class DSQModelMixin:
     """Makes a fairseq model its quantized twin; put in front of the model's class.
 
     The twin is registered without a dataclass and has all flags of the model, whether that has one or not. Its
-    architectures' functions call :func:`fairseq_dsq.models.dsq.set_defaults` and the model's own. It needs nothing of
-    the model but ``nn.Linear`` layers and fairseq's attention::
+    architectures' functions call :func:`set_defaults` and the model's own. It needs nothing of the model but
+    ``nn.Linear`` layers and fairseq's attention::
 
         @register_model("transformer_lm_dsq")
         class TransformerLanguageModelDSQ(DSQModelMixin, TransformerLanguageModel):
@@ -65,7 +66,7 @@ class DSQModelMixin:
 
         @register_model_architecture("transformer_lm_dsq", "transformer_lm_dsq")
         def transformer_lm_dsq(args):
-            dsq.set_defaults(args)
+            set_defaults(args)
             base_lm_architecture(args)
     """
 
@@ -75,7 +76,7 @@ class DSQModelMixin:
         super().add_args(parser)  # type: ignore[misc]
         if (dataclass := base_dataclass(cls)) is not None:
             gen_parser_from_dataclass(parser, dataclass(), delete_default=True)
-        dsq.add_args(parser)
+        add_args(parser)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
@@ -84,11 +85,11 @@ class DSQModelMixin:
         Raises:
             DSQError: a flag that is refused; names it.
         """
-        dsq.set_defaults(args)
+        set_defaults(args)
         if (dataclass := base_dataclass(cls)) is not None:
             _fill_from(dataclass, args)
         model = super().build_model(args, task)  # type: ignore[misc]
-        dsq.attach(model, args, task)
+        attach(model, args, task)
         return model
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

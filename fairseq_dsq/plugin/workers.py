@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from fairseq_dsq.flags import flag_error
+from fairseq_dsq.errors import flag_error
 
 # How long a worker waits for the others, to form a group or in a collective: torch's own for NCCL. For gloo it is half
 # an hour.

@@ -12,8 +12,10 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from torch import nn
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models import dsq, probe
 from fairseq_dsq.nn import DSQLinear
+from fairseq_dsq.plugin import probe
+from fairseq_dsq.plugin.attach import attach
+from fairseq_dsq.plugin.config import flag_table, set_defaults
 from fairseq_dsq.schedule import ScheduleState
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -39,13 +41,13 @@ class TaskWithItsOwn(Task):
 
 def flags(**changes):
     args = argparse.Namespace(**{f"dsq_{name}": value for name, value in changes.items()})
-    dsq.set_defaults(args)
+    set_defaults(args)
     return args
 
 
 def attached(task, **changes):
     model = nn.Sequential(nn.Linear(8, 8))
-    dsq.attach(model, flags(**changes), task)
+    attach(model, flags(**changes), task)
     return model
 
 
@@ -193,7 +195,7 @@ def test_flags_reach_the_layers():
 
 def test_skipped_layers_stay_float32():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    dsq.attach(model, flags(skip="1"), Task())
+    attach(model, flags(skip="1"), Task())
     assert isinstance(model[1], DSQLinear)
     assert str(model[1].context.config.precision.output_operands) == "float32"
     model.dsq.validated(1.0)
@@ -224,4 +226,4 @@ def test_the_architectures_are_registered():
 
 def test_the_readme_s_flag_table_is_the_code_s():
     rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `--dsq-")]
-    assert rows == dsq.flag_table().splitlines()
+    assert rows == flag_table().splitlines()

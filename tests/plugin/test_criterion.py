@@ -9,7 +9,7 @@ from fairseq.data import Dictionary
 
 from fairseq_dsq.cost import load_profile, total_cost
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models import probe
+from fairseq_dsq.plugin import probe
 from fairseq_dsq.precision import PrecisionConfig
 
 SPEC = probe.ModelSpec(

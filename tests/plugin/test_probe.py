@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_dsq.cost import load_profile, total_cost
 from fairseq_dsq.cost.gemm import stash_bytes
-from fairseq_dsq.models import dsq, probe
 from fairseq_dsq.nn import DSQContext, GemmConfig
+from fairseq_dsq.plugin import probe
+from fairseq_dsq.plugin.attach import quantize
 from fairseq_dsq.precision import PrecisionConfig
 
 LEVEL = PrecisionConfig((16, 4, 4, 16))
@@ -43,7 +44,7 @@ def test_macs_are_half_of_torch_s_flops_on_the_float_twin(name, training):
 def test_a_step_that_really_runs_executes_what_the_probe_says_and_holds_its_bytes(spec):
     model = probe.build(spec, "cpu")
     context = DSQContext(GemmConfig(LEVEL))
-    dsq.quantize(model, context)
+    quantize(model, context)
     with saved_tensors() as saved:
         probe.step(model, spec)
     ran = context.ledger.drain()

@@ -3,8 +3,8 @@
 import argparse
 
 import pytest
-from models.encoders import masked_lm
 from omegaconf import OmegaConf
+from plugin.encoders import masked_lm
 
 from fairseq_dsq.errors import DSQError, line_of
 from fairseq_dsq.models.roberta_dsq import set_defaults
@@ -79,7 +79,7 @@ def test_a_bad_value_is_refused_in_one_line(entrance, name, value, expected):
 
 
 def test_values_set_by_hand_are_checked_where_the_model_is_built(monkeypatch):
-    from models import encoders
+    from plugin import encoders
 
     def by_hand(**changes):
         parse = encoders.parse

@@ -1,8 +1,7 @@
-"""The precision schedule's state in a model, and how fairseq's training drives it."""
+"""The precision schedule's state in a model."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import re
@@ -12,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.distributed.utils import get_global_rank, get_global_world_size
+from fairseq.distributed.utils import get_global_rank
 from torch import Tensor, nn
 
-from fairseq_dsq.flags import flag_error
-from fairseq_dsq.models.effects import TrainingFlags, idle_flags, schedule_warnings
-from fairseq_dsq.models.workers import refuse_lone_workers
+from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
@@ -242,109 +238,3 @@ def _say_where_it_ended(trained_at: list[int], levels: Sequence[PrecisionConfig]
             f"training ended at precision level {trained_at[0]}, {levels[trained_at[0]]}: it never rose to "
             f"{levels_to_str(unreached)}"
         )
-
-
-class _Hooks:
-    """What a task calls beside its own methods while it trains a DSQ model."""
-
-    def __init__(self, task: Any, args: Any) -> None:
-        self.task = task
-        self.args = args
-        self.flags = TrainingFlags.of(args)
-        self.epoch_itr: Any = None
-        self.epoch = 0
-        self.started = self.pending = False
-        self.own_begin_epoch, self.own_begin_valid_epoch = task.begin_epoch, task.begin_valid_epoch
-        self.own_post_validate = getattr(task, "post_validate", None)
-        self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
-
-    def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        """The task's; the training's is remembered, since it knows where an epoch ends."""
-        assert self.own_get_batch_iterator is not None
-        iterator = self.own_get_batch_iterator(*args, **kwargs)
-        dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
-        if self.flags is not None and dataset is self.task.datasets.get(self.flags.train_subset):
-            self.epoch_itr = iterator
-        return iterator
-
-    def begin_epoch(self, epoch: int, model: nn.Module) -> None:
-        # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
-        # another training, perhaps of another task, has reached says nothing of this one.
-        if not self.started:
-            refuse_lone_workers()
-            state = _state(model)
-            state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
-            if get_global_rank() == 0:
-                self._warn(state, epoch)
-        self.started = True
-        # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
-        # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
-        gc.collect()
-        self.own_begin_epoch(epoch, model)
-
-    def _warn(self, state: DSQState, epoch: int) -> None:
-        for warning in idle_flags(self.args, state.levels):
-            logger.warning(warning)
-        if self.flags is None:
-            return
-        if get_global_world_size() > 1 and any(count > 1 for count in self.flags.update_freq):
-            logger.warning(
-                "--update-freq above 1 with several workers: where a worker's last batch and an empty one fall into "
-                "one update, fairseq leaves that batch out of the update's size, log and costs"
-            )
-        batches = None if self.epoch_itr is None else len(self.epoch_itr)
-        done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch
-        for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):
-            logger.warning(warning)
-
-    def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
-        self.epoch, self.pending = epoch, True
-        self.own_begin_valid_epoch(epoch, model)
-
-    def post_validate(self, model: nn.Module, stats: dict[str, Any], agg: Any) -> None:
-        """Runs after each valid subset, and before the checkpoint is written."""
-        if self.own_post_validate is not None:
-            self.own_post_validate(model, stats, agg)
-        if not self.pending:
-            return
-        self.pending = False
-        state, update = _state(model), int(stats.get("num_updates", -1))
-        if update >= 0 and update == state.counted_update:
-            return  # fairseq validates again where a gradient overflowed and no update came between
-        if self._counts(update):
-            # As fairseq logs it, so that the log alone explains the level.
-            state.validated(float(stats["loss"]), update)
-        else:
-            logger.info("a stop or a save asked for this validation: it does not count in the precision schedule")
-
-    def _counts(self, update: int) -> bool:
-        """Whether an undisturbed training would validate here too: fairseq also does where it stops or saves."""
-        if self.flags is None or self.epoch_itr is None:
-            return True
-        ended: bool = self.epoch_itr.end_of_epoch()
-        return self.flags.validates(update, self.epoch if ended else None)
-
-
-def _state(model: nn.Module) -> DSQState:
-    state = model.dsq
-    assert isinstance(state, DSQState)
-    return state
-
-
-def hang_on_training(task: Any, args: Any) -> None:
-    """Have ``task`` tell the model's schedule where training begins, and the loss of every validation that counts.
-
-    Of a validation the first valid subset's loss counts. The task's own hooks are kept.
-
-    Args:
-        args: the model's configuration; where it shows no flags of fairseq-train, every validation counts.
-    """
-    if hooks := getattr(task, "_dsq_hooks", None):
-        hooks.args, hooks.flags = args, TrainingFlags.of(args)
-        return
-    hooks = task._dsq_hooks = _Hooks(task, args)
-    names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
-    if hooks.own_get_batch_iterator is not None:
-        names.append("get_batch_iterator")
-    for name in names:
-        setattr(task, name, getattr(hooks, name))

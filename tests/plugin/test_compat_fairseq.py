@@ -13,8 +13,8 @@ import pytest
 from fairseq import file_utils
 
 import fairseq_dsq
-from fairseq_dsq import compat
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.plugin import compat
 
 ROOT = Path(fairseq.__file__).parent
 

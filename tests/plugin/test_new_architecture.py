@@ -12,8 +12,8 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import TransformerLanguageModel, base_lm_architecture
 
 import fairseq_dsq  # noqa: F401
-from fairseq_dsq.models import dsq
-from fairseq_dsq.models.checkpoints import DSQModelMixin
+from fairseq_dsq.plugin.checkpoints import DSQModelMixin
+from fairseq_dsq.plugin.config import set_defaults
 
 
 @register_model("transformer_lm_dsq")
@@ -23,7 +23,7 @@ class TransformerLanguageModelDSQ(DSQModelMixin, TransformerLanguageModel):
 
 @register_model_architecture("transformer_lm_dsq", "transformer_lm_dsq")
 def transformer_lm_dsq(args):
-    dsq.set_defaults(args)
+    set_defaults(args)
     base_lm_architecture(args)
 '''
 SHAPE = (

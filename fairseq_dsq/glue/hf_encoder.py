@@ -14,11 +14,11 @@ from fairseq.tasks.masked_lm import MaskedLMTask
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from fairseq_dsq.flags import ENCODER_DEFAULTS
-from fairseq_dsq.models.checkpoints import shape_to_str
-from fairseq_dsq.models.hf_vocabulary import read_json
-from fairseq_dsq.models.probe import training_config
+from fairseq_dsq.glue.hf_vocabulary import read_json
 from fairseq_dsq.models.roberta_dsq import HEADS, POOLER
+from fairseq_dsq.plugin.checkpoints import shape_to_str
+from fairseq_dsq.plugin.config import ENCODER_DEFAULTS
+from fairseq_dsq.plugin.probe import training_config
 
 ARCH = "roberta_dsq"
 FAMILIES = ("bert", "roberta")

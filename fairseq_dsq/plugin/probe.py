@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fairseq_dsq import data_files
-from fairseq_dsq.models import dsq
-from fairseq_dsq.models.state import DSQState
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig, Ledger, Work
+from fairseq_dsq.plugin.attach import quantize
+from fairseq_dsq.plugin.state import DSQState
 
 FOLDER = "models"
 # Operators that allocate or inspect and move no data; gathers read no more than they write.
@@ -260,7 +260,7 @@ def trace(spec: ModelSpec, training: bool = True) -> Work:
         state.context.set_precision(FLOAT32)
     else:
         context = DSQContext(GemmConfig(FLOAT32))
-        dsq.quantize(model, context)
+        quantize(model, context)
         ledger = context.ledger
     with ledger_scopes(model, ledger):
         step(model, spec, training)

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 
-from fairseq_dsq.flags import flag_error
-from fairseq_dsq.models.workers import check_workers
+from fairseq_dsq.errors import flag_error
+from fairseq_dsq.plugin.workers import check_workers
 
 TRAINING_COMMANDS = ("fairseq-train", "fairseq-hydra-train", "train.py", "hydra_train.py")
 
@@ -41,7 +41,7 @@ def check_modes(args: Any) -> None:
         args: flags of fairseq-train; nothing is looked at in a command that does not train.
 
     Raises:
-        the errors of :func:`fairseq_dsq.flags.flag_error`; one line names the flag.
+        the errors of :func:`fairseq_dsq.errors.flag_error`; one line names the flag.
     """
     if not _trains():
         return

@@ -13,7 +13,7 @@ from fairseq.criterions import CRITERION_REGISTRY
 from omegaconf import OmegaConf
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models.loading import FREE_TEXT, ModelState, check_checkpoint, is_plain
+from fairseq_dsq.plugin.loading import FREE_TEXT, ModelState, check_checkpoint, is_plain
 
 RUNS = "__import__('os').system('touch ran') or [10,20]"
 

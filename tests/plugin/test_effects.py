@@ -6,9 +6,8 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from fairseq_dsq.flags import DEFAULTS
-from fairseq_dsq.models.dsq import set_defaults
-from fairseq_dsq.models.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
+from fairseq_dsq.plugin.config import DEFAULTS, set_defaults
+from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
 

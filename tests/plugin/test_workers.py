@@ -7,7 +7,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models import workers
+from fairseq_dsq.plugin import workers
 
 ONE = {
     "cpu": True, "distributed_world_size": 1, "distributed_init_method": None, "distributed_no_spawn": False,

@@ -1,0 +1,1 @@
+"""Everything that knows fairseq and is no registration: flags, conversion, schedule state, hooks, checkpoints."""

@@ -1,0 +1,97 @@
+"""Converts a fairseq model as its flags say, and hangs its schedule on the task that trains it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from fairseq_dsq.errors import flag_error
+from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
+from fairseq_dsq.plugin.config import set_defaults
+from fairseq_dsq.plugin.effects import levels_of
+from fairseq_dsq.plugin.heads import convert_heads
+from fairseq_dsq.plugin.hooks import hang_on_training
+from fairseq_dsq.plugin.state import DSQState
+from fairseq_dsq.schedule import PrecisionSchedule
+
+logger = logging.getLogger(__name__)
+
+# The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
+SAFE_GRAD_BITS = 16
+
+
+def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
+    """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
+    convert(model, context, skip, optional, warn=False)
+    convert_heads(model)
+    warn_of_float(model, skip)
+
+
+def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:
+    """Convert a fairseq model as the flags in ``args`` say and hang its schedule on ``task``'s validation.
+
+    Args:
+        model: changed in place.
+        args: the flags; :func:`set_defaults` checks them.
+        task: the fairseq task that validates.
+        later: names of layers that the model gets later and hands to :func:`convert_added`; ``--dsq-skip`` may name
+            them.
+
+    Raises:
+        DSQError: flags that contradict each other or the model; one line names the flag.
+    """
+    set_defaults(args)
+    if args.dsq_fixed_scale == "static" and args.dsq_format == "fixed" and args.dsq_scale != "floor":
+        flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
+    try:
+        levels = levels_of(args)
+    except ValueError as error:
+        flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
+    for number, level in enumerate(levels):
+        if args.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
+            logger.warning(
+                f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
+                "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
+            )
+            break
+    if args.dsq_format == "fixed" and args.dsq_fixed_scale == "dynamic":
+        logger.warning(
+            "--dsq-fixed-scale dynamic: one scale per tensor lets a sentence's result depend on its batch and a "
+            "position's on later ones; row and static do not"
+        )
+    context = DSQContext(
+        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm, args.dsq_value_boxes),
+        attention_matmul=args.dsq_attention_matmul == "on",
+        stash_scope=args.dsq_stash_scope,
+    )
+    schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
+    skip = shlex.split(args.dsq_skip)
+    try:
+        quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
+    except ValueError as error:
+        flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
+    model.dsq = DSQState(levels, schedule, context)
+    hang_on_training(task, args)
+
+
+def convert_added(model: nn.Module, args: Any, name: str) -> None:
+    """Convert the module ``name``, which ``model`` was given after :func:`attach`; it shares the model's level.
+
+    Raises:
+        DSQError: it cannot be converted; one line says why.
+    """
+    state = model.dsq
+    assert isinstance(state, DSQState)
+    # Inside of what contains it, so that --dsq-skip's patterns see its full name.
+    tree = model.get_submodule(name)
+    for part in reversed(name.split(".")):
+        tree = nn.ModuleDict({part: tree})
+    skip = shlex.split(args.dsq_skip)
+    try:
+        quantize(tree, state.context, skip, optional=skip)
+    except ValueError as error:
+        flag_error("--arch", str(error))
