@@ -8,7 +8,7 @@ import pytest
 import fairseq_dsq
 
 PACKAGE = Path(fairseq_dsq.__path__[0])
-FAIRSEQ_ROOMS = {"criterions", "glue", "models", "optim", "plugin", "translation"}
+FAIRSEQ_ROOMS = {"bench", "criterions", "glue", "models", "optim", "plugin", "translation"}
 # room: the rooms it may import, beside itself
 ARROWS = {
     "artefact": set(),
@@ -21,7 +21,7 @@ ARROWS = {
     "schedule": set(),
     "text": set(),
     "quant": {"formats", "precision"},
-    "cost": {"data_files", "formats", "precision"},
+    "cost": {"data_files", "formats", "nn", "precision"},
     "nn": {"formats", "precision", "quant"},
     "plugin": {"data_files", "errors", "formats", "precision", "quant", "nn", "schedule", "text"},
     "models": {"errors", "nn", "plugin"},
@@ -29,8 +29,10 @@ ARROWS = {
     "glue": {"artefact", "download", "models", "plugin", "text"},
     "translation": {"artefact", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "text"},
+    "bench": {"criterions", "formats", "nn", "plugin", "precision", "quant"},
     "cli": {
         "artefact",
+        "bench",
         "criterions",
         "data_files",
         "download",
