@@ -150,6 +150,9 @@ class PrecisionConfig:
         return "[" + ",".join(str(q) for q in self.q) + "]"
 
 
+FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
+
+
 def _pair(q: Q) -> list[Q]:
     """The members of a q, bits as integers."""
     if isinstance(q, int):

@@ -126,7 +126,7 @@ def begin(path: Path, start: Start, source: Path | None = None, stopped: bool = 
         aside = _unused(path)
         path.rename(aside)
         said = f"{own_problem or f'{path}: has another training'}; it is {aside.name} now"
-    with artefact.whole(path) as partial:
+    with artefact.atomic(path) as partial:
         partial.write_text("".join(map(_to_text, [*kept, start])), encoding="utf-8")
     return said or problem
 

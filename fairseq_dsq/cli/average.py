@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     document.pop("last_optimizer_state", None)
     for name in ("ema", "ema_fp32_params"):
         document["extra_state"].pop(name, None)
-    with artefact.whole(args.output) as partial:
+    with artefact.atomic(args.output) as partial:
         torch.save(document, partial)
     at = "" if record is None else f", at precision level {record.in_force}, {record.levels[record.in_force]}"
     print(f"wrote {args.output}: the average of {count} checkpoints{at}")

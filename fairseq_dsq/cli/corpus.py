@@ -549,7 +549,7 @@ def _write_binarised(directory: pathlib.Path, train: int, valid: int, test: int,
     with artefact.locked(directory.parent):
         if artefact.check(directory, settings):
             return False
-        with artefact.whole(directory) as partial:
+        with artefact.atomic(directory) as partial:
             write(partial, train, valid, test, seed)
             fairseq_command.preprocess(partial, "de", "en")
             artefact.write(partial, settings)

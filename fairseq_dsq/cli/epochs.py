@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fairseq_dsq.report.runs import epoch_table, read_run
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, its dsq.jsonl, or a log in JSON")
 
 
 def main(args: argparse.Namespace) -> int:
+    from fairseq_dsq.report.runs import epoch_table, read_run
+
     print(epoch_table(read_run(args.run).epochs))
     return 0

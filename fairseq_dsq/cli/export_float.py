@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     criterion["_name"] = str(criterion["_name"]).removeprefix(PREFIX)
     state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
     state["model"] = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
-    with artefact.whole(args.output) as partial:
+    with artefact.atomic(args.output) as partial:
         torch.save(state, partial)
     print(f"wrote {args.output} ({model['arch']})")
     return 0

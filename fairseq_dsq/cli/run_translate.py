@@ -73,7 +73,7 @@ def _collect(output: Path, hypotheses: Path, reference: Path) -> None:
         expected = sum(1 for _ in file)
     if sorted(found) != list(range(expected)):
         raise ValueError(f"{output}: got {len(found)} translations, expected the {expected} of {reference}")
-    with artefact.whole(hypotheses) as partial:
+    with artefact.atomic(hypotheses) as partial:
         partial.write_text("".join(f"{found[number]}\n" for number in range(expected)), encoding="utf-8")
 
 
@@ -82,5 +82,5 @@ def _score(reference: Path, hypotheses: Path, digits: int, score: Path) -> None:
     done = subprocess.run([*command, "-w", str(digits), "--force"], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"sacrebleu: {fairseq_command.last_error(done.stderr) or done.stderr.strip()}")
-    with artefact.whole(score) as partial:
+    with artefact.atomic(score) as partial:
         partial.write_text(done.stdout, encoding="utf-8")

@@ -70,6 +70,12 @@ def total(groups: list[Group], name: str = "all") -> Group:
     )
 
 
+def shares(groups: list[Group]) -> list[float]:
+    """Per cent of the latency of all."""
+    latency = sum(group.latency_s for group in groups)
+    return [100 * group.latency_s / latency for group in groups]
+
+
 def groups_of_step(
     gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool, str], int]],
     stashes: Iterable[tuple[tuple[Stash, PrecisionConfig, str], int]],

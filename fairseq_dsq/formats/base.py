@@ -172,11 +172,17 @@ class Format(ABC):
         return -(-values * self.bits // 8)
 
 
+def kernel_box_size(group: Group) -> int:
+    """A group as :class:`KernelSpec` has it."""
+    if isinstance(group, int):
+        return group
+    return MAX_BOX_SIZE if group == "row" else 0
+
+
 def _check_spec(fmt: Format, spec: KernelSpec) -> None:
-    values = {"tensor": 0, "row": MAX_BOX_SIZE}.get(fmt.group, fmt.group)  # type: ignore[call-overload]
     for name, got, expected in (
         ("bits", spec.bits, fmt.bits),
-        ("box_size", spec.box_size, values),
+        ("box_size", spec.box_size, kernel_box_size(fmt.group)),
         ("scale_bytes", fmt.scale_bytes, 1),
         ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
     ):

@@ -59,7 +59,7 @@ class Integer(Format):
     @property
     def max_code(self) -> int:
         """The largest code; the smallest is its negative."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     @property
     def significand_bits(self) -> int:

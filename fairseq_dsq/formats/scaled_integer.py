@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SCALE_RULES, SIGNIFICAND_BITS, Format, KernelSpec, ScaleRule, check_bits
+from fairseq_dsq.formats.base import (
+    SCALE_RULES,
+    SIGNIFICAND_BITS,
+    Format,
+    KernelSpec,
+    ScaleRule,
+    check_bits,
+    kernel_box_size,
+)
 
 # The exponent of float32's largest and smallest normal numbers.
 MIN_EXPONENT, MAX_EXPONENT = -126, 127
@@ -147,7 +155,8 @@ class ScaledInteger(Format):
 
     def kernel_spec(self) -> KernelSpec:
         """The kernels run every format of this kind."""
-        box_size = {"tensor": 0, "row": 2**31 - 1}.get(self.group, self.group)  # type: ignore[call-overload]
         exponent = 0 if self.fixed_exponent is None else self.fixed_exponent + EXPONENT_BIAS
         limits = float(self.min_code), float(self.max_code)
-        return KernelSpec(self.bits, int(self.signed_zero), box_size, exponent, *limits, self.headroom)
+        return KernelSpec(
+            self.bits, int(self.signed_zero), kernel_box_size(self.group), exponent, *limits, self.headroom
+        )

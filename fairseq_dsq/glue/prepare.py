@@ -129,7 +129,7 @@ def prepare(
             return _found(folder, settings), False
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OSError(f"{folder}: holds something else, expected a new or empty folder")
-        with artefact.whole(folder) as partial:
+        with artefact.atomic(folder) as partial:
             partial.mkdir()
             prepared = _make(task, partial, tokenizer, dictionary, binarise, paths, train_rows, group_by_length)
             artefact.write(partial, settings)

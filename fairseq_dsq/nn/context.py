@@ -7,7 +7,7 @@ from typing import Literal
 
 from fairseq_dsq import gemm
 from fairseq_dsq.ledger import Ledger
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.precision import FLOAT32, PrecisionConfig
 from fairseq_dsq.quantized import Rounding
 
 BoxDim = Literal["reduction", "last"]
@@ -16,8 +16,6 @@ ValueBoxes = Literal["row", "feature"]
 VALUE_BOXES: tuple[ValueBoxes, ...] = ("row", "feature")
 StashScope = Literal["gemm", "all"]
 STASH_SCOPES: tuple[StashScope, ...] = ("gemm", "all")
-
-FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
 
 
 @dataclass(frozen=True)

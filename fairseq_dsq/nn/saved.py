@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import BlockFloat
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat
 from fairseq_dsq.kernels import ops
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import autocast_device
@@ -99,12 +99,12 @@ def _pack_apart(x: Tensor) -> QuantizedTensor:
     finite = x.isfinite()
     packed = pack(x.where(finite, 0.0), KEPT)
     # Bytes: exponents and codes of the full boxes, then exponents and codes of the short last ones.
-    rows, (full, rest) = len(x), divmod(x.shape[1], KEPT.box_size)
-    in_full, in_short = rows * full * KEPT.box_size, rows * rest
+    rows, (full, rest) = len(x), divmod(x.shape[1], DEFAULT_BOX_SIZE)
+    in_full, in_short = rows * full * DEFAULT_BOX_SIZE, rows * rest
     _, codes, _, short = packed.data.split(
         [rows * full, in_full, len(packed.data) - rows * full - in_full - in_short, in_short]
     )
-    for part, known in zip((codes, short), finite.split([full * KEPT.box_size, rest], 1), strict=True):
+    for part, known in zip((codes, short), finite.split([full * DEFAULT_BOX_SIZE, rest], 1), strict=True):
         part.masked_fill_(part == _NOT_FINITE, 0).masked_fill_(~known.flatten(), _NOT_FINITE)
     return packed
 

@@ -216,8 +216,8 @@ class DSQConfig:
         "",
         _box_size,
         "N",
-        "values that share a scale, of bfp (by itself 16) and int (by itself row): a number of them; row, all of a row; "
-        "tensor, all (int alone)",
+        "values that share a scale, of bfp (by itself 16) and int (by itself row): a number of them; row, all of a "
+        "row; tensor, all (int alone)",
         "levels",
     )
     dsq_stash_scope: str = flag(

@@ -116,7 +116,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         arch=str(getattr(args, "arch", None) or getattr(args, "_name", "")),
         criterion=str(criterion["_name"] if isinstance(criterion, DictConfig) else criterion),
         cost_profile=str(flag_of(args, "dsq_cost_profile") or DSQCriterionConfig.dsq_cost_profile),
-        levels=tuple(level.by_value for level in model.dsq.levels),  # type: ignore[union-attr, arg-type]
+        levels=tuple(level.by_value for level in model.dsq.levels),  # type: ignore[union-attr]
         flags={name: _flag(flag_of(args, name)) for name in (*defaults(DSQConfig), *FAIRSEQ_FLAGS)},
         machine=machine,
     )
