@@ -150,14 +150,14 @@ class PrecisionConfig:
         return "[" + ",".join(str(q) for q in self.q) + "]"
 
 
-FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
-
-
 def _pair(q: Q) -> list[Q]:
     """The members of a q, bits as integers."""
     if isinstance(q, int):
         return [q]
     return [int(text) if _INTEGER.fullmatch(text) else text for text in q.split("|")]
+
+
+FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
 
 
 def parse_q(text: str) -> tuple[Q, Q, Q, Q]:

@@ -14,7 +14,7 @@ from fairseq_dsq.cost.hardware import Hardware
 from fairseq_dsq.cost.profiles import Cost, CostProfile, total_cost
 from fairseq_dsq.cost.published import FIXED16
 from fairseq_dsq.cost.roofline import Group, groups_of_step
-from fairseq_dsq.ledger import FLOAT32, Gemm, LedgerKey, Stash, StashKey, Work
+from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Work
 from fairseq_dsq.precision import FLOAT32, PrecisionConfig
 
 STANDARD_BITS, STASHING = 16, (16, 4, 4, 16)

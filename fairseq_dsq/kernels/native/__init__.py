@@ -53,11 +53,6 @@ _KINDS: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "max_code": ctypes.c_float,
     "headroom": ctypes.c_uint32,
 }
-    "box_size": _INT64,
-    "min_code": ctypes.c_float,
-    "max_code": ctypes.c_float,
-    "headroom": ctypes.c_uint32,
-}
 
 
 class _Format(ctypes.Structure):
