@@ -11,6 +11,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, Integer, make_format, parse
 
 WIDTHS = range(2, 33)
+FAMILIES = ["bfp", "fixed", "float32", "int"]
 
 
 # Limits of the codes
@@ -207,7 +208,7 @@ def test_names_of_widths_that_are_not_defined_are_refused(text):
 
 
 def test_the_choices_of_the_flag():
-    assert formats.names() == ["bfp", "fixed", "float32", "int"]
+    assert formats.names() == FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_an_extra_sign_bit_does_not_fit_on_top_of_32_bits():
 def test_a_new_format_is_one_registration():
     formats.register("wide", lambda q, options: BlockFloat(options.bits(q), box_size=64))
     try:
-        assert formats.names() == ["bfp", "fixed", "float32", "int", "wide"]
+        assert formats.names() == [*FAMILIES, "wide"]
         assert make_format("wide", 4) == parse("wide4") == BlockFloat(4, box_size=64)
         with pytest.raises(ValueError, match="'wide' is registered already"):
             formats.register("wide", lambda q, options: BlockFloat(q))

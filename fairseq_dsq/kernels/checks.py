@@ -104,8 +104,7 @@ def quantize_and_pack(x: Tensor, operand: Format, stash: Format, dtype: torch.dt
         TypeError, IndexError, ValueError: one line names the argument.
     """
     quantize(x, -1, None, dtype)
-    if x.dim() < 2:
-        raise ValueError(f"x: got {x.dim()} dimensions, expected at least 2")
+    along(x.shape, -2)
     if "tensor" in (operand.group, stash.group):
         raise ValueError("quantize_and_pack: expected formats with a box size: a whole tensor cannot go tile by tile")
 

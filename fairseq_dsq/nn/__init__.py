@@ -4,7 +4,6 @@ from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQMultiheadAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
-    FLOAT32,
     STASH_SCOPES,
     VALUE_BOXES,
     BoxDim,
@@ -17,6 +16,7 @@ from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
 from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
+from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
     "BOX_DIMS",

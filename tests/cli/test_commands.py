@@ -30,7 +30,7 @@ def imported(*argv):
 
 def test_the_help_of_a_command_imports_what_the_package_does():
     (package, command), text = imported("epochs", "--help")
-    assert "log of fairseq-train" in text
+    assert "a run's folder, its dsq.jsonl" in text
     assert not HEAVY & {name.partition(".")[0] for name in package + command}
     ours = {name for name in command if name.startswith("fairseq_dsq.")}
     assert ours == {"fairseq_dsq.cli", "fairseq_dsq.cli.epochs"}

@@ -86,7 +86,7 @@ def test_times_below_16_bit_fixed_point(q, arithmetic, dram):
 
 
 def test_the_mac_formulas():
-    fixed, bfp = (PAPER.format_cost(PrecisionConfig((4, 4, 4, 16), name)) for name in ("fixed", "bfp"))
+    fixed, bfp = map(PAPER.format_cost, ("fixed", "bfp"))
     assert fixed.mac(4, 16) == 64 / 1024
     assert bfp.mac(4, 16) == pytest.approx((0.395 * 64 + 5.32 * 8) / 1024)
     assert bfp.mac(4, 16) == bfp.mac(16, 4)

@@ -109,8 +109,14 @@ def _parse_odd(text):
     return Odd(int(bits), int(box_size), (int(low), int(high)), bool(int(signed_zero)), exponent)
 
 
-if "odd" not in formats.names():
+@contextlib.contextmanager
+def odd_registered():
+    """Texts of :class:`Odd` are formats in the block."""
     formats.register("odd", lambda q, options: None, _parse_odd)
+    try:
+        yield
+    finally:
+        formats.unregister("odd")
 
 
 def assert_implements_definition(x, fmt, dim, seed):
