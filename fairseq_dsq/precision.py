@@ -159,11 +159,11 @@ def parse_q(text: str) -> tuple[int, int, int, int]:
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:
-    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, lowest first.
+    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order.
 
     Raises:
-        ValueError: no level, a malformed one, a q outside the format's widths, or one that decreases; the
-            message names the level (counted from 0) and the index.
+        ValueError: no level, a malformed one, or a q outside the format's widths; the message names the level
+            (counted from 0) and the index.
     """
     pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
@@ -174,12 +174,6 @@ def parse_levels(
             level = PrecisionConfig(parse_q(piece), format_name, options)
         except ValueError as error:
             raise ValueError(f"level {number}: {error}") from None
-        if levels:
-            for index, (before, after) in enumerate(zip(levels[-1].q, level.q, strict=True)):
-                if after < before:
-                    raise ValueError(
-                        f"level {number} {level}: q{index} falls from {before} to {after}, expected no q to decrease"
-                    )
         levels.append(level)
     return tuple(levels)
 

@@ -33,7 +33,7 @@ class _Hooks:
         self.state: DSQState | None = None
         self.recorder: Recorder | None = None
         self.own_begin_epoch, self.own_begin_valid_epoch = task.begin_epoch, task.begin_valid_epoch
-        self.own_reduce_metrics = task.reduce_metrics
+        self.own_reduce_metrics = getattr(task, "reduce_metrics", None)
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
 
@@ -57,6 +57,7 @@ class _Hooks:
                 self._warn(state, epoch)
             self.recorder = recorder(self.args, model, epoch, state.updates)
         self.started, self.epoch, self.state = True, epoch, _state(model)
+        self.state.epoch = epoch
         # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
         # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
         gc.collect()
@@ -79,6 +80,7 @@ class _Hooks:
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
+        assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
         if (
@@ -152,8 +154,7 @@ def hang_on_training(task: Any, args: Any) -> None:
         hooks.args, hooks.flags = args, TrainingFlags.of(args)
         return
     hooks = task._dsq_hooks = _Hooks(task, args)
-    names = ["begin_epoch", "begin_valid_epoch", "post_validate", "reduce_metrics"]
-    if hooks.own_get_batch_iterator is not None:
-        names.append("get_batch_iterator")
+    names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
+    names += [name for name in ("get_batch_iterator", "reduce_metrics") if hasattr(task, name)]
     for name in names:
         setattr(task, name, getattr(hooks, name))
