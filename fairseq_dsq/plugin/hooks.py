@@ -12,7 +12,7 @@ from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
-from fairseq_dsq.plugin.recorder import Recorder, recorder
+from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
 
@@ -48,11 +48,13 @@ class _Hooks:
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
-        # another training, perhaps of another task, has reached says nothing of this one.
+        # another training, perhaps of another task, has reached says nothing of this one. Without validation, there is
+        # none to take.
         if not self.started:
             refuse_lone_workers()
             state = _state(model)
-            state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
+            has_best = hasattr(checkpoint_utils.save_checkpoint, "best")
+            state.begin_training(restart=not has_best and not goes_on(self.args, state.updates))
             if get_global_rank() == 0:
                 self._warn(state, epoch)
             self.recorder = recorder(self.args, model, epoch, state.updates)
