@@ -43,7 +43,7 @@ ARROWS = {
     "criterions": {"cost", "errors", "plugin"},
     "glue": {"artefact", "download", "models", "plugin", "text"},
     "translation": {"artefact", "download"},
-    "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "text"},
+    "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "cli": {
         "artefact",
         "criterions",
