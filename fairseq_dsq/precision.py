@@ -186,11 +186,11 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:
-    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in order.
+    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order.
 
     Raises:
-        ValueError: no level, a malformed one, a q outside the format's widths, or one that decreases; the
-            message names the level (counted from 0) and the index.
+        ValueError: no level, a malformed one, or a q outside the format's widths; the message names the level
+            (counted from 0) and the index.
     """
     pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
@@ -201,11 +201,6 @@ def parse_levels(
             level = PrecisionConfig(parse_q(piece), format_name, options)
         except ValueError as error:
             raise ValueError(f"level {number}: {error}") from None
-        if levels:
-            for index, (before, after) in enumerate(zip(levels[-1].bits, level.bits, strict=True)):
-                if any(lower < higher for lower, higher in zip(after, before, strict=True)):
-                    falls = f"q{index} falls from {levels[-1].q[index]} to {level.q[index]}"
-                    raise ValueError(f"level {number} {level}: {falls}, expected no q to decrease")
         levels.append(level)
     return tuple(levels)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,22 +189,15 @@ def _parse(line: bytes) -> Line:
     return kind(**values)
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST:
-        raise ValueError
-    return value
+def _is(kind: type, accepts: Callable[[Any], bool] = lambda _: True) -> Callable[[Any], Any]:
+    """What refuses all but values of one type."""
 
+    def read(value: Any) -> Any:
+        if type(value) is not kind or not accepts(value):
+            raise ValueError
+        return value
 
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return value
+    return read
 
 
 def _number(value: Any) -> float:
@@ -217,20 +210,15 @@ def _numbers(value: Any) -> dict[str, float]:
     return {name: _number(number) for name, number in value.items()}
 
 
+_text = _is(str)
 _READERS = {
-    "int": _count,
-    "bool": _switch,
+    "int": _is(int, lambda value: 0 <= value < _MOST),
+    "bool": _is(bool),
     "str": _text,
     "float": _number,
-    "tuple[str, ...]": lambda value: tuple(map(_text, _list(value))),
-    "Mapping[str, Any]": lambda value: dict(value.items()),
+    "tuple[str, ...]": lambda value: tuple(map(_text, _is(list)(value))),
+    "Mapping[str, Any]": _is(dict),
     "Mapping[str, str]": lambda value: {name: _text(text) for name, text in value.items()},
     "Mapping[str, float]": _numbers,
     "Mapping[str, Mapping[str, float]]": lambda value: {name: _numbers(numbers) for name, numbers in value.items()},
 }
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError
-    return value

@@ -16,12 +16,13 @@ ARROWS = {
     "errors": set(),
     "formats": {"text"},
     "precision": {"formats", "text"},
+    "flags": {"text"},
+    "schedules": {"errors", "flags", "precision", "text"},
     "ledger": {"precision"},
     "kernels": {"formats"},
     "quantized": {"formats", "kernels"},
     "gemm": {"formats", "kernels"},
     "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized"},
-    "schedule": set(),
     "data_files": {"text"},
     "cost": {"data_files", "formats", "ledger", "precision"},
     # What knows fairseq, and what is made of it.
@@ -29,19 +30,19 @@ ARROWS = {
     "download": {"artefact"},
     "record": {"artefact", "text"},
     "plugin": {
-        *("artefact", "cost", "data_files", "errors", "formats", "gemm", "ledger", "nn", "precision", "quantized"),
-        *("record", "schedule", "text"),
+        *("artefact", "cost", "data_files", "errors", "flags", "formats", "gemm", "ledger", "nn", "precision"),
+        *("quantized", "record", "schedules", "text"),
     },
     "__init__": {"criterions", "errors", "models", "optim", "plugin"},
     "models": {"errors", "nn", "plugin"},
     "criterions": {"cost", "errors", "plugin"},
     "glue": {"artefact", "download", "models", "plugin", "text"},
     "translation": {"artefact", "download"},
-    "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "text"},
+    "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "bench": {"criterions", "formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
-        *("ledger", "nn", "plugin", "precision", "quantized", "record", "report", "schedule", "text", "translation"),
+        *("ledger", "nn", "plugin", "precision", "quantized", "record", "report", "schedules", "text", "translation"),
     },
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,28 +82,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
     """What a checkpoint says of the schedule; None for one of a float model."""
+    from fairseq_dsq import schedules
+    from fairseq_dsq.plugin.effects import levels_of
     from fairseq_dsq.plugin.state import Record
 
     entries = {name.removeprefix(PREFIX): value for name, value in state["model"].items() if name.startswith(PREFIX)}
     if not entries:
         return None
-    record = Record.of(entries)
-    if record.levels:
-        return record
-    from fairseq_dsq.plugin.effects import levels_of
-
+    flags: Any = DSQConfig.of(state["cfg"]["model"])
     try:
-        levels = levels_of(state["cfg"]["model"])
+        levels = tuple(level.by_value for level in levels_of(flags))
     except ValueError as error:
         raise ValueError(f"{path}: --dsq-levels: {error}") from None
-    return Record(tuple(level.by_value for level in levels), record.in_force, record.schedule, record.counted_update)
+    try:
+        start = schedules.make(flags.dsq_schedule, len(levels), flags).start()
+    except ValueError as error:
+        raise ValueError(f"{path}: dsq_{error}") from None
+    record = Record.of(entries, start)
+    return record if record.levels else replace(record, levels=levels)
 
 
 def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> Record | None:
     """The higher of two levels. No loss of the average is known, so that none is the best."""
-    from fairseq_dsq.plugin.state import Record
-    from fairseq_dsq.schedule import ScheduleState
-
     if own is None or other is None:
         if own is not other:
             raise ValueError(f"{path}: expected checkpoints with DSQ layers or without, as {first}")
@@ -112,7 +113,11 @@ def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> 
             f"{path}: got the levels {' '.join(own.levels)}, expected {' '.join(other.levels)}, those of {first}"
         )
     level = max(own.schedule.level, other.schedule.level)
-    return Record(own.levels, max(own.in_force, other.in_force), ScheduleState(level))
+    fresh: dict[str, Any] = {field.name: field.default for field in fields(own.schedule)}
+    in_force = max(own.in_force, other.in_force)
+    return replace(
+        own, in_force=in_force, schedule=replace(own.schedule, **{**fresh, "level": level}), counted_update=-1
+    )
 
 
 def _compare_flags(path: Path, first: Path, own: Any, other: Any) -> None:

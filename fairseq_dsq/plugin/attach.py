@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of
 from fairseq_dsq.plugin.heads import convert_heads
 from fairseq_dsq.plugin.hooks import hang_on_training
-from fairseq_dsq.plugin.state import DSQState
-from fairseq_dsq.schedule import PrecisionSchedule
+from fairseq_dsq.plugin.state import DSQState, refuse_field
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.schedules import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         attention_matmul=flags.dsq_attention_matmul == "on",
         stash_scope=flags.dsq_stash_scope,
     )
-    schedule = PrecisionSchedule(len(levels), flags.dsq_patience, flags.dsq_min_delta)
+    schedule = _schedule(flags, levels)
     skip = shlex.split(flags.dsq_skip)
     try:
         quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
@@ -78,6 +80,23 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
+
+
+def _schedule(flags: Any, levels: Sequence[PrecisionConfig]) -> Policy[Any]:
+    """The policy that the flags name.
+
+    Raises:
+        DSQError: its flags are missing, or do not fit the levels.
+    """
+    try:
+        policy = schedules.make(flags.dsq_schedule, len(levels), flags)
+    except ValueError as error:
+        refuse_field(error)
+    try:
+        policy.check(levels)
+    except ValueError as error:
+        flag_error("--dsq-levels", str(error))
+    return policy
 
 
 def convert_added(model: nn.Module, args: Any, name: str) -> None:

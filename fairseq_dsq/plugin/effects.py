@@ -13,7 +13,9 @@ from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.precision import PrecisionConfig, parse_levels
-from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+from fairseq_dsq.schedules import Policy, own_flags
+from fairseq_dsq.schedules.plateau import Plateau, PlateauState
+from fairseq_dsq.schedules.updates import Updates
 
 THE_LEVELS = ("dsq_format", "dsq_levels")
 
@@ -86,8 +88,8 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
 
 def schedule_warnings(
     flags: TrainingFlags,
-    schedule: PrecisionSchedule,
-    state: ScheduleState,
+    schedule: Policy[Any],
+    state: Any,
     epoch: int,
     batches: int | None,
     done: int,
@@ -98,11 +100,24 @@ def schedule_warnings(
         epoch, done: where training begins, and how many of that epoch's batches lie behind.
         batches: of an epoch; None if that is not known.
     """
+    if isinstance(schedule, Updates):
+        name = "max_epoch" if schedule.in_epochs else "max_update"
+        limit = getattr(flags, name)
+        late = [str(point) for point in schedule.at if 0 < limit < point + (not schedule.in_epochs)]
+        if late:
+            yield f"--dsq-raise-at {schedule.raise_at}: {option(name)} {limit} ends training before {', '.join(late)}"
+    if isinstance(schedule, Plateau) and state.level + 1 < schedule.num_levels:
+        yield from _plateau_warnings(flags, schedule, state, epoch, batches, done)
+
+
+def _plateau_warnings(
+    flags: TrainingFlags, schedule: Plateau, state: PlateauState, epoch: int, batches: int | None, done: int
+) -> Iterator[str]:
     rises = schedule.num_levels - 1 - state.level
-    if not rises:
-        return
     needed = schedule.patience - state.bad_validations + (state.best_loss == math.inf)
     takes = f"the {needed} that --dsq-patience {schedule.patience} takes"
+    if schedule.raise_on_divergence:
+        needed, takes = 1, "the 1 that --dsq-raise-on-divergence takes"
     if flags.disable_validation:
         yield f"--disable-validation: no validation is scored, so the precision never rises from level {state.level}"
     elif batches is not None and (count := flags.validations(epoch, batches, done, needed)) < needed:
@@ -111,7 +126,7 @@ def schedule_warnings(
             f"--{name.replace('_', '-')} {value}" for name in limits if (value := getattr(flags, name)) > 0
         )
         yield f"{given}: {count} validations will count, fewer than {takes}; the precision stays at level {state.level}"
-    if 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
+    if not schedule.raise_on_divergence and 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
         yield (
             f"--patience {flags.patience}: training stops after that many validations without a new best, and the "
             f"{rises} levels left take {schedule.patience * rises - state.bad_validations} of them at --dsq-patience "
@@ -142,7 +157,11 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             return False
         return [level.formats for level in others] == [level.formats for level in levels]
 
-    if len(levels) == 1:
+    own_schedule = {f"dsq_{name}" for name in own_flags(args.dsq_schedule)} | {"dsq_schedule"}
+    if len(levels) > 1:
+        for line in given(*(name for name in defaults(DSQConfig, "schedule") if name not in own_schedule)):
+            yield f"{line} with --dsq-schedule {args.dsq_schedule}"
+    else:
         for line in given(*defaults(DSQConfig, "schedule")):
             yield f"{line} with one level in --dsq-levels"
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):

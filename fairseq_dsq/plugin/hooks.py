@@ -12,7 +12,7 @@ from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
-from fairseq_dsq.plugin.recorder import Recorder, recorder
+from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
 
@@ -33,7 +33,7 @@ class _Hooks:
         self.state: DSQState | None = None
         self.recorder: Recorder | None = None
         self.own_begin_epoch, self.own_begin_valid_epoch = task.begin_epoch, task.begin_valid_epoch
-        self.own_reduce_metrics = task.reduce_metrics
+        self.own_reduce_metrics = getattr(task, "reduce_metrics", None)
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
 
@@ -48,15 +48,18 @@ class _Hooks:
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
-        # another training, perhaps of another task, has reached says nothing of this one.
+        # another training, perhaps of another task, has reached says nothing of this one. Without validation, there is
+        # none to take.
         if not self.started:
             refuse_lone_workers()
             state = _state(model)
-            state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
+            has_best = hasattr(checkpoint_utils.save_checkpoint, "best")
+            state.begin_training(restart=not has_best and not goes_on(self.args, state.updates))
             if get_global_rank() == 0:
                 self._warn(state, epoch)
             self.recorder = recorder(self.args, model, epoch, state.updates)
         self.started, self.epoch, self.state = True, epoch, _state(model)
+        self.state.epoch = epoch
         # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
         # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
         gc.collect()
@@ -79,6 +82,7 @@ class _Hooks:
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
+        assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
         if (
@@ -152,8 +156,7 @@ def hang_on_training(task: Any, args: Any) -> None:
         hooks.args, hooks.flags = args, TrainingFlags.of(args)
         return
     hooks = task._dsq_hooks = _Hooks(task, args)
-    names = ["begin_epoch", "begin_valid_epoch", "post_validate", "reduce_metrics"]
-    if hooks.own_get_batch_iterator is not None:
-        names.append("get_batch_iterator")
+    names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
+    names += [name for name in ("get_batch_iterator", "reduce_metrics") if hasattr(task, name)]
     for name in names:
         setattr(task, name, getattr(hooks, name))

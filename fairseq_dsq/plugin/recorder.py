@@ -84,6 +84,11 @@ def recorder(args: Any, model: nn.Module, epoch: int, updates: int) -> Recorder 
     return Recorder(args, model, epoch, updates)
 
 
+def goes_on(args: Any, updates: int) -> bool:
+    """Whether training goes on from a checkpoint of ``updates`` updates, of which nothing was reset."""
+    return bool(flag_of(args, "save_dir")) and _source(args, updates)[0] is not None
+
+
 def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
     """The record beside the checkpoint that training goes on from, and whether that is the last of its own folder.
 

@@ -16,6 +16,7 @@ from fairseq_dsq import record
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
 from fairseq_dsq.record import Point, Start
+from fairseq_dsq.schedules import own_flags
 from fairseq_dsq.text import printable
 
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.
@@ -23,11 +24,11 @@ QUALITY_METRICS = (
     "bleu", "accuracy", "f1", "acc_and_f1", "mcc", "pearson", "pearson_and_spearman", "spearman", "loss",
 )  # fmt: skip
 LOWER_IS_BETTER = frozenset({"loss"})
-# What the flags that make a precision setup are where a record does not say: all but those of the schedule.
+# What the flags that make a precision setup are where a record does not say: all but those of the usual schedule.
 DSQ_DEFAULTS = {
     flag: str(value)
     for flag, value in {**defaults(DSQConfig), **defaults(DSQCriterionConfig)}.items()
-    if flag not in defaults(DSQConfig, "schedule")
+    if flag.removeprefix("dsq_") not in own_flags("plateau")
 }
 EXPECTED = f"expected the folder of a run with {record.NAME}, such a file, or a log of fairseq-train --log-format json"
 _TRAIN = "train"

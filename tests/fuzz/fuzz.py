@@ -151,7 +151,8 @@ def run_flag(words: list[str]) -> None:
 
 
 def flag(rng: random.Random) -> list[str]:
-    name, value = rng.choice(list(defaults(DSQConfig).items()))
+    takes_a_value = [(name, value) for name, value in defaults(DSQConfig).items() if not isinstance(value, bool)]
+    name, value = rng.choice(takes_a_value)
     return [f"--{name.replace('_', '-')}={mutated(rng, str(value))}"]
 
 

@@ -16,7 +16,7 @@ from fairseq_dsq.nn import DSQLinear
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.attach import attach
 from fairseq_dsq.plugin.config import flag_table, set_defaults
-from fairseq_dsq.schedule import ScheduleState
+from fairseq_dsq.schedules.plateau import PlateauState
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -87,7 +87,7 @@ def test_a_raised_level_waits_until_training_goes_on():
     loaded.eval()
     for twin in (loaded, model):
         assert twin[0].context.config.precision.q == (2, 2, 2, 16)
-        assert twin.dsq.state == ScheduleState(level=1, best_loss=3.0, bad_validations=0)
+        assert twin.dsq.state == PlateauState(level=1, best_loss=3.0, bad_validations=0)
         twin.train()
         twin.eval()
         assert twin[0].context.config.precision.q == (16, 4, 4, 16)

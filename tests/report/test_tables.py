@@ -112,6 +112,11 @@ def test_differences_carry_their_sign():
             {**samples.STATIC, "dsq_rounding": "stochastic", "dsq_skip": "*.fc1"},
             ("Stashing (BFP)", "[16,4,4,16], rounding stochastic, skip *.fc1"),
         ),
+        ({**samples.DSQ, "dsq_patience": 9}, ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]")),
+        (
+            {**samples.DSQ, "dsq_schedule": "updates", "dsq_raise_at": "4000"},
+            ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16], schedule updates, raise at 4000"),
+        ),
     ],
 )
 def test_labels(tmp_path, flags, labels):
