@@ -27,7 +27,8 @@ ARROWS = {
     "models": {"errors", "nn", "plugin"},
     "criterions": {"cost", "errors", "plugin"},
     "glue": {"artefact", "download", "models", "plugin", "text"},
-    "translation": {"artefact", "download"},
+    "recipes": {"artefact", "data_files", "translation"},
+    "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "text"},
     "bench": {"criterions", "formats", "nn", "plugin", "precision", "quant"},
     "cli": {
@@ -46,6 +47,7 @@ ARROWS = {
         "schedule",
         "cost",
         "models",
+        "recipes",
         "report",
         "text",
         "translation",

@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass
 
 from fairseq_dsq import artefact
-from fairseq_dsq.cli import fairseq_command
+from fairseq_dsq.recipes import fairseq_command
 
 Pair = tuple[str, str]
 Endings = dict[str, tuple[str, ...]]
