@@ -35,7 +35,11 @@ def main(args: argparse.Namespace) -> int:
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
-    options = vars(_parser(args.recipe, recipe).parse_args(own))
+    try:
+        parser = _parser(args.recipe, recipe)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"RECIPE: {args.recipe}: parameters: {error}") from None
+    options = vars(parser.parse_args(own))
     _check(recipe, options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
@@ -88,8 +92,8 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         if table:
             add("methods", " ".join(_methods(recipe)), "rows of the table to train", "NAMES")
         add("vocab", recipe.vocab, "joint sentence pieces")
-        for parameter, value in recipe.parameters.items():
-            add(parameter, value, f"see {parameter} in the recipe")
+    for parameter, value in recipe.parameters.items():
+        add(parameter, value, f"{{{parameter}}} of the recipe's flags")
     add("format", "" if table else recipe.format, "number format" + (": one run in place of the table" * table), "NAME")
     add("levels", "", "precision levels (default: fairseq_dsq's)", "LEVELS")
     add("patience", recipe.patience, "as --dsq-patience")
@@ -104,7 +108,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
 
 def _check(recipe: Recipe, options: dict[str, str]) -> None:
     """Refuse what no command would refuse in time."""
-    positive = ["epochs", "patience", *(["vocab", *recipe.parameters] if isinstance(recipe, Translation) else [])]
+    positive = ["epochs", "patience", *recipe.parameters, *(["vocab"] if isinstance(recipe, Translation) else [])]
     for least, names in ((1, positive), (0, ["seed", *(["train_rows"] if isinstance(recipe, Glue) else [])])):
         for name in names:
             value = options[name]

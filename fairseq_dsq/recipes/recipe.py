@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq_dsq import data_files
 
 FOLDER, METHODS = "recipes", "methods"
+PARAMETER = re.compile(r"\{([\w-]+)\}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Recipe:
         about: what it trains and where its data comes from.
         train: flags of fairseq-train.
         epochs, patience, min_delta, format: the training's length and schedule, the number format.
+        parameters: more flags, integers whose values ``train`` names as {NAME}.
     """
 
     about: str
@@ -34,6 +38,16 @@ class Recipe:
     format: str = "bfp"
     patience: int = 5
     min_delta: str = "0"
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            shlex.split(self.train)
+        except ValueError as error:
+            raise ValueError(f"train: {error}") from None
+        for name in PARAMETER.findall(self.train):
+            if name not in self.parameters:
+                raise ValueError(f"train: got {{{name}}}, expected one of the parameters: {', '.join(self.parameters)}")
 
 
 @dataclass
@@ -47,7 +61,6 @@ class Translation(Recipe):
         vocab: joint sentence pieces.
         search: flags of fairseq-generate.
         methods: the rows that are trained, of a file in configs/methods/; empty: one run.
-        parameters: more flags, whose values ``train`` names as {NAME}.
     """
 
     corpus: Any = "???"  # must be given
@@ -55,7 +68,6 @@ class Translation(Recipe):
     vocab: int = 4000
     search: str = "--beam 5"
     methods: str = ""
-    parameters: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> dict[str, Method]:
         """The methods by name, in the table's order.

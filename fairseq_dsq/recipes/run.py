@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fairseq_dsq import data_files
-from fairseq_dsq.recipes.recipe import FOLDER, Glue, Method, Translation
+from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, Method, Translation
 from fairseq_dsq.recipes.training import LOG
 from fairseq_dsq.translation import find_corpus
 
@@ -90,7 +90,7 @@ def slug(text: str) -> str:
 
 def _words(flags: str, options: Options) -> list[str]:
     """Flags in a recipe as words, with the options' values in place of their names in braces."""
-    return shlex.split(re.sub(r"\{([\w-]+)\}", lambda match: options[match[1]], flags))
+    return shlex.split(PARAMETER.sub(lambda match: options[match[1].replace("_", "-")], flags))
 
 
 def _dsq_flags(method: Method, options: Options) -> list[str]:
