@@ -260,8 +260,8 @@ def test_a_script_says_what_it_takes(name):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A clone with tiny corpora and a tiny encoder in place of roberta.base."""
-    from fairseq_dsq.cli.corpus import write
     from fairseq_dsq.glue import TASKS
+    from fairseq_dsq.translation.toy import write
     from tests.e2e.test_glue import make_encoder, write_toy
 
     folder = tmp_path_factory.mktemp("readme")

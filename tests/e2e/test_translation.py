@@ -12,10 +12,10 @@ import pytest
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cli import main
-from fairseq_dsq.cli.corpus import write
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.translation.toy import write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
