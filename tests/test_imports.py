@@ -37,12 +37,14 @@ ARROWS = {
     "models": {"errors", "nn", "plugin"},
     "criterions": {"cost", "errors", "plugin"},
     "glue": {"artefact", "download", "models", "plugin", "text"},
-    "translation": {"artefact", "download"},
+    "recipes": {"artefact", "data_files", "translation"},
+    "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "bench": {"criterions", "formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
-        *("ledger", "nn", "plugin", "precision", "quantized", "record", "report", "schedules", "text", "translation"),
+        *("ledger", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules", "text"),
+        "translation",
     },
 }
 

@@ -11,8 +11,8 @@ from report import samples
 
 from fairseq_dsq import artefact
 from fairseq_dsq.cli import main
-from fairseq_dsq.cli.fairseq_command import last_error
-from fairseq_dsq.cli.run_train import identity
+from fairseq_dsq.recipes.fairseq_command import last_error
+from fairseq_dsq.recipes.training import identity
 
 PATIENCE = ("--dsq-patience", "1")
 
