@@ -205,6 +205,43 @@ def parse_levels(
     return tuple(levels)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Levels of the modules whose name a shell-style pattern matches.
+
+    Attributes:
+        pattern: of a module's full name, or of one that contains it.
+        levels: one for each level of the schedule, or one for all.
+    """
+
+    pattern: str
+    levels: tuple[PrecisionConfig, ...]
+
+
+def parse_rules(
+    text: str, levels: int, format_name: str = "bfp", options: FormatOptions = FormatOptions()
+) -> tuple[Rule, ...]:
+    """Rules from ``'decoder.output_projection=float32; *.fc2=[4,4,4,16] [16,4,4,16]'``: a format stands for four q.
+
+    Raises:
+        ValueError: a rule without a pattern or levels, malformed levels, or neither one level nor as many as
+            ``levels``; the message quotes the rule.
+    """
+    rules = []
+    for piece in filter(None, (piece.strip() for piece in text.split(";"))):
+        pattern, _, value = (part.strip() for part in piece.partition("="))
+        if not pattern or not value:
+            raise ValueError(f"got {quoted(piece)}, expected such as '*.fc2=[4,4,4,16]' or 'decoder.*=float32'")
+        try:
+            own = parse_levels(value if "[" in value else f"[{','.join([value] * 4)}]", format_name, options)
+        except ValueError as error:
+            raise ValueError(f"rule {quoted(piece)}: {error}") from None
+        if len(own) not in (1, levels):
+            raise ValueError(f"rule {quoted(piece)}: got {len(own)} levels, expected 1, or {levels} as in --dsq-levels")
+        rules.append(Rule(pattern, own))
+    return tuple(rules)
+
+
 def levels_to_str(levels: tuple[PrecisionConfig, ...]) -> str:
     """The inverse of :func:`parse_levels`."""
     return " ".join(str(level) for level in levels)

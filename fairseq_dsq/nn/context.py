@@ -54,6 +54,7 @@ class DSQContext:
         stash_scope: ``gemm`` packs what GEMMs keep for backward; ``all`` also what LayerNorm, softmax, activation
             functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
         layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
+        parent: of whom this one follows the levels, see :meth:`ruled`.
     """
 
     config: GemmConfig
@@ -61,9 +62,13 @@ class DSQContext:
     ledger: Ledger = field(default_factory=Ledger)
     stash_scope: StashScope = "gemm"
     layers: int = 0
+    parent: DSQContext | None = None
+    _ruled: list[tuple[DSQContext, tuple[PrecisionConfig, ...]]] = field(default_factory=list)
 
     def number_layer(self) -> int:
         """The number of one more layer, from 0."""
+        if self.parent is not None:
+            return self.parent.number_layer()
         self.layers += 1
         return self.layers - 1
 
@@ -77,9 +82,11 @@ class DSQContext:
         """Whether operations other than GEMMs are to keep less too."""
         return self.stash_scope == "all" and self.packs
 
-    def set_precision(self, precision: PrecisionConfig) -> None:
-        """Put a level in force."""
+    def set_precision(self, precision: PrecisionConfig, level: int = 0) -> None:
+        """Put a level in force; ``level`` is its number, by which modules with a rule find theirs."""
         self.config = replace(self.config, precision=precision)
+        for context, levels in self._ruled:
+            context.set_precision(levels[min(level, len(levels) - 1)])
 
     def for_mode(self, training: bool) -> GemmConfig:
         """The configuration of a module's forward: evaluation always rounds to nearest, so that it is repeatable."""
@@ -88,5 +95,18 @@ class DSQContext:
         return replace(self.config, rounding="nearest")
 
     def float32(self) -> DSQContext:
-        """A context on the same ledger whose GEMMs stay float32: for modules left out by a skip pattern."""
+        """A context on the same ledger whose GEMMs stay float32."""
         return DSQContext(GemmConfig(FLOAT32), ledger=self.ledger)
+
+    def ruled(self, levels: tuple[PrecisionConfig, ...]) -> DSQContext:
+        """A context for modules with levels of their own, which are put in force with this one's.
+
+        Args:
+            levels: one for each level of the schedule, or one for all.
+        """
+        if not any(level.rounds for level in levels):
+            return self.float32()
+        config = replace(self.config, precision=levels[0])
+        context = DSQContext(config, self.attention_matmul, self.ledger, self.stash_scope, parent=self)
+        self._ruled.append((context, levels))
+        return context

@@ -189,7 +189,7 @@ class DSQState(nn.Module):
 
     def _put_in_force(self, level: int) -> None:
         self.level_in_force = level
-        self.context.set_precision(self.levels[level])
+        self.context.set_precision(self.levels[level], level)
 
     def _log_level(self, level: int) -> None:
         precision = self.levels[level]

@@ -48,7 +48,7 @@ def run_translation(
     for folder, method in chosen.items():
         flags = [prepared / "bin", *_words(recipe.train, options), *_dsq_flags(method, options), *rest]
         call("run-train", folder, "--", *flags, failure=f"training failed, see {folder / LOG}")
-        call("epochs", folder / LOG, before=_heading(method, options))
+        call("epochs", folder, before=_heading(method, options))
         call(
             "run-translate", "--digits", "2", folder, prepared / f"raw.test.{corpus.target}", "--", prepared / "bin",
             "--remove-bpe", "sentencepiece", *shlex.split(recipe.search), "--required-batch-size-multiple", "1",
@@ -79,7 +79,7 @@ def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], run
     words = [*_words(recipe.train, options), "--lr", options["lr"], *_dsq_flags(method, options), *rest]
     flags = call("glue-flags", *encoder, prepared, "--", *words, output=True)
     call("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}")
-    call("epochs", folder / LOG, before=_heading(method, options))
+    call("epochs", folder, before=_heading(method, options))
     call("glue-evaluate", prepared, folder / "checkpoint_best.pt", "--out", folder / "glue.json")
 
 
