@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairseq_dsq import artefact
-from fairseq_dsq.plugin.config import DEFAULTS
+from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from fairseq_dsq.plugin.state import Record
 
 PREFIX = "dsq."
-# These flags do not change what a model computes in evaluation, or are part of the levels by value.
-_MAY_DIFFER = frozenset(
-    {
-        *("dsq_levels", "dsq_format", "dsq_sign_bit", "dsq_fixed_scale", "dsq_scale"),
-        *("dsq_patience", "dsq_min_delta", "dsq_rounding", "dsq_stash_scope", "dsq_gemm"),
-    }
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,11 +116,11 @@ def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> 
 
 
 def _compare_flags(path: Path, first: Path, own: Any, other: Any) -> None:
-    for name in ("arch", *(name for name in DEFAULTS if name not in _MAY_DIFFER)):
-        got, expected = (getattr(model, name, DEFAULTS.get(name)) for model in (own, other))
+    # The other flags change nothing that a model computes in evaluation, or are part of the levels by value.
+    for name, default in {"arch": None, **defaults(DSQConfig, "evaluation")}.items():
+        got, expected = (getattr(model, name, default) for model in (own, other))
         if got != expected:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{path}: {flag}: got {got!r}, expected {expected!r}, that of {first}")
+            raise ValueError(f"{path}: {option(name)}: got {got!r}, expected {expected!r}, that of {first}")
 
 
 def _compare_parameters(path: Path, first: Path, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

@@ -10,10 +10,8 @@ from typing import Any
 
 from fairseq_dsq import artefact
 from fairseq_dsq.criterions.dsq_criterion import PREFIX
-from fairseq_dsq.plugin.config import DEFAULTS, ENCODER_DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, option
 from fairseq_dsq.text import quoted
-
-SUFFIX = "_dsq"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +37,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def as_registered(model: dict[str, Any]) -> dict[str, Any]:
+def as_registered(model: dict[str, Any]) -> Any:
     """The configuration of a float model as fairseq has it: the fields of the model's dataclass, if it has one."""
     from fairseq.dataclass.utils import interpret_dc_type
     from fairseq.models import ARCH_MODEL_REGISTRY
+    from fairseq.models.bart import BARTModel
 
-    from fairseq_dsq.plugin.checkpoints import base_dataclass
+    from fairseq_dsq.plugin.twins import base_dataclass
 
-    dataclass = base_dataclass(ARCH_MODEL_REGISTRY.get(model["_name"], object))
+    family = ARCH_MODEL_REGISTRY.get(model["_name"], object)
+    if issubclass(family, BARTModel):  # reads a flag of the task, which fairseq hands it of a namespace alone
+        return argparse.Namespace(**model)
+    dataclass = base_dataclass(family)
     if dataclass is None:
         return model
     found = {"_name": model["_name"]}
@@ -61,6 +63,9 @@ def as_registered(model: dict[str, Any]) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> int:
     import torch
     from fairseq import checkpoint_utils
+    from fairseq.models import ARCH_MODEL_REGISTRY
+
+    from fairseq_dsq.plugin.twins import SUFFIX
 
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
     state = plain(state)
@@ -70,15 +75,19 @@ def main(args: argparse.Namespace) -> int:
     arch = str(model.get("arch") or model.get("_name"))
     if SUFFIX not in arch:
         raise ValueError(f"{args.checkpoint}: got architecture {quoted(arch)}, expected a *{SUFFIX} one")
-    for name in ("token_types", "layer_norm_eps"):
-        value, own = model.get(name, ENCODER_DEFAULTS[name]), ENCODER_DEFAULTS[name]
-        if value != own:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{args.checkpoint}: {flag}: got {value}, expected {own}: fairseq has no such float model")
+    config = getattr(ARCH_MODEL_REGISTRY.get(arch), "config", DSQConfig)
+    flags = [*dataclasses.fields(config), *dataclasses.fields(DSQCriterionConfig)]
+    for field in flags:
+        value = model.get(field.name, field.default)
+        if not field.metadata.get("plain", True) and value != field.default:
+            raise ValueError(
+                f"{args.checkpoint}: {option(field.name)}: got {value}, expected {field.default}: fairseq has no such "
+                "float model"
+            )
     model |= dict.fromkeys(("arch", "_name"), arch.replace(SUFFIX, ""))
     for section in state["cfg"].values():
-        for name in (*DEFAULTS, *ENCODER_DEFAULTS, PROFILE_FIELD) if isinstance(section, dict) else ():
-            section.pop(name, None)
+        for field in flags if isinstance(section, dict) else ():
+            section.pop(field.name, None)
     state["cfg"]["model"] = as_registered(model)
     state["cfg"]["common"]["user_dir"] = None
     criterion = state["cfg"]["criterion"]

@@ -13,7 +13,7 @@ from torch.autograd import Variable
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
 from fairseq_dsq.errors import flag_error
-from fairseq_dsq.plugin.config import DEFAULT_PROFILE, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DSQCriterionConfig
 
 PREFIX = "dsq_"
 
@@ -32,13 +32,13 @@ class DSQCriterionMixin:
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> Any:
         criterion = super().build_criterion(cfg, task)  # type: ignore[misc]
-        profile = getattr(cfg, PROFILE_FIELD, DEFAULT_PROFILE)
+        profile = getattr(cfg, "dsq_cost_profile", DSQCriterionConfig.dsq_cost_profile)
         try:
             if not isinstance(profile, str):
                 raise ValueError(f"got {profile!r}, expected the name of a cost profile or the path of a .yaml file")
             criterion.cost_profile = load_profile(profile)
         except ValueError as error:
-            flag_error(f"--{PROFILE_FIELD.replace('_', '-')}", str(error))
+            flag_error("--dsq-cost-profile", str(error))
         return criterion
 
     def forward(self, model: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,11 +103,7 @@ def _metrics(fields: list[tuple[str, float]]) -> dict[str, float]:
 
 def _with_profile(base: type) -> type:
     """A criterion's configuration with ``--dsq-cost-profile``."""
-    profile = dataclasses.field(
-        default=DEFAULT_PROFILE,
-        metadata={"help": "cost profile that the dsq_* metrics follow: a name in configs/cost/ or a path of one's own"},
-    )
-    return dataclasses.make_dataclass(f"DSQ{base.__name__}", [(PROFILE_FIELD, str, profile)], bases=(base,))
+    return dataclasses.make_dataclass(f"DSQ{base.__name__}", [], bases=(DSQCriterionConfig, base))
 
 
 def _wrap_all() -> None:

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_dsq.glue.hf_vocabulary import read_json
-from fairseq_dsq.models.roberta_dsq import HEADS, POOLER
 from fairseq_dsq.plugin.checkpoints import shape_to_str
-from fairseq_dsq.plugin.config import ENCODER_DEFAULTS
+from fairseq_dsq.plugin.config import DSQEncoderConfig, defaults
+from fairseq_dsq.plugin.encoder import POOLER
 from fairseq_dsq.plugin.probe import training_config
+from fairseq_dsq.plugin.twins import HEADS
 
 ARCH = "roberta_dsq"
 FAMILIES = ("bert", "roberta")
@@ -117,7 +118,7 @@ class EncoderConfig:
             "max-positions": self.max_positions,
         }
         for name, value in (("token_types", self.kept_token_types), ("layer_norm_eps", self.layer_norm_eps)):
-            if value != ENCODER_DEFAULTS[name]:
+            if value != defaults(DSQEncoderConfig)[name]:
                 flags[name.replace("_", "-")] = value
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [*words, "--untie-weights-roberta"] if untied else words

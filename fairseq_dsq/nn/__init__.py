@@ -16,11 +16,18 @@ from fairseq_dsq.nn.context import (
     StashScope,
     Work,
 )
-from fairseq_dsq.nn.convert import convert, left_float, matching_patterns, warn_of_float
+from fairseq_dsq.nn.convert import (
+    convert,
+    left_float,
+    matching_patterns,
+    register_dropout,
+    register_twin,
+    warn_of_float,
+)
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
-from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
+from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, register_elementwise
 
 __all__ = [
     "BOX_DIMS",
@@ -48,5 +55,8 @@ __all__ = [
     "log_softmax",
     "matching_patterns",
     "matmul",
+    "register_dropout",
+    "register_elementwise",
+    "register_twin",
     "warn_of_float",
 ]

@@ -13,8 +13,8 @@ from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of
-from fairseq_dsq.plugin.heads import convert_heads
 from fairseq_dsq.plugin.hooks import hang_on_training
+from fairseq_dsq.plugin.layers import convert_heads
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.schedule import PrecisionSchedule
 
@@ -44,32 +44,32 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     Raises:
         DSQError: flags that contradict each other or the model; one line names the flag.
     """
-    set_defaults(args)
-    if args.dsq_fixed_scale == "static" and args.dsq_format == "fixed" and args.dsq_scale != "floor":
-        flag_error("--dsq-scale", f"got {args.dsq_scale} beside --dsq-fixed-scale static, expected floor")
+    flags: Any = set_defaults(args)  # checked: its choices are literals
+    if flags.dsq_fixed_scale == "static" and flags.dsq_format == "fixed" and flags.dsq_scale != "floor":
+        flag_error("--dsq-scale", f"got {flags.dsq_scale} beside --dsq-fixed-scale static, expected floor")
     try:
-        levels = levels_of(args)
+        levels = levels_of(flags)
     except ValueError as error:
-        flag_error("--dsq-levels", f"{error} (--dsq-format {args.dsq_format}, --dsq-sign-bit {args.dsq_sign_bit})")
+        flag_error("--dsq-levels", f"{error} (--dsq-format {flags.dsq_format}, --dsq-sign-bit {flags.dsq_sign_bit})")
     for number, level in enumerate(levels):
-        if args.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
+        if flags.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
             logger.warning(
                 f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
-    if args.dsq_format == "fixed" and args.dsq_fixed_scale == "dynamic":
+    if flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic":
         logger.warning(
             "--dsq-fixed-scale dynamic: one scale per tensor lets a sentence's result depend on its batch and a "
             "position's on later ones; row and static do not"
         )
     context = DSQContext(
-        GemmConfig(levels[0], args.dsq_rounding, args.dsq_box_dim, args.dsq_gemm, args.dsq_value_boxes),
-        attention_matmul=args.dsq_attention_matmul == "on",
-        stash_scope=args.dsq_stash_scope,
+        GemmConfig(levels[0], flags.dsq_rounding, flags.dsq_box_dim, flags.dsq_gemm, flags.dsq_value_boxes),
+        attention_matmul=flags.dsq_attention_matmul == "on",
+        stash_scope=flags.dsq_stash_scope,
     )
-    schedule = PrecisionSchedule(len(levels), args.dsq_patience, args.dsq_min_delta)
-    skip = shlex.split(args.dsq_skip)
+    schedule = PrecisionSchedule(len(levels), flags.dsq_patience, flags.dsq_min_delta)
+    skip = shlex.split(flags.dsq_skip)
     try:
         quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
     except ValueError as error:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.plugin.config import DEFAULTS
+from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.precision import PrecisionConfig, parse_levels
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+
+THE_LEVELS = ("dsq_format", "dsq_levels")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
     Raises:
         ValueError: levels that are malformed or not of the format.
     """
-    scale = getattr(args, "dsq_scale", DEFAULTS["dsq_scale"])  # younger than the first checkpoints
-    options = FormatOptions(args.dsq_sign_bit == "extra", args.dsq_fixed_scale, scale)
-    return parse_levels(args.dsq_levels, args.dsq_format, options)
+    flags: Any = DSQConfig.of(args)
+    options = FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale)
+    return parse_levels(flags.dsq_levels, flags.dsq_format, options)
 
 
 def schedule_warnings(
@@ -121,35 +122,34 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     """One line for each ``--dsq-*`` flag that was given a value of its own and has no effect beside the others.
 
     Args:
-        args: with every flag of :data:`fairseq_dsq.plugin.config.DEFAULTS`.
+        args: with every flag of :class:`DSQConfig`.
         levels: what they stand for.
     """
+    own = defaults(DSQConfig)
 
     def given(*names: str) -> Iterator[str]:
         for name in names:
             value = getattr(args, name)
-            if value != DEFAULTS[name]:
-                yield f"--{name.replace('_', '-')} {value}: has no effect"
+            if value != own[name]:
+                yield f"{option(name)} {value}: has no effect"
 
     def idle(flag: str) -> bool:
         """Whether the levels are the same without the flag."""
         try:
-            flags = {name: getattr(args, name) for name in DEFAULTS}
-            others = levels_of(argparse.Namespace(**{**flags, flag: DEFAULTS[flag]}))
+            others = levels_of(replace(DSQConfig.of(args), **{flag: own[flag]}))
         except ValueError:
             return False
         return [_formats(level) for level in others] == [_formats(level) for level in levels]
 
     if len(levels) == 1:
-        for line in given("dsq_patience", "dsq_min_delta"):
+        for line in given(*defaults(DSQConfig, "schedule")):
             yield f"{line} with one level in --dsq-levels"
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
         if _formats(lower) == _formats(higher):
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     used = {held for level in levels for held in _formats(level)}
     if used <= {formats.Float32()}:
-        names = ("rounding", "sign_bit", "box_dim", "value_boxes", "attention_matmul", "fixed_scale", "scale")
-        for line in given(*(f"dsq_{name}" for name in (*names, "stash_scope", "skip", "gemm"))):
+        for line in given(*(name for name in own if name not in (*THE_LEVELS, *defaults(DSQConfig, "schedule")))):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
     if all(held.box_size is None for held in used):
@@ -158,8 +158,8 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     elif args.dsq_attention_matmul == "off":
         for line in given("dsq_value_boxes"):
             yield f"{line} with --dsq-attention-matmul off"
-    for flag in ("dsq_fixed_scale", "dsq_scale", "dsq_sign_bit"):
-        if idle(flag):
+    for flag in defaults(DSQConfig, "levels"):
+        if flag not in THE_LEVELS and idle(flag):
             for line in given(flag):
                 yield f"{line} with --dsq-format {args.dsq_format}"
 

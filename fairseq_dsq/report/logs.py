@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
-from fairseq_dsq.plugin.config import DEFAULT_PROFILE, DEFAULTS, PROFILE_FIELD
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
 from fairseq_dsq.text import printable
 
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.
@@ -27,8 +27,8 @@ LOWER_IS_BETTER = frozenset({"loss"})
 # What the flags that make a precision setup are where a log does not say: all but those of the schedule.
 DSQ_DEFAULTS = {
     flag: str(value)
-    for flag, value in {**DEFAULTS, PROFILE_FIELD: DEFAULT_PROFILE}.items()
-    if flag not in ("dsq_patience", "dsq_min_delta")
+    for flag, value in {**defaults(DSQConfig), **defaults(DSQCriterionConfig)}.items()
+    if flag not in defaults(DSQConfig, "schedule")
 }
 EXPECTED = (
     "expected a log of fairseq-train (--log-format json, simple or tqdm), "

@@ -59,3 +59,14 @@ def cli(tmp_path_factory):
         "--testpref", "text/test", "--destdir", "data",
     )  # fmt: skip
     return commands
+
+
+@pytest.fixture(scope="session")
+def lm_data(cli):
+    """A tiny corpus of one language."""
+    text = cli.folder / "text"
+    cli.run(
+        "fairseq-preprocess", "--only-source", "--trainpref", text / "train.en", "--validpref", text / "valid.en",
+        "--destdir", cli.folder / "lm",
+    )  # fmt: skip
+    return cli.folder / "lm"

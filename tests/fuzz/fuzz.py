@@ -36,8 +36,8 @@ from fairseq_dsq.cost.hardware import load_hardware
 from fairseq_dsq.cost.profiles import load_profile
 from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions
 from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
-from fairseq_dsq.plugin import config as dsq_config
 from fairseq_dsq.plugin import probe
+from fairseq_dsq.plugin.config import DSQConfig, add_args, defaults
 from fairseq_dsq.precision import parse_levels, parse_q
 from fairseq_dsq.quant import packing
 from fairseq_dsq.quant.reference import code_spec
@@ -145,7 +145,7 @@ def run_format(text: str) -> None:
 
 def run_flag(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="fairseq-train", exit_on_error=False)
-    dsq_config.add_args(parser)
+    add_args(parser)
     try:
         parser.parse_args(words)
     except SystemExit as stop:
@@ -153,7 +153,7 @@ def run_flag(words: list[str]) -> None:
 
 
 def flag(rng: random.Random) -> list[str]:
-    name, value = rng.choice(list(dsq_config.DEFAULTS.items()))
+    name, value = rng.choice(list(defaults(DSQConfig).items()))
     return [f"--{name.replace('_', '-')}={mutated(rng, str(value))}"]
 
 
@@ -282,7 +282,7 @@ def run_checkpoint(data: bytes) -> None:
 
 def checkpoint() -> bytes:
     """A small one, as fairseq writes it."""
-    flags = argparse.Namespace(arch="transformer_dsq", _name="transformer_dsq", **dsq_config.DEFAULTS)
+    flags = argparse.Namespace(arch="transformer_dsq", _name="transformer_dsq", **defaults(DSQConfig))
     state = {
         "args": None,
         "cfg": {"_name": None, "model": flags, "criterion": {"_name": "dsq_cross_entropy"}, "common": {}},

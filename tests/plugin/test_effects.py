@@ -6,7 +6,7 @@ import math
 import pytest
 from omegaconf import OmegaConf
 
-from fairseq_dsq.plugin.config import DEFAULTS, set_defaults
+from fairseq_dsq.plugin.config import DSQConfig, defaults, set_defaults
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
 from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
 
@@ -53,7 +53,7 @@ def test_every_flag_without_effect_in_float32_is_named():
     others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
     others |= {"value_boxes": "feature", "scale": "fit"}
-    assert len(idle(format="float32", **others)) == len(DEFAULTS) - len(("dsq_format", "dsq_levels"))
+    assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(("dsq_format", "dsq_levels"))
 
 
 PAPERS = PrecisionSchedule(2, patience=5)
