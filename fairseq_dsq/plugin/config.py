@@ -29,6 +29,8 @@ from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quant import ROUNDINGS
 from fairseq_dsq.text import quoted
 
+CRITERION_PREFIX = "dsq_"  # of the name of fairseq's criterion that it is made from
+
 # Checks a flag's value, text from a command line or a value from YAML or Python, and gives it in its one form.
 Check = Callable[[Any], Any]
 # What a flag decides: the levels, by value; when they rise; what evaluation computes too; or training alone.
