@@ -11,11 +11,18 @@ from fairseq_dsq.nn.context import (
     GemmConfig,
     StashScope,
 )
-from fairseq_dsq.nn.convert import convert, left_float, matching_patterns, warn_of_float
+from fairseq_dsq.nn.convert import (
+    convert,
+    left_float,
+    matching_patterns,
+    register_dropout,
+    register_twin,
+    warn_of_float,
+)
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
-from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
+from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, register_elementwise
 from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
@@ -43,5 +50,8 @@ __all__ = [
     "log_softmax",
     "matching_patterns",
     "matmul",
+    "register_dropout",
+    "register_elementwise",
+    "register_twin",
     "warn_of_float",
 ]
