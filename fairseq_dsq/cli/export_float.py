@@ -13,8 +13,6 @@ from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, option
 from fairseq_dsq.text import quoted
 
-SUFFIX = "_dsq"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="IN", help="checkpoint of a *_dsq architecture")
@@ -39,14 +37,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def as_registered(model: dict[str, Any]) -> dict[str, Any]:
+def as_registered(model: dict[str, Any]) -> Any:
     """The configuration of a float model as fairseq has it: the fields of the model's dataclass, if it has one."""
     from fairseq.dataclass.utils import interpret_dc_type
     from fairseq.models import ARCH_MODEL_REGISTRY
+    from fairseq.models.bart import BARTModel
 
-    from fairseq_dsq.plugin.checkpoints import base_dataclass
+    from fairseq_dsq.plugin.twins import base_dataclass
 
-    dataclass = base_dataclass(ARCH_MODEL_REGISTRY.get(model["_name"], object))
+    family = ARCH_MODEL_REGISTRY.get(model["_name"], object)
+    if issubclass(family, BARTModel):  # reads a flag of the task, which fairseq hands it of a namespace alone
+        return argparse.Namespace(**model)
+    dataclass = base_dataclass(family)
     if dataclass is None:
         return model
     found = {"_name": model["_name"]}
@@ -62,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from fairseq import checkpoint_utils
     from fairseq.models import ARCH_MODEL_REGISTRY
+
+    from fairseq_dsq.plugin.twins import SUFFIX
 
     state = checkpoint_utils.load_checkpoint_to_cpu(str(args.checkpoint))
     state = plain(state)

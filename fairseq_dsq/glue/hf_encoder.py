@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_dsq.glue.hf_vocabulary import read_json
-from fairseq_dsq.models.roberta_dsq import HEADS, POOLER
 from fairseq_dsq.plugin.checkpoints import shape_to_str
 from fairseq_dsq.plugin.config import DSQEncoderConfig, defaults
+from fairseq_dsq.plugin.encoder import POOLER
 from fairseq_dsq.plugin.probe import training_config
+from fairseq_dsq.plugin.twins import HEADS
 
 ARCH = "roberta_dsq"
 FAMILIES = ("bert", "roberta")

@@ -1,5 +1,10 @@
-"""Architectures that fairseq registers."""
+"""Architectures that fairseq registers: quantized twins of its models, each with all of the model's architectures."""
 
-from fairseq_dsq.models import roberta_dsq, transformer_dsq
+from fairseq_dsq.plugin.encoder import EncoderMixin
+from fairseq_dsq.plugin.twins import dsq_twin
 
-__all__ = ["roberta_dsq", "transformer_dsq"]
+# Add a name, and fairseq-train --arch knows <name>_dsq. ``bart`` has bart_dsq_large and bart_dsq_base.
+MODELS = ("transformer", "transformer_lm", "bart")
+TWINS = {name: dsq_twin(name) for name in MODELS} | {"roberta": dsq_twin("roberta", EncoderMixin)}
+
+__all__ = ["MODELS", "TWINS"]

@@ -83,3 +83,14 @@ def train(cli, monkeypatch, caplog):
         return caplog.text
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lm_data(cli):
+    """A tiny corpus of one language."""
+    text = cli.folder / "text"
+    cli.run(
+        "fairseq-preprocess", "--only-source", "--trainpref", text / "train.en", "--validpref", text / "valid.en",
+        "--destdir", cli.folder / "lm",
+    )  # fmt: skip
+    return cli.folder / "lm"

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-import yaml
 
 from fairseq_dsq.cli import main
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models.transformer_dsq import TransformerDSQModel
+from fairseq_dsq.models import TWINS
 
 FLOAT = {"arch": "transformer", "criterion": "label_smoothed_cross_entropy"}
 
@@ -66,7 +65,7 @@ def test_a_checkpoint_s_string_is_not_run(cli, runs, tmp_path, capsys):
     assert main(["export-float", str(path), str(tmp_path / "out.pt")]) == 2
     assert f"fairseq-dsq export-float: {expected}" in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(DSQError, match="adaptive_softmax_cutoff"):
-        TransformerDSQModel.from_pretrained(str(tmp_path), "hostile.pt", str(cli.data))
+        TWINS["transformer"].from_pretrained(str(tmp_path), "hostile.pt", str(cli.data))
     assert not (tmp_path / "ran").exists()
 
 
@@ -103,40 +102,9 @@ def test_overrides_are_checked_as_flags_are(cli, runs):
         line = last_line(cli, *generate(cli, path, "--model-overrides", overrides))
         assert line == f"fairseq-generate: error: {expected}"
     with pytest.raises(DSQError, match="--dsq-rounding: got 'up', expected one of nearest, stochastic"):
-        TransformerDSQModel.from_pretrained(str(path.parent), path.name, str(cli.data), dsq_rounding="up")
-    hub = TransformerDSQModel.from_pretrained(str(path.parent), path.name, str(cli.data), dsq_attention_matmul=False)
+        TWINS["transformer"].from_pretrained(str(path.parent), path.name, str(cli.data), dsq_rounding="up")
+    hub = TWINS["transformer"].from_pretrained(str(path.parent), path.name, str(cli.data), dsq_attention_matmul=False)
     assert hub.models[0].dsq.context.attention_matmul is False
-
-
-def test_a_yaml_means_what_the_command_line_means(cli, tmp_path):
-    config = {
-        "common": {"cpu": True, "seed": 3, "log_format": "json", "user_dir": "fairseq_dsq"},
-        "task": {"_name": "translation", "data": str(cli.data), "source_lang": "de", "target_lang": "en"},
-        "model": {
-            "_name": "transformer_dsq", "encoder_layers": 1, "decoder_layers": 1, "encoder_embed_dim": 32,
-            "encoder_ffn_embed_dim": 48, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-            "share_decoder_input_output_embed": True, "dropout": 0.1, "dsq_attention_matmul": True,
-            "dsq_levels": [[4, 4, 4, 16]],
-        },
-        "criterion": {"_name": "dsq_label_smoothed_cross_entropy"},
-        "optimizer": {"_name": "adam"},
-        "lr_scheduler": {"_name": "fixed"},
-        "dataset": {"max_tokens": 600},
-        "optimization": {"max_epoch": 1, "lr": [5e-3]},
-        "checkpoint": {"save_dir": str(tmp_path / "yaml"), "no_epoch_checkpoints": True},
-    }  # fmt: skip
-    command = ("fairseq-hydra-train", "--config-dir", tmp_path, f"hydra.run.dir={tmp_path}/hydra", "--config-name")
-    (tmp_path / "sound.yaml").write_text(yaml.safe_dump(config))
-    cli.run(*command, "sound")
-    cli.train(tmp_path / "flags", "--max-epoch", 1, "--dsq-levels", "[4,4,4,16]")
-    states = [load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("yaml", "flags")]
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
-
-    config["model"]["dsq_atention_matmul"] = config["model"].pop("dsq_attention_matmul")
-    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
-    line = last_line(cli, *command, "typo")
-    assert line == "fairseq-hydra-train: error: dsq_atention_matmul: no such flag, expected dsq_attention_matmul"
 
 
 def test_plain_fairseq_reads_an_exported_checkpoint_and_trains_on(cli, runs, tmp_path):

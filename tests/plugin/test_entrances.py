@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from plugin.encoders import masked_lm
 
 from fairseq_dsq.errors import DSQError, line_of
-from fairseq_dsq.models.roberta_dsq import set_defaults
+from fairseq_dsq.plugin import config
 
 MEANINGS = [
     ("dsq_attention_matmul", True, "on"),
@@ -45,6 +45,12 @@ REFUSED = [
     ("token_types", 1, "--token-types: got 1, expected 0, for none, or an integer >= 2"),
     ("layer_norm_eps", 0, "--layer-norm-eps: got 0, expected a finite number > 0"),
 ]
+
+
+def set_defaults(args):
+    config.set_defaults(args, config.DSQEncoderConfig)
+
+
 ENTRANCES = {
     "namespace": lambda values: argparse.Namespace(**values),
     "configuration": lambda values: OmegaConf.create(values),

@@ -8,9 +8,10 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from plugin.encoders import FLOAT32, HEAD, classifier, classifier_task, masked_lm, pairs
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.models.roberta_dsq import HEADS, token_types
 from fairseq_dsq.nn import DSQDropout, DSQLinear
 from fairseq_dsq.nn.saved import Activation
+from fairseq_dsq.plugin.encoder import token_types
+from fairseq_dsq.plugin.twins import HEADS
 
 TWO_LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", "1")
 

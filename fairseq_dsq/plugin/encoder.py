@@ -1,25 +1,21 @@
-"""``roberta_dsq``: fairseq's RoBERTa with every GEMM quantized, and what BERT has beyond RoBERTa."""
+"""What ``roberta_dsq`` has beyond fairseq's RoBERTa: BERT's token types and epsilon, and heads from its pooler."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from fairseq.models import register_model, register_model_architecture
-from fairseq.models.roberta import RobertaModel
-from fairseq.models.roberta.model import base_architecture, roberta_large_architecture
 from fairseq.models.transformer import TransformerEncoder
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from torch import Tensor, nn
 
 from fairseq_dsq.errors import flag_error
-from fairseq_dsq.plugin import attach, config
-from fairseq_dsq.plugin.checkpoints import DSQModelMixin, Shape, shape_to_str
+from fairseq_dsq.plugin.checkpoints import Shape, shape_to_str
 from fairseq_dsq.plugin.config import DSQEncoderConfig
+from fairseq_dsq.plugin.twins import HEADS, HeadsMixin
 
 # The head of a checkpoint that holds BERT's pooler (dense, tanh). It has no classes; fairseq's own roberta drops it.
 POOLER = "pooler"
-HEADS = "classification_heads"
 
 
 def token_types(tokens: Tensor, separator: int) -> Tensor:
@@ -56,42 +52,20 @@ class TokenTypeEncoder(TransformerEncoder):
         return super().forward_embedding(src_tokens, token_embedding + types)  # type: ignore[no-any-return]
 
 
-def set_defaults(args: Any) -> None:
-    """As :func:`fairseq_dsq.plugin.config.set_defaults`, with this architecture's own flags."""
-    config.set_defaults(args, DSQEncoderConfig)
+class EncoderMixin(HeadsMixin):
+    """fairseq's ``roberta`` with what BERT has beyond it: ``--token-types`` and ``--layer-norm-eps``."""
 
-
-@register_model("roberta_dsq")
-class RobertaDSQModel(DSQModelMixin, RobertaModel):
-    """fairseq's ``roberta`` under dynamic stashing quantization; parameter names and shapes are the same.
-
-    ``--token-types`` and ``--layer-norm-eps`` make it BERT.
-    """
-
+    args: Any
+    encoder: Any
+    classification_heads: Any
     config = DSQEncoderConfig
 
-    @classmethod
-    def build_model(cls, args: Any, task: Any) -> RobertaDSQModel:
-        set_defaults(args)
-        model: RobertaDSQModel = super(DSQModelMixin, cls).build_model(args, task)  # converted further down
-        if args.token_types:
-            TokenTypeEncoder.extend(model.encoder.sentence_encoder, args.token_types)
-        for module in model.modules():
+    def extend(self) -> None:
+        if self.args.token_types:
+            TokenTypeEncoder.extend(self.encoder.sentence_encoder, self.args.token_types)
+        for module in self.modules():  # type: ignore[attr-defined]
             if hasattr(module, "normalized_shape"):  # nn.LayerNorm, or apex's
-                module.eps = args.layer_norm_eps
-        # The task registers its head once the model is built.
-        head = getattr(task.cfg, "classification_head_name", None)
-        later = [f"{HEADS}.{head}.{layer}" for layer in ("dense", "out_proj")] if head else []
-        with torch.random.fork_rng(devices=[]):  # the head starts as it does in fairseq's roberta
-            attach.attach(model, args, task, later)
-        return model
-
-    def register_classification_head(
-        self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
-    ) -> None:
-        """As fairseq's; the head is quantized at the model's level."""
-        super().register_classification_head(name, num_classes, inner_dim, **kwargs)
-        attach.convert_added(self, self.args, f"{HEADS}.{name}")
+                module.eps = self.args.layer_norm_eps
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         """As fairseq's; a checkpoint's pooler goes into new heads under ``--head-from-pooler``, else it is dropped.
@@ -108,7 +82,7 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
             for head in self.classification_heads:
                 if f"{prefix}{HEADS}.{head}.dense.weight" not in state_dict:
                     self._start_from_pooler(head, {key.removeprefix(start): value for key, value in pooler.items()})
-        super().upgrade_state_dict_named(state_dict, name)
+        super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
 
     def _start_from_pooler(self, head: str, pooler: dict[str, Tensor]) -> None:
         dense = self.classification_heads[head].dense
@@ -140,15 +114,3 @@ class RobertaDSQModel(DSQModelMixin, RobertaModel):
         if ".fc" in part:
             return f" (--encoder-ffn-embed-dim {args.encoder_ffn_embed_dim})"
         return super().blame(name, has, expected)
-
-
-@register_model_architecture("roberta_dsq", "roberta_dsq")
-def roberta_dsq(args: Any) -> None:
-    set_defaults(args)
-    base_architecture(args)
-
-
-@register_model_architecture("roberta_dsq", "roberta_dsq_large")
-def roberta_dsq_large(args: Any) -> None:
-    set_defaults(args)
-    roberta_large_architecture(args)
