@@ -105,7 +105,7 @@ def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
 
 
 def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
-    criterion = flag_of(args, "criterion")
+    criterion = args._get_root()["criterion"]["_name"] if isinstance(args, DictConfig) else args.criterion
     first = next(model.parameters())
     machine = {
         "processor": processor(),
@@ -119,7 +119,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         epoch=epoch,
         version=artefact.version(),
         arch=str(getattr(args, "arch", None) or getattr(args, "_name", "")),
-        criterion=str(criterion["_name"] if isinstance(criterion, DictConfig) else criterion),
+        criterion=str(criterion),
         cost_profile=str(flag_of(args, "dsq_cost_profile") or DSQCriterionConfig.dsq_cost_profile),
         levels=tuple(map(formats_of, model.dsq.levels)),  # type: ignore[union-attr, arg-type]
         flags={name: _flag(flag_of(args, name)) for name in (*defaults(DSQConfig), *FAIRSEQ_FLAGS)},
