@@ -14,12 +14,12 @@ from torch import Tensor
 from fairseq_dsq import artefact, schedules
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.effects import levels_of
-from fairseq_dsq.plugin.state import Record
+from fairseq_dsq.plugin.state import SavedSchedule
 
 PREFIX = "dsq."
 
 
-def average(output: Path, checkpoints: Sequence[Path]) -> Record | None:
+def average(output: Path, checkpoints: Sequence[Path]) -> SavedSchedule | None:
     """Write the average of checkpoints to ``output``; returns its schedule, None where no model has DSQ layers.
 
     Raises:
@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
+def _record(path: Path, state: Mapping[str, Any]) -> SavedSchedule | None:
     """What a checkpoint says of the schedule; None for one of a float model."""
     entries = {name.removeprefix(PREFIX): value for name, value in state["model"].items() if name.startswith(PREFIX)}
     if not entries:
@@ -89,11 +89,11 @@ def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
         start = schedules.make(flags.dsq_schedule, len(levels), flags).start()
     except ValueError as error:
         raise ValueError(f"{path}: dsq_{error}") from None
-    record = Record.of(entries, start)
+    record = SavedSchedule.of(entries, start)
     return record if record.levels else replace(record, levels=levels)
 
 
-def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> Record | None:
+def _join(path: Path, first: Path, own: SavedSchedule | None, other: SavedSchedule | None) -> SavedSchedule | None:
     """The higher of two levels. No loss of the average is known, so that none is the best."""
     if own is None or other is None:
         if own is not other:
