@@ -1,6 +1,6 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
-from fairseq_dsq.nn.attention import DSQMultiheadAttention
+from fairseq_dsq.nn.attention import DSQAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     FLOAT32,
@@ -36,12 +36,12 @@ __all__ = [
     "STASH_SCOPES",
     "VALUE_BOXES",
     "BoxDim",
+    "DSQAttention",
     "DSQContext",
     "DSQConv1D",
     "DSQDropout",
     "DSQLayerNorm",
     "DSQLinear",
-    "DSQMultiheadAttention",
     "GemmConfig",
     "Ledger",
     "LedgerKey",

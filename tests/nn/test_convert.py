@@ -40,13 +40,13 @@ from fairseq_dsq.nn import (
     DSQContext,
     DSQConv1D,
     DSQLinear,
-    DSQMultiheadAttention,
     GemmConfig,
     LedgerKey,
     convert,
     left_float,
     linear,
 )
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
 from fairseq_dsq.precision import Gemm, PrecisionConfig
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"
