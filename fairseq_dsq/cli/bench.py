@@ -288,8 +288,8 @@ def _memory(rounds: int) -> list[Row]:
 
 def _logging(rounds: int) -> list[Row]:
     """A step of 512 tokens in float32, where logging weighs the most."""
-    from fairseq_dsq.criterions.dsq_criterion import PREFIX
     from fairseq_dsq.plugin import probe
+    from fairseq_dsq.plugin.criterion import PREFIX
 
     name = "cross_entropy"
     spec = probe.ModelSpec("transformer_dsq_iwslt_de_en", "--dsq-format float32", tokens=512)

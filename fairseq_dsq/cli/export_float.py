@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_dsq import artefact
-from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, option
+from fairseq_dsq.plugin.criterion import PREFIX
 from fairseq_dsq.text import quoted
 
 
