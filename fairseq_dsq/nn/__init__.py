@@ -1,7 +1,7 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
 from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
-from fairseq_dsq.nn.attention import DSQMultiheadAttention
+from fairseq_dsq.nn.attention import DSQAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     STASH_SCOPES,
@@ -31,12 +31,12 @@ __all__ = [
     "STASH_SCOPES",
     "VALUE_BOXES",
     "BoxDim",
+    "DSQAttention",
     "DSQContext",
     "DSQConv1D",
     "DSQDropout",
     "DSQLayerNorm",
     "DSQLinear",
-    "DSQMultiheadAttention",
     "GemmConfig",
     "Ledger",
     "LedgerKey",

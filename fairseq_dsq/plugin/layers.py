@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fairseq_dsq.nn import (
     DSQLinear,
-    DSQMultiheadAttention,
     linear,
     register_dropout,
     register_elementwise,
     register_twin,
 )
 from fairseq_dsq.nn.saved import Activation, is_known_activation
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
 
 register_twin(MultiheadAttention, DSQMultiheadAttention.from_float)
 register_dropout(FairseqDropout)

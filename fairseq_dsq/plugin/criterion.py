@@ -99,21 +99,13 @@ def _metrics(fields: list[tuple[str, float]]) -> dict[str, float]:
     return {CRITERION_PREFIX + name: value for name, value in fields}
 
 
-def _with_profile(base: type) -> type:
-    """A criterion's configuration with ``--dsq-cost-profile``."""
-    return dataclasses.make_dataclass(f"DSQ{base.__name__}", [], bases=(DSQCriterionConfig, base))
-
-
-def _wrap_all() -> None:
-    for name, dataclass in list(CRITERION_DATACLASS_REGISTRY.items()):
-        if name.startswith(CRITERION_PREFIX):
-            continue
-        base = CRITERION_REGISTRY[name]
-        wrapped = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
-        register_criterion(CRITERION_PREFIX + name, dataclass=_with_profile(dataclass))(wrapped)
-        # fairseq takes up a checkpoint's optimizer state only under a criterion of the same class name: this one
-        # computes the same loss, so either goes on from the other. (Set last: fairseq registers no name twice.)
-        wrapped.__name__ = base.__name__
-
-
-_wrap_all()
+def dsq_criterion(name: str) -> type:
+    """Register ``dsq_<name>``, a registered criterion with a dataclass that also logs ``dsq_*`` metrics."""
+    base, dataclass = CRITERION_REGISTRY[name], CRITERION_DATACLASS_REGISTRY[name]
+    config = dataclasses.make_dataclass(f"DSQ{dataclass.__name__}", [], bases=(DSQCriterionConfig, dataclass))
+    twin: type = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
+    register_criterion(CRITERION_PREFIX + name, dataclass=config)(twin)
+    # fairseq takes up a checkpoint's optimizer state only under a criterion of the same class name: this one computes
+    # the same loss, so either goes on from the other. (Set last: fairseq registers no name twice.)
+    twin.__name__ = base.__name__
+    return twin
