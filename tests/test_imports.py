@@ -42,7 +42,6 @@ ARROWS = {
         "nn",
         "schedule",
         "cost",
-        "models",
         "report",
         "text",
         "translation",
