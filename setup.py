@@ -42,9 +42,9 @@ class EditableWheel(editable_wheel):
         super().run()
 
 
-NATIVE = Path("fairseq_dsq", "quant", "native")
+NATIVE = Path("fairseq_dsq", "kernels", "native")
 SOURCES = sorted(path.relative_to(ROOT) for pattern in ("*.cpp", "*.h") for path in (ROOT / NATIVE).glob(pattern))
-# kernels.cpp and gemm.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
+# All but cpu.cpp are compiled once per instruction set; native/__init__.py takes the best that the CPU runs.
 INSTRUCTION_SETS = {"baseline": []}
 # What gemm.cpp wants besides; with a compiler that does not know it, the set has no GEMM.
 GEMM_FLAGS = {}
@@ -80,7 +80,8 @@ class BuildKernels(build_ext):
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
             isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
-            objects += self._compile("kernels.cpp", isa, isa_flags)
+            for source in ("quantize.cpp", "masks.cpp"):
+                objects += self._compile(source, isa, isa_flags)
             try:
                 objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])
             except Exception:
@@ -107,12 +108,12 @@ setup(
     package_data={
         "fairseq_dsq": ["py.typed"],
         "fairseq_dsq.configs": ["**/*.yaml"],
-        "fairseq_dsq.quant.native": ["*.cpp", "*.h"],
+        "fairseq_dsq.kernels.native": ["*.cpp", "*.h"],
         "fairseq_dsq.report": ["*.jinja"],
     },
     ext_modules=[
         Extension(
-            "fairseq_dsq.quant.native._kernels",
+            "fairseq_dsq.kernels.native._kernels",
             [str(source) for source in SOURCES if source.suffix == ".cpp"],
             depends=[str(source) for source in SOURCES],
             optional=True,
@@ -147,8 +148,8 @@ setup(
             # To test the CUDA kernels without a GPU.
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
-        "report": ["matplotlib", "jinja2", "tensorboard", "tensorboardX"],
-        "glue": ["transformers", "tokenizers", "safetensors", "scikit-learn", "scipy"],
+        "report": ["matplotlib", "jinja2"],
+        "glue": ["tokenizers", "safetensors", "scikit-learn", "scipy"],
     },
     entry_points={"console_scripts": ["fairseq-dsq = fairseq_dsq.cli:main"]},
 )

@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, str] | None:
 
 def write(path: Path, settings: Mapping[str, str]) -> None:
     """Stamp ``path`` with its settings and the version of this package."""
-    with whole(stamp(path)) as partial:
+    with atomic(stamp(path)) as partial:
         partial.write_text(json.dumps({**settings, VERSION: version()}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -120,8 +120,10 @@ def made_by(path: Path, settings: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its place when the block ends, and is removed if that fails.
+def atomic(path: Path) -> Iterator[Path]:
+    """Write a file or folder whole or not at all.
+
+    Yields a path beside ``path`` to write to, which takes its place when the block ends, and is removed if that fails.
 
     A command that is killed leaves a NAME.part-* that nothing reads; two at once do not write to the same one.
 

@@ -1,14 +1,33 @@
-"""Fetch a file from its public address: whole and verified, or not at all."""
+"""Where data comes from: below $DSQ_DATA, or from its public address, whole and verified or not at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import urllib.request
 from pathlib import Path
 
-from fairseq_dsq.artefact import checksum, whole
+from fairseq_dsq.artefact import atomic, checksum
 
 TIMEOUT_S = 60
+
+
+def data_root(below: str, expected: str) -> Path | None:
+    """A file or folder below $DSQ_DATA; None where that is not set and it has to be downloaded.
+
+    Args:
+        expected: what is there, for the error.
+
+    Raises:
+        OSError: $DSQ_DATA is set and does not hold it.
+    """
+    root = os.environ.get("DSQ_DATA")
+    if not root:
+        return None
+    path = Path(root, below)
+    if not path.exists():
+        raise OSError(f"DSQ_DATA: {path} does not exist, expected {expected}; unset DSQ_DATA to download it")
+    return path
 
 
 def download(url: str, path: Path, sha256: str | None = None, hint: str = "") -> Path:
@@ -29,7 +48,7 @@ def download(url: str, path: Path, sha256: str | None = None, hint: str = "") ->
         if sha256 is not None and (digest := checksum(path)) != sha256:
             raise ValueError(f"{path}: got sha256 {digest}, expected {sha256} as {url} has; remove it")
         return path
-    with whole(path) as partial:
+    with atomic(path) as partial:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, open(partial, "wb") as file:
                 shutil.copyfileobj(response, file)

@@ -1,79 +1,59 @@
-"""The paper's [q0, q1, q2, q3] and the three GEMMs of a layer.
+"""Operand slots of the three GEMMs of a layer, and the paper's [q0, q1, q2, q3] as a notation for them.
 
-The only place that says which operand of which GEMM is held at which q::
+::
 
     output:       input(q0) @ weight(q0)              MxK @ KxN => MxN
     grad_input:   grad_output(q3) @ weight(q2)        MxN @ NxK => MxK
     grad_weight:  stash(q1) @ grad_output(q3)         KxM @ MxN => KxN
+
+A q is bits of ``--dsq-format`` (``4``), any format's text (``int8/row``), or, for q0 and q3, whose operands may differ,
+a pair of these: ``int8/row|bfp4`` is input and weight in q0, the gradient of grad_input and of grad_weight in q3. The
+second operand of a batched product plays the weight; it is stashed at q2.
 
 Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXiv 2303.05295, section 3.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import Format, FormatOptions
+from fairseq_dsq.formats import Float32, Format, FormatOptions
 from fairseq_dsq.text import printable, quoted, shortened
 
 GemmKind = Literal["output", "grad_input", "grad_weight"]
-
-
-class Gemm(NamedTuple):
-    """One (batched) matrix product that ran: ``batch`` times MxK @ KxN => MxN."""
-
-    kind: GemmKind
-    m: int
-    k: int
-    n: int
-    batch: int = 1
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates."""
-        return self.batch * self.m * self.k * self.n
-
-    @property
-    def elements(self) -> int:
-        """Elements of the two operands and the result."""
-        return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
-
-
 StashRole = Literal["input", "weight"]
+Q = int | str
 
-
-class Stash(NamedTuple):
-    """An operand packed for backward: a GEMM's input, or the second operand of a batched product, its weight."""
-
-    role: StashRole
-    shape: tuple[int, ...]
-    dim: int
-
-    @property
-    def elements(self) -> int:
-        """Elements packed."""
-        return math.prod(self.shape)
+# (index of the q, which of its pair) of a GEMM's two operands, in the order of the legend above, and of a stash.
+_OPERANDS: dict[GemmKind, tuple[tuple[int, int], tuple[int, int]]] = {
+    "output": ((0, 0), (0, 1)),
+    "grad_input": ((3, 0), (2, 0)),
+    "grad_weight": ((1, 0), (3, 1)),
+}
+_STASHES: dict[StashRole, tuple[int, int]] = {"input": (1, 0), "weight": (2, 0)}
+_PAIRED = (0, 3)
+# Not what int() reads besides: 1_6, +16, the digits of other scripts, thousands of them.
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """One level [q0, q1, q2, q3] in one number format.
+    """One level [q0, q1, q2, q3].
 
     Attributes:
-        q: the four numbers as the flags give them.
-        format_name: a name of :func:`fairseq_dsq.formats.names`.
-        options: how the format reads q.
+        q: the four as the flags give them.
+        format_name: the family of the q that are bits, a name of :func:`fairseq_dsq.formats.names`.
+        options: how that family reads q.
 
     Raises:
-        ValueError, TypeError: a q that the format does not have; the message names its index.
+        ValueError, TypeError: a q that stands for no format; the message names its index.
     """
 
-    q: tuple[int, int, int, int]
+    q: tuple[Q, Q, Q, Q]
     format_name: str = "bfp"
     options: FormatOptions = FormatOptions()
 
@@ -81,89 +61,144 @@ class PrecisionConfig:
         if len(self.q) != 4:
             raise ValueError(f"got {len(self.q)} numbers in {list(self.q)}, expected four: [q0,q1,q2,q3]")
         for index, q in enumerate(self.q):
-            if isinstance(q, bool) or not isinstance(q, int):
-                raise TypeError(f"q{index}: got {q!r}, expected an integer")
-            if not formats.MIN_BITS <= q <= formats.MAX_BITS:
-                raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
-            try:
-                formats.make_format(self.format_name, q, self.options)
-            except ValueError as error:
-                raise ValueError(f"q{index} = {q}: {error}") from None
-
-    def _format(self, index: int) -> Format:
-        return formats.make_format(self.format_name, self.q[index], self.options)
-
-    @cached_property
-    def output_operands(self) -> Format:
-        """Input and weight of the output GEMM: q0."""
-        return self._format(0)
+            if isinstance(q, bool) or not isinstance(q, (int, str)) or (isinstance(q, str) and _INTEGER.fullmatch(q)):
+                raise TypeError(f"q{index}: got {q!r}, expected an integer or a format such as int8/row")
+            pair = _pair(q)
+            if len(pair) > (2 if index in _PAIRED else 1):
+                raise ValueError(
+                    f"q{index}: got {q}, expected {'a pair' if index in _PAIRED else 'one format'} at most"
+                )
+            for member in pair:
+                if isinstance(member, int) and not formats.MIN_BITS <= member <= formats.MAX_BITS:
+                    raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
+                try:
+                    self._format(member)
+                except ValueError as error:
+                    raise ValueError(f"q{index} = {q}: {error}") from None
 
     @cached_property
-    def stash(self) -> Format:
-        """What is kept for grad_weight: q1."""
-        return self._format(1)
+    def _hash(self) -> int:
+        return hash((self.q, self.format_name, self.options))
+
+    def __hash__(self) -> int:
+        """Made once: every GEMM that runs is counted under its precision."""
+        return self._hash
+
+    def _format(self, member: Q) -> Format:
+        if isinstance(member, int):
+            return formats.make_format(self.format_name, member, self.options)
+        return formats.parse(member)
 
     @cached_property
-    def grad_input_weight(self) -> Format:
-        """The weight (or a matmul's second operand) of the grad_input GEMM: q2."""
-        return self._format(2)
+    def _members(self) -> tuple[tuple[tuple[Q, Format], tuple[Q, Format]], ...]:
+        """For each q its two members and their formats, the same twice where it is no pair."""
+        pairs = [[(member, self._format(member)) for member in _pair(q)] for q in self.q]
+        return tuple((pair[0], pair[-1]) for pair in pairs)
 
     @cached_property
-    def grad_output(self) -> Format:
-        """The gradient that enters both backward GEMMs: q3."""
-        return self._format(3)
+    def formats(self) -> tuple[tuple[Format, Format], ...]:
+        """For each q the formats of its two operands."""
+        return tuple((first[1], second[1]) for first, second in self._members)
 
-    def stash_format(self, role: StashRole) -> Format:
-        """What a stash is packed in: inputs at q1, what plays the weight at q2."""
-        return self.stash if role == "input" else self.grad_input_weight
+    @cached_property
+    def bits(self) -> tuple[tuple[int, int], ...]:
+        """For each q what the paper's tables count of its operands: a number as given, or the bits of a format."""
+
+        def counted(member: Q, fmt: Format) -> int:
+            return member if isinstance(member, int) else fmt.bits
+
+        return tuple((counted(*first), counted(*second)) for first, second in self._members)
+
+    @cached_property
+    def families(self) -> tuple[tuple[str, str], ...]:
+        """For each q the format families of its operands."""
+
+        def family(member: Q, fmt: Format) -> str:
+            return self.format_name if isinstance(member, int) else fmt.family
+
+        return tuple((family(*first), family(*second)) for first, second in self._members)
+
+    @cached_property
+    def _operands(self) -> dict[GemmKind, tuple[Format, Format]]:
+        return {
+            kind: tuple(self.formats[index][which] for index, which in slots)  # type: ignore[misc]
+            for kind, slots in _OPERANDS.items()
+        }
 
     def operands(self, kind: GemmKind) -> tuple[Format, Format]:
         """The formats of a GEMM's two operands, in the order of this module's legend."""
-        return {
-            "output": (self.output_operands, self.output_operands),
-            "grad_input": (self.grad_output, self.grad_input_weight),
-            "grad_weight": (self.stash, self.grad_output),
-        }[kind]
+        return self._operands[kind]
 
-    def operand_q(self, kind: GemmKind) -> tuple[int, int]:
-        """The q of a GEMM's two operands."""
-        q0, q1, q2, q3 = self.q
-        return {"output": (q0, q0), "grad_input": (q3, q2), "grad_weight": (q1, q3)}[kind]
+    def operand_bits(self, kind: GemmKind) -> tuple[int, int]:
+        """The same as :attr:`bits`."""
+        (first, of_first), (second, of_second) = _OPERANDS[kind]
+        return self.bits[first][of_first], self.bits[second][of_second]
+
+    def operand_families(self, kind: GemmKind) -> tuple[str, str]:
+        """The same as :attr:`families`."""
+        (first, of_first), (second, of_second) = _OPERANDS[kind]
+        return self.families[first][of_first], self.families[second][of_second]
+
+    def stash(self, role: StashRole) -> Format:
+        """What a stash is packed in."""
+        index, which = _STASHES[role]
+        return self.formats[index][which]
+
+    @cached_property
+    def rounds(self) -> bool:
+        """Whether any operand is rounded."""
+        return any(fmt != Float32() for pair in self.formats for fmt in pair)
+
+    @cached_property
+    def by_value(self) -> str:
+        """The level by value, whichever flags spelled it: ``[bfp2,bfp2,bfp2,bfp16]``."""
+        return f"[{','.join('|'.join(dict.fromkeys(fmt.text for fmt in pair)) for pair in self.formats)}]"
 
     def __str__(self) -> str:
         return "[" + ",".join(str(q) for q in self.q) + "]"
 
 
-# Not what int() reads besides: 1_6, +16, the digits of other scripts, thousands of them.
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+def _pair(q: Q) -> list[Q]:
+    """The members of a q, bits as integers."""
+    if isinstance(q, int):
+        return [q]
+    return [int(text) if _INTEGER.fullmatch(text) else text for text in q.split("|")]
 
 
-def parse_q(text: str) -> tuple[int, int, int, int]:
-    """Four integers from ``[2,2,2,16]`` (brackets optional).
+FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
+
+
+def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
+    """Four q from ``[2,2,2,16]`` (brackets optional).
 
     Raises:
         ValueError: anything else; the message quotes the text.
     """
-    expected = "expected four integers such as [2,2,2,16]"
+    expected = "expected four integers such as [2,2,2,16], or formats such as [int8/row,bfp4,bfp4,bfp16]"
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     pieces = [piece.strip() for piece in inner.split(",")]
     if len(pieces) != 4:
         raise ValueError(f"got {quoted(text)}, {expected}")
     for piece in pieces:
-        if not _INTEGER.fullmatch(piece):
-            raise ValueError(f"got {shortened(printable(piece), 20)} in {quoted(text)}, {expected}")
-    q0, q1, q2, q3 = map(int, pieces)
+        for member in piece.split("|"):
+            if not _INTEGER.fullmatch(member):
+                try:
+                    formats.parse(member)
+                except ValueError:
+                    shown = shortened(printable(member), 20)
+                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}") from None
+    q0, q1, q2, q3 = (int(piece) if _INTEGER.fullmatch(piece) else piece for piece in pieces)
     return q0, q1, q2, q3
 
 
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:
-    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, lowest first.
+    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order.
 
     Raises:
-        ValueError: no level, a malformed one, a q outside the format's widths, or one that decreases; the
-            message names the level (counted from 0) and the index.
+        ValueError: no level, a malformed one, or a q outside the format's widths; the message names the level
+            (counted from 0) and the index.
     """
     pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
@@ -174,14 +209,45 @@ def parse_levels(
             level = PrecisionConfig(parse_q(piece), format_name, options)
         except ValueError as error:
             raise ValueError(f"level {number}: {error}") from None
-        if levels:
-            for index, (before, after) in enumerate(zip(levels[-1].q, level.q, strict=True)):
-                if after < before:
-                    raise ValueError(
-                        f"level {number} {level}: q{index} falls from {before} to {after}, expected no q to decrease"
-                    )
         levels.append(level)
     return tuple(levels)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Levels of the modules whose name a shell-style pattern matches.
+
+    Attributes:
+        pattern: of a module's full name, or of one that contains it.
+        levels: one for each level of the schedule, or one for all.
+    """
+
+    pattern: str
+    levels: tuple[PrecisionConfig, ...]
+
+
+def parse_rules(
+    text: str, levels: int, format_name: str = "bfp", options: FormatOptions = FormatOptions()
+) -> tuple[Rule, ...]:
+    """Rules from ``'decoder.output_projection=float32; *.fc2=[4,4,4,16] [16,4,4,16]'``: a format stands for four q.
+
+    Raises:
+        ValueError: a rule without a pattern or levels, malformed levels, or neither one level nor as many as
+            ``levels``; the message quotes the rule.
+    """
+    rules = []
+    for piece in filter(None, (piece.strip() for piece in text.split(";"))):
+        pattern, _, value = (part.strip() for part in piece.partition("="))
+        if not pattern or not value:
+            raise ValueError(f"got {quoted(piece)}, expected such as '*.fc2=[4,4,4,16]' or 'decoder.*=float32'")
+        try:
+            own = parse_levels(value if "[" in value else f"[{','.join([value] * 4)}]", format_name, options)
+        except ValueError as error:
+            raise ValueError(f"rule {quoted(piece)}: {error}") from None
+        if len(own) not in (1, levels):
+            raise ValueError(f"rule {quoted(piece)}: got {len(own)} levels, expected 1, or {levels} as in --dsq-levels")
+        rules.append(Rule(pattern, own))
+    return tuple(rules)
 
 
 def levels_to_str(levels: tuple[PrecisionConfig, ...]) -> str:

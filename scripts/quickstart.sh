@@ -24,13 +24,15 @@ fairseq-dsq corpus "$run/data" --train 6000 --valid 304 --test 304 --binarise > 
 train_and_translate() {
     local name=$1
     shift
-    train "$run/$name" "$run/data/bin" --arch transformer_dsq "$@" \
+    fairseq-dsq run-train "$run/$name" -- "$run/data/bin" --arch transformer_dsq "$@" \
         --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 96 --encoder-ffn-embed-dim 256 \
         --encoder-attention-heads 4 --decoder-attention-heads 4 --dropout 0.1 --share-decoder-input-output-embed \
         --criterion dsq_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --adam-betas '(0.9, 0.98)' \
         --lr 4e-3 --lr-scheduler inverse_sqrt --warmup-updates 150 --max-tokens 1500 --max-epoch 6 --seed 1 \
-        --no-epoch-checkpoints --log-format json --log-interval 1000 --no-progress-bar
-    translate "$run/$name" "$run/data/test.en" 1 "$run/data/bin" --beam 4 --max-tokens 6000 > "$run/$name.bleu"
+        --no-epoch-checkpoints --log-format json --log-interval 1000 --no-progress-bar \
+        || fail "training failed, see $run/$name/train.log"
+    fairseq-dsq run-translate --digits 1 "$run/$name" "$run/data/test.en" -- "$run/data/bin" --beam 4 --max-tokens 6000 \
+        --required-batch-size-multiple 1 > "$run/$name.bleu" || fail "translating failed, see $run/$name/generate.out"
 }
 
 echo "training transformer_dsq at [2,2,2,16] [16,4,4,16] and, beside it, float32 (about two minutes)"
@@ -44,7 +46,7 @@ wait "$!" || failed=1
 [ -z "$failed" ] || exit 1
 
 echo
-fairseq-dsq epochs "$run/dsq/train.log"
+fairseq-dsq epochs "$run/dsq"
 echo
 echo "test sacreBLEU: DSQ $(< "$run/dsq.bleu"), float32 $(< "$run/float32.bleu")"
 echo

@@ -7,24 +7,24 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || set -- tests/quant/test_bounds.py tests/quant/test_native.py tests/quant/test_packing.py \
-    tests/quant/test_gemm.py tests/nn/test_threads.py
+[ $# -gt 0 ] || set -- tests/kernels/test_bounds.py tests/kernels/test_native.py tests/kernels/test_packing.py \
+    tests/kernels/test_gemm.py tests/nn/test_threads.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cp -r "$DSQ_ROOT/fairseq_dsq" "$DSQ_ROOT/tests" "$DSQ_ROOT/configs" "$DSQ_ROOT/.pytest.ini" "$DSQ_ROOT/setup.py" \
     "$DSQ_ROOT/README.md" "$folder"
 cd "$folder"
-rm -f fairseq_dsq/quant/native/_kernels.so
+rm -f fairseq_dsq/kernels/native/_kernels.so
 sanitizers="-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer"
 CC=g++ CXX=g++ CFLAGS="$sanitizers" CXXFLAGS="$sanitizers" LDFLAGS="$sanitizers" python setup.py --quiet build_ext --inplace
-nm -D fairseq_dsq/quant/native/_kernels.so | grep __asan_ > /dev/null || fail "the kernels were built without AddressSanitizer"
+nm -D fairseq_dsq/kernels/native/_kernels.so | grep __asan_ > /dev/null || fail "the kernels were built without AddressSanitizer"
 
 # Python and torch keep memory until the end, and threads of OpenMP too: what leaks is not looked at.
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$folder
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 for isa in avx512 avx2 baseline; do
-    if ! FAIRSEQ_DSQ_ISA=$isa LD_PRELOAD=$preload python -c 'import fairseq_dsq.quant.native' 2> import.err; then
+    if ! FAIRSEQ_DSQ_ISA=$isa LD_PRELOAD=$preload python -c 'import fairseq_dsq.kernels.native' 2> import.err; then
         grep -q 'this CPU does not run it' import.err || { cat import.err >&2; fail "$isa: cannot be loaded"; }
         echo "$isa: this CPU does not run it"
         continue

@@ -3,8 +3,8 @@
     soak.sh kill N [--ranks R] [--seed S] [--out DIR]
         SIGKILL a training at N random moments (while it starts, in a step, a validation, a checkpoint's write), resume
         it each time, and hold what it ends with to an undisturbed training's: parameters, optimizer, precision level
-        and counters of the schedule, learning rate, and every logged loss and dsq_* metric, bit for bit. A training
-        that has ended is followed by one of another seed until N kills are done.
+        and counters of the schedule, learning rate, and its record (of every validation, losses, level and costs), bit
+        for bit. A training that has ended is followed by one of another seed until N kills are done.
     soak.sh minutes M [--ranks R] [--seed S] [--out DIR]
         train for M minutes; resident memory and open file descriptors have to stay flat.
 
@@ -162,21 +162,16 @@ def kill_once(soak: Soak, save_dir: Path, seed: int, chance: random.Random) -> t
     return next(marks, "start"), victim
 
 
-def logged(path: Path) -> Iterator[tuple[tuple[str, str], dict[str, str]]]:
-    """((split, updates), losses and dsq_* metrics) of every validation and every epoch's end in a log."""
-    for line in path.read_text(errors="replace").splitlines():
-        for split in ("train", "valid"):
-            if f'"{split}_loss"' in line:
-                try:
-                    record = json.loads(line[line.index("{") :])
-                except ValueError:  # cut by a kill
-                    continue
-                metrics = {key: str(value) for key, value in record.items() if "dsq_" in key or key.endswith("loss")}
-                yield (split, record[f"{split}_num_updates"]), metrics
+def recorded(save_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a training's record, but for times and for where it was killed."""
+    from fairseq_dsq import record
+
+    lines = (vars(line) for line in record.read(save_dir / record.NAME) if isinstance(line, record.Point))
+    return [{name: value for name, value in line.items() if name != "wall_s"} for line in lines]
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What differs between two trainings, their checkpoints and logs, but time; empty if nothing does."""
+    """What differs between two trainings, their checkpoints and records, but time; empty if nothing does."""
     from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 
     import fairseq_dsq  # noqa: F401  (lets torch load the checkpoints)
@@ -192,18 +187,8 @@ def differences(folder: Path, reference: Path) -> list[str]:
             **{key: extra.get(key) for key in ("train_iterator", "val_loss", "best")},
         }
 
-    found = list(_compare(state(folder), state(reference), "checkpoint"))
-    expected = dict(logged(reference.with_suffix(".log")))
-    seen = set()
-    for key, metrics in logged(folder.with_suffix(".log")):
-        seen.add(key)
-        # Also what was logged twice, before a kill and after the resume.
-        found += [
-            f"{' '.join(key)}: {name} {value} for {expected.get(key, {}).get(name)}"
-            for name, value in metrics.items()
-            if value != expected.get(key, {}).get(name)
-        ]
-    return found + [f"{' '.join(key)} was not logged" for key in expected.keys() - seen]
+    checkpoints = _compare(state(folder), state(reference), "checkpoint")
+    return [*checkpoints, *_compare(recorded(folder), recorded(reference), "record")]
 
 
 def _compare(a: Any, b: Any, name: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ MADE_OF = {"--vocab": "4000", "train.de": "a" * 64}
 @pytest.fixture
 def made(tmp_path):
     folder = tmp_path / "data"
-    with artefact.whole(folder) as partial:
+    with artefact.atomic(folder) as partial:
         partial.mkdir()
         (partial / "text").write_text("text")
         artefact.write(partial, MADE_OF)
@@ -79,19 +79,19 @@ def test_content_is_of_names_and_bytes_but_logs(made):
 def test_what_a_killed_command_left_is_no_artefact(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from fairseq_dsq import artefact\n"
-        "with artefact.whole(Path(sys.argv[1])) as partial:\n"
+        "with artefact.atomic(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")]).returncode == -9
     assert not (tmp_path / "file").exists()
-    with artefact.whole(tmp_path / "file") as partial:
+    with artefact.atomic(tmp_path / "file") as partial:
         partial.write_text("whole")
     assert (tmp_path / "file").read_text() == "whole"
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     (tmp_path / "file").write_text("before")
-    with pytest.raises(RuntimeError), artefact.whole(tmp_path / "file") as partial:
+    with pytest.raises(RuntimeError), artefact.atomic(tmp_path / "file") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -8,9 +8,10 @@ import math
 import pytest
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, make_format, parse
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, Integer, make_format, parse
 
 WIDTHS = range(2, 33)
+FAMILIES = ["bfp", "fixed", "float32", "int"]
 
 
 # Limits of the codes
@@ -55,10 +56,10 @@ def test_the_fixed_exponent_gives_the_static_scale(bits):
 
 
 def test_box_sizes():
-    assert BlockFloat(4).box_size == 16
-    assert BlockFloat(4).shared_exponent_bits == 8
-    assert BlockFloat(4, box_size=32).box_size == 32
-    assert FixedPoint(4).box_size is None
+    assert BlockFloat(4).group == 16
+    assert BlockFloat(4, box_size=32).group == 32
+    assert BlockFloat(4, box_size="row").group == "row"
+    assert (FixedPoint(4).group, FixedPoint(4, per_row=True).group) == ("tensor", "row")
 
 
 # Bytes
@@ -94,6 +95,11 @@ def test_a_box_of_sixteen_takes_two_bytes_a_bit_and_one(bits):
         (FixedPoint(4), (3, 20), 1, 1 + 30),
         (FixedPoint(3, 1), (3, 7), 0, 1 + 8),  # 63 bits
         (FixedPoint(8), (5, 0), 0, 0),
+        (BlockFloat(4, "row"), (3, 20), 1, 3 * (1 + 10)),
+        (BlockFloat(4, "row"), (3, 20), 0, 20 * (1 + 2)),
+        (Integer(8), (3, 20), 1, 3 * (4 + 20)),
+        (Integer(4, 16), (3, 20), 1, 3 * ((4 + 8) + (4 + 2))),
+        (Integer(8, "tensor"), (3, 20), 1, 4 + 60),
         (Float32(), (), 0, 4),
         (Float32(), (3, 20), 0, 240),
         (Float32(), (3, 0), 1, 0),
@@ -132,7 +138,7 @@ def test_str_and_parse_are_inverse_for_boxes_of_another_size(bits):
 
 def test_a_name_with_boxes_of_nothing_is_refused():
     with pytest.raises(ValueError, match="box_size: got 0"):
-        parse("bfp4x0")
+        parse("bfp4/0")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,7 @@ def test_a_name_with_boxes_of_nothing_is_refused():
     [
         (BlockFloat(4), "bfp4"),
         (BlockFloat(16), "bfp16"),
-        (BlockFloat(4, box_size=32), "bfp4x32"),
+        (BlockFloat(4, box_size=32), "bfp4/32"),
         (FixedPoint(8), "fixed8"),
         (FixedPoint(8, 4), "fixed8.4"),
         (FixedPoint(8, 0), "fixed8.0"),
@@ -155,10 +161,26 @@ def test_names(fmt, text):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "bfp", "4", "BFP4", "bfp 4", " bfp4", "bfp4 ", "bfp4\n", "bfp4x", "bfp-4", "bfp4.2"),
+        *(
+            "",
+            "bfp",
+            "4",
+            "BFP4",
+            "bfp 4",
+            " bfp4",
+            "bfp4 ",
+            "bfp4\n",
+            "bfp4x",
+            "bfp4/",
+            "bfp4/col",
+            "int8",
+            "int8/0x1",
+            "bfp-4",
+            "bfp4.2",
+        ),
         *(
             "bfp4x",
-            "bfp4x32.1",
+            "bfp4/32.1",
             "fixed4x8",
             "fixed8.",
             "fixed.4",
@@ -186,7 +208,7 @@ def test_names_of_widths_that_are_not_defined_are_refused(text):
 
 
 def test_the_choices_of_the_flag():
-    assert formats.names() == ["bfp", "fixed", "float32"]
+    assert formats.names() == FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -213,8 +235,8 @@ def test_name_q_and_options_make_a_format(name, q, options, expected):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="format: got 'int', expected one of bfp, fixed, float32"):
-        make_format("int", 8)
+    with pytest.raises(ValueError, match="format: got 'float', expected one of bfp, fixed, float32, int"):
+        make_format("float", 8)
 
 
 def test_an_extra_sign_bit_does_not_fit_on_top_of_32_bits():
@@ -222,13 +244,17 @@ def test_an_extra_sign_bit_does_not_fit_on_top_of_32_bits():
         make_format("bfp", 32, FormatOptions(sign_bit_extra=True))
 
 
-def test_a_new_format_is_one_registration(monkeypatch):
-    monkeypatch.setattr(formats, "_FAMILIES", dict(formats._FAMILIES))
+def test_a_new_format_is_one_registration():
     formats.register("wide", lambda q, options: BlockFloat(options.bits(q), box_size=64))
-    assert formats.names() == ["bfp", "fixed", "float32", "wide"]
-    assert make_format("wide", 4) == parse("wide4") == BlockFloat(4, box_size=64)
-    with pytest.raises(ValueError, match="'wide' is registered already"):
-        formats.register("wide", lambda q, options: BlockFloat(q))
+    try:
+        assert formats.names() == [*FAMILIES, "wide"]
+        assert make_format("wide", 4) == parse("wide4") == BlockFloat(4, box_size=64)
+        with pytest.raises(ValueError, match="'wide' is registered already"):
+            formats.register("wide", lambda q, options: BlockFloat(q))
+    finally:
+        formats.unregister("wide")
+    with pytest.raises(ValueError, match="format: got 'wide4'"):
+        parse("wide4")
 
 
 # What is refused
@@ -252,12 +278,6 @@ def test_widths_that_are_no_integers_are_refused(family, bits):
 def test_box_sizes_that_are_not_defined_are_refused(box_size):
     with pytest.raises(ValueError, match="box_size: got"):
         BlockFloat(4, box_size=box_size)
-
-
-@pytest.mark.parametrize("exponent_bits", [0, 4, 5, 16, None])
-def test_exponent_widths_that_are_not_defined_are_refused(exponent_bits):
-    with pytest.raises(ValueError, match="shared_exponent_bits: got"):
-        BlockFloat(4, shared_exponent_bits=exponent_bits)
 
 
 @pytest.mark.parametrize("fraction_bits", [-1, 9, 100])

@@ -1,4 +1,4 @@
-"""The console script ``fairseq-dsq``: one module of this package per subcommand.
+"""The console script ``fairseq-dsq``: one module of this package per subcommand, imported when it is called.
 
 A module offers ``add_arguments(parser)`` and ``main(args) -> int``; its docstring's first line is its help.
 """
@@ -6,10 +6,12 @@ A module offers ``add_arguments(parser)`` and ``main(args) -> int``; its docstri
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -23,20 +25,22 @@ def blame(flag: str) -> Iterator[None]:
 
 SUBCOMMANDS = (
     "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags",
-    "glue_prepare", "report", "roofline", "run_train", "run_translate", "translation_prepare",
+    "glue_prepare", "report", "roofline", "run", "run_train", "run_translate", "translation_prepare",
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. Bad input ends in one line on standard error and code 2."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fairseq-dsq", description="Tools of fairseq_dsq.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in SUBCOMMANDS:
-        module = importlib.import_module(f"fairseq_dsq.cli.{name}")
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name.replace("_", "-"), help=summary, description=summary)
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
+    for module in SUBCOMMANDS:
+        name, summary = module.replace("_", "-"), _summary(module)
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:
+            called = importlib.import_module(f"fairseq_dsq.cli.{module}")
+            called.add_arguments(command)
+            command.set_defaults(run=called.main)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
@@ -48,3 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fairseq-dsq {args.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _summary(module: str) -> str:
+    """The first line of a module's docstring; the module is not imported."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

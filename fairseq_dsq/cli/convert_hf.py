@@ -33,7 +33,7 @@ def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
     flags = config.flags(untied)
 
     final = output.resolve()
-    with artefact.whole(final) as partial:
+    with artefact.atomic(final) as partial:
         partial.mkdir()
         files = {
             **vocabulary.files,

@@ -5,21 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from tabulate import tabulate
 
-from fairseq_dsq import data_files, formats
+from fairseq_dsq import data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.cost import Cost, CostProfile, load_profile, total_cost
-from fairseq_dsq.cost.gemm import stash_bytes
+from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model
+from fairseq_dsq.cost import CostProfile, load_profile, pricing
 from fairseq_dsq.cost.profiles import FOLDER
-from fairseq_dsq.cost.published import FIXED16, compare
+from fairseq_dsq.cost.published import compare
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.nn import FLOAT32, LedgerKey, StashKey, Work
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash, parse_q
+from fairseq_dsq.ledger import Work
+from fairseq_dsq.precision import PrecisionConfig, parse_q
 from fairseq_dsq.text import quoted
 
 DEFAULT_LAYER = "4096x512x2048"
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--trajectory", metavar="Q:EPOCHS ...", help="settings with their epochs, such as '2,2,2,16:12 16,4,4,16:3'"
     )
-    parser.add_argument("--format", default="bfp", metavar="NAME", help="number format: " + ", ".join(formats.names()))
+    add_format_argument(parser)
     parser.add_argument(
         "--sign-bit", choices=("counted", "extra"), default="counted", help="as --dsq-sign-bit (default: counted)"
     )
@@ -53,46 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def check_format(name: str) -> None:
-    """Refuse a ``--format`` that is not registered."""
-    if name not in formats.names():
-        raise ValueError(f"--format: got {quoted(name)}, expected one of {', '.join(formats.names())}")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, flag: str, default: str | None = None) -> None:
-    """What :func:`find_model` reads: which model, and its batch."""
-    parser.add_argument(
-        flag,
-        dest="model",
-        default=default,
-        metavar="NAME",
-        help=f"{', '.join(data_files.names('models'))}, the path of a file of one's own, or a fairseq architecture"
-        + (f" (default: {default})" if default else ""),
-    )
-    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a batch (default: the model file's)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sentence (default: the model file's)")
-    parser.add_argument("--vocabulary", type=int, metavar="N", help="entries of the dictionary (default: likewise)")
-    parser.add_argument("--flags", metavar="FLAGS", help="of fairseq-train, such as '--encoder-layers 12'")
-
-
-def find_model(args: argparse.Namespace, flag: str) -> Any:
-    """The :class:`fairseq_dsq.plugin.probe.ModelSpec` that the arguments ask for."""
-    import dataclasses
-
-    from fairseq_dsq.plugin import probe
-
-    with blame(flag):
-        spec = probe.find_model(args.model)
-    given = {name: getattr(args, name) for name in ("tokens", "length", "vocabulary")}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if args.flags:
-        changes["flags"] = f"{spec.flags} {args.flags}"
-    try:
-        return dataclasses.replace(spec, **changes)
-    except ValueError as error:  # begins with the field's name, which is the flag's
-        raise ValueError(f"--{error}") from None
-
-
 def main(args: argparse.Namespace) -> int:
     check_format(args.format)
     with blame("--profile"):
@@ -105,37 +64,14 @@ def main(args: argparse.Namespace) -> int:
     options = FormatOptions(sign_bit_extra=args.sign_bit == "extra")
     with blame("--trajectory" if args.trajectory else "--precision"):
         levels = _levels(args.trajectory or f"{args.precision or DEFAULT_PRECISION}:1", args.format, options)
-    costs = [_price(profile, work.at_precision(precision)) for precision, _ in levels]
     result: dict[str, Any] = {"profile": profile.name, "format": args.format, "workload": described}
     if args.trajectory:
-        result |= _trajectory(profile, work, levels, costs)
-        text = _trajectory_text(result)
+        result |= pricing.price_trajectory(profile, work, levels)
     else:
-        priced = work.at_precision(levels[0][0])
-        result |= {"precision": list(levels[0][0].q), **_relative(costs[0]), **_below_fixed16(profile, work, costs[0])}
-        result |= _absolute(priced, costs[0])
-        if args.model:
-            result |= {"layers": _by_layer(profile, priced), "gemms": _by_gemm(profile, priced)}
-        text = _setting_text(result)
-    print(json.dumps(result, indent=1) if args.json else text)
+        result |= pricing.price_level(profile, work, levels[0][0], details=bool(args.model))
+    text = _trajectory_text if args.trajectory else _setting_text
+    print(json.dumps(result, indent=1) if args.json else text(result))
     return 0
-
-
-def _trajectory(
-    profile: CostProfile, work: Work, levels: list[tuple[PrecisionConfig, int]], costs: list[Cost]
-) -> dict[str, Any]:
-    epochs = sum(count for _, count in levels)
-    total = sum((cost * count for cost, (_, count) in zip(costs, levels, strict=True)), Cost())
-    rows = [
-        {"precision": list(precision.q), "epochs": count, **_relative(cost)}
-        for cost, (precision, count) in zip(costs, levels, strict=True)
-    ]
-    return {
-        "trajectory": rows,
-        "epochs": epochs,
-        **_relative(total),
-        **_below_fixed16(profile, work, total * (1 / epochs)),
-    }
 
 
 def _trajectory_text(result: Mapping[str, Any]) -> str:
@@ -219,12 +155,7 @@ def _workload(args: argparse.Namespace) -> tuple[Work, dict[str, Any]]:
     if match is None:
         raise ValueError(f"--layer: got {quoted(text)}, expected MxKxN such as {DEFAULT_LAYER}")
     m, k, n = (int(size) for size in match.groups())
-    gemms = [Gemm("output", m, k, n)]
-    stashes: Counter[StashKey] = Counter()
-    if not args.forward_only:
-        gemms += [Gemm("grad_input", m, n, k), Gemm("grad_weight", k, m, n)]
-        stashes[StashKey(Stash("input", (m, k), 0), FLOAT32)] = 1
-    return Work(Counter(LedgerKey(gemm, FLOAT32, not args.forward_only) for gemm in gemms), stashes), {"layer": text}
+    return pricing.layer_work(m, k, n, training=not args.forward_only), {"layer": text}
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -232,64 +163,9 @@ def _title(result: Mapping[str, Any]) -> str:
     return f"{result['format']}, profile {result['profile']}, {workload}"
 
 
-def _price(profile: CostProfile, work: Work) -> Cost:
-    return total_cost(profile, work.gemms.items(), work.stashes.items())
-
-
-def _relative(cost: Cost) -> dict[str, float]:
-    return {"arithmetic_relative": cost.arithmetic_relative, "dram_relative": cost.dram_relative}
-
-
-def _below_fixed16(profile: CostProfile, work: Work, cost: Cost) -> dict[str, float]:
-    fixed = _price(profile, work.at_precision(FIXED16))
-    return {
-        "arithmetic_below_fixed16": fixed.arithmetic / cost.arithmetic,
-        "dram_below_fixed16": fixed.dram_bytes / cost.dram_bytes,
-    }
-
-
 def _below_text(result: Mapping[str, Any]) -> str:
     arithmetic, dram = result["arithmetic_below_fixed16"], result["dram_below_fixed16"]
     return f"below 16-bit fixed point: arithmetic {arithmetic:.2f}x, DRAM {dram:.2f}x"
-
-
-def _absolute(work: Work, cost: Cost) -> dict[str, float]:
-    stash = sum(stash_bytes(key.stash, key.precision) * count for key, count in work.stashes.items())
-    return {
-        "macs": int(cost.arithmetic_baseline),
-        "arithmetic": cost.arithmetic,
-        "dram_bytes": cost.dram_bytes,
-        "stash_bytes": stash,
-        "macs_per_byte": cost.arithmetic_baseline / cost.dram_bytes,
-    }
-
-
-def _by_layer(profile: CostProfile, work: Work) -> list[dict[str, Any]]:
-    """One row per module, in the order in which they first ran."""
-    parts: defaultdict[str, Work] = defaultdict(Work)
-    for key, count in work.gemms.items():
-        parts[key.scope].gemms[key] += count
-    for stash, count in work.stashes.items():
-        parts[stash.scope].stashes[stash] += count
-    return [{"layer": scope, **_absolute(part, _price(profile, part))} for scope, part in parts.items()]
-
-
-def _by_gemm(profile: CostProfile, work: Work) -> list[dict[str, Any]]:
-    """One row per kind and shape, the most MACs first; writing stashes belongs to none of them."""
-    counts: Counter[LedgerKey] = Counter()
-    for key, count in work.gemms.items():
-        counts[key._replace(scope="")] += count
-    rows = []
-    for (gemm, precision, training, _), count in counts.items():
-        cost = profile.gemm(gemm, precision, training) * count
-        rows.append(
-            {
-                "kind": gemm.kind, "m": gemm.m, "k": gemm.k, "n": gemm.n, "batch": gemm.batch, "times": count,
-                "macs": gemm.macs * count, "arithmetic": cost.arithmetic, "dram_bytes": cost.dram_bytes,
-                "macs_per_byte": cost.arithmetic_baseline / cost.dram_bytes,
-            }
-        )  # fmt: skip
-    return sorted(rows, key=lambda row: -int(row["macs"]))
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.out:
         artefact.stamp(args.out).unlink(missing_ok=True)
-        with artefact.whole(args.out) as partial:
+        with artefact.atomic(args.out) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         artefact.write(
             args.out,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_dsq.report import tables
-from fairseq_dsq.report.logs import Run, missing_extra, read_run
+from fairseq_dsq.report.runs import Run, missing_extra, read_run
 from fairseq_dsq.report.scores import BEST, GIVEN, scores, stale
 from fairseq_dsq.report.tables import Table
 from fairseq_dsq.text import printable
@@ -19,11 +19,11 @@ from fairseq_dsq.text import printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN",
-        help="a training log (--log-format json, simple or tqdm; or --log-file's), the folder of a run (log, output of "
-        "fairseq-generate or sacreBLEU, TensorBoard event files), or a --tensorboard-logdir",
+        help="the folder of a run (its dsq.jsonl; output of fairseq-generate or sacreBLEU), a dsq.jsonl, or, of plain "
+        "fairseq, a log of --log-format json or a folder with one",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", metavar="RUN", help="the run that differences refer to (default: the first float32 run)"
+        "--baseline", metavar="RUN", help="the run that differences refer to (default: the first in float)"
     )
     parser.add_argument(
         "--quality",

@@ -11,18 +11,18 @@ from typing import Any
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
-from fairseq_dsq import data_files, formats
+from fairseq_dsq import data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.cli.cost import add_model_arguments, check_format, find_model
+from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model
 from fairseq_dsq.cost.hardware import FOLDER, Hardware, load_hardware, measure
+from fairseq_dsq.cost.pricing import Step, price_settings
 from fairseq_dsq.cost.published import roofline_table
-from fairseq_dsq.cost.roofline import Group, groups_of_step, total
-from fairseq_dsq.precision import PrecisionConfig, parse_levels
+from fairseq_dsq.cost.roofline import Group, shares, total
+from fairseq_dsq.precision import parse_levels
 
 DEFAULT_MODEL, DEFAULT_HARDWARE, DEFAULT_LEVELS = "opt-1.3b", "a100-sxm-80gb", "[2,2,2,16] [16,4,4,16]"
 PUBLISHED_MODEL = "opt-1.3b"
 MEASURE = "measure"
-STANDARD_BITS, STASHING = 16, (16, 4, 4, 16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-hardware", type=Path, metavar="FILE", help="write the hardware as a file for --hardware"
     )
-    parser.add_argument("--format", default="bfp", metavar="NAME", help="number format: " + ", ".join(formats.names()))
+    add_format_argument(parser)
     parser.add_argument(
         "--levels", default=DEFAULT_LEVELS, metavar="LEVELS", help=f"DSQ's levels (default: '{DEFAULT_LEVELS}')"
     )
@@ -60,23 +60,11 @@ def main(args: argparse.Namespace) -> int:
         args.save_hardware.write_text(OmegaConf.to_yaml(dataclasses.asdict(hardware)), encoding="utf-8")
     with blame("--levels"):
         levels = parse_levels(args.levels, args.format)
-        settings = [
-            # Floats of a width move and multiply as fixed-point numbers of that width do.
-            ("not quantized", PrecisionConfig((args.float_bits,) * 4, "fixed"), False),
-            ("standard quantization", PrecisionConfig((STANDARD_BITS,) * 4, args.format), True),
-            ("stashing", PrecisionConfig(STASHING, args.format), True),
-            *((f"DSQ level {number}", level, True) for number, level in enumerate(levels)),
-        ]
     spec = find_model(args, "--model")
     from fairseq_dsq.plugin import probe
 
     work, elements = probe.trace(spec), probe.traffic(spec)
-
-    def groups(precision: PrecisionConfig, quantized: bool) -> list[Group]:
-        gemms, stashes = work.gemms.items(), work.stashes.items()
-        return groups_of_step(gemms, stashes, elements, precision, hardware, args.float_bits, quantized)
-
-    rows = [(label, precision, groups(precision, quantized)) for label, precision, quantized in settings]
+    rows = price_settings(work, elements, levels, args.format, hardware, args.float_bits)
     published = roofline_table() if args.model == PUBLISHED_MODEL else {}
     batch = f"{args.model}, {spec.tokens} tokens in sequences of {spec.length}"
     if args.json:
@@ -98,16 +86,10 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shares(groups: list[Group]) -> list[float]:
-    """Per cent of the latency of all."""
-    latency = sum(group.latency_s for group in groups)
-    return [100 * group.latency_s / latency for group in groups]
-
-
-def _table(rows: list[tuple[str, PrecisionConfig, list[Group]]]) -> tuple[list[list[Any]], list[str]]:
+def _table(rows: list[Step]) -> tuple[list[list[Any]], list[str]]:
     cells: list[list[Any]] = []
     for label, precision, groups in rows:
-        for group, share in zip(groups, _shares(groups), strict=True):
+        for group, share in zip(groups, shares(groups), strict=True):
             cells.append([label, str(precision), group.name, group.intensity, group.macs_per_s / 1e12, group.bound,
                           1e3 * group.latency_s, share])  # fmt: skip
             label = ""
@@ -117,7 +99,7 @@ def _table(rows: list[tuple[str, PrecisionConfig, list[Group]]]) -> tuple[list[l
 
 def _beside(groups: list[Group], published: dict[str, tuple[float, str]]) -> list[tuple[Any, ...]]:
     rows = []
-    for group, share in zip(groups, _shares(groups), strict=True):
+    for group, share in zip(groups, shares(groups), strict=True):
         printed, bound = published[group.name]
         rows.append((group.name, printed, bound, share, group.bound, "equal" if bound == group.bound else "differs"))
     return rows
@@ -127,7 +109,7 @@ def _as_json(
     args: argparse.Namespace,
     spec: Any,
     hardware: Hardware,
-    rows: list[tuple[str, PrecisionConfig, list[Group]]],
+    rows: list[Step],
     published: dict[str, tuple[float, str]],
 ) -> dict[str, Any]:
     settings = []
@@ -138,7 +120,7 @@ def _as_json(
                 "macs_per_byte": group.macs / group.dram_bytes, "macs_per_s": group.macs_per_s, "bound": group.bound,
                 "latency_s": group.latency_s, "share": share / 100,
             }
-            for group, share in zip(groups, _shares(groups), strict=True)
+            for group, share in zip(groups, shares(groups), strict=True)
         ]  # fmt: skip
         settings.append({"setting": label, "precision": list(precision.q), "groups": records})
     return {

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fairseq_dsq import artefact
-from fairseq_dsq.cli import fairseq_command
-
-LOG = "train.log"
-# What a flag's own name stands before; the first argument of fairseq-train is the data.
-DATA = "DATA"
-# They do not change what is trained. The data is known by its content, the package by its version.
-_WITHOUT_EFFECT = frozenset({
-    "--user-dir", "--log-format", "--log-interval", "--log-file", "--no-progress-bar", "--tensorboard-logdir",
-    "--wandb-project", "--num-workers", "--keep-interval-updates", "--keep-last-epochs", "--keep-best-checkpoints",
-})  # fmt: skip
-# A run may go on for longer than it was first asked to.
-GROWING = ("--max-epoch",)
+from fairseq_dsq.recipes.fairseq_command import FailedError
+from fairseq_dsq.recipes.training import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,86 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    given = args.flags[1:] if args.flags[:1] == ["--"] else args.flags
-    if any(flag.partition("=")[0] == "--save-dir" for flag in given):
-        raise ValueError(f"--save-dir: is {args.folder}, the folder of the run")
-    artefact.check_path("RUN", args.folder)
-    settings = identity(given)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    with artefact.locked(args.folder, wait=False) as lock:
-        if claim(args.folder, settings):
-            return 0
-        flags = [*given, "--user-dir", str(fairseq_command.USER_DIR), "--save-dir", str(args.folder.resolve())]
-        try:
-            # Whoever kills this command alone leaves fairseq-train at work, which then still holds the lock.
-            fairseq_command.call("fairseq-train", flags, args.folder / LOG, pass_fds=[lock])
-        except fairseq_command.FailedError as error:
-            print(error, file=sys.stderr)
-            return 1
-        artefact.write(args.folder / LOG, settings)
-    return 0
-
-
-def identity(arguments: Sequence[str]) -> dict[str, str]:
-    """What a command of fairseq makes depends on, by flag: values, and the checksums of the files that they name.
-
-    Numbers are written alike (0.01 and 1e-2); of a flag that is given twice the last stands.
-
-    Raises:
-        ValueError: a path that fairseq cannot hold.
-    """
-    found: dict[str, list[str]] = {}
-    name = DATA
-    for argument in arguments:
-        if argument.startswith("-") and not _is_number(argument):
-            name, equals, value = argument.partition("=")
-            found[name] = [value] if equals else []
-        else:
-            found.setdefault(name, []).append(argument)
-    return {
-        name: " ".join(_canonical(name, value) for value in values) or "given"
-        for name, values in found.items()
-        if name not in _WITHOUT_EFFECT
-    }
-
-
-def claim(folder: Path, settings: Mapping[str, str]) -> bool:
-    """Take the folder for a run with these settings; returns whether the run is done already.
-
-    A folder without checkpoints is begun anew: its log goes, and what was stamped in it.
-
-    Raises:
-        ValueError: other settings trained in it; names what differs.
-    """
-    log = folder / LOG
-    if not any(folder.glob("checkpoint*.pt")):
-        for old in folder.glob(f"*.{artefact.STAMP}"):
-            old.with_name(old.name.removesuffix(f".{artefact.STAMP}")).unlink(missing_ok=True)
-            old.unlink()
-        log.unlink(missing_ok=True)
-    else:
-        artefact.check(folder, settings, GROWING)
-        if artefact.made_by(log, settings) and artefact.made_by(folder, settings):
-            return True
-    artefact.stamp(log).unlink(missing_ok=True)
-    artefact.write(folder, settings)
-    return False
-
-
-def _canonical(name: str, value: str) -> str:
-    if _is_number(value):
-        number = float(value)
-        return str(int(number)) if number.is_integer() else repr(number)
-    path = Path(value)
-    if (name == DATA or "/" in value or path.suffix) and path.exists():
-        artefact.check_path(name, path)
-        return artefact.content(path)
-    return value
-
-
-def _is_number(text: str) -> bool:
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        train(args.folder, args.flags[1:] if args.flags[:1] == ["--"] else args.flags)
+    except FailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

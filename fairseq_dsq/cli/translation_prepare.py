@@ -6,24 +6,27 @@ import argparse
 from pathlib import Path
 
 from fairseq_dsq import artefact
-from fairseq_dsq.cli import fairseq_command
-from fairseq_dsq.translation import CORPORA, prepare, settings
+from fairseq_dsq.cli import blame
+from fairseq_dsq.recipes import fairseq_command
+from fairseq_dsq.translation import CORPORA, find_corpus, prepare, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", choices=sorted(CORPORA), metavar="CORPUS", help=", ".join(sorted(CORPORA)))
+    names = ", ".join(sorted(CORPORA))
+    parser.add_argument("corpus", metavar="CORPUS", help=f"{names}, or a recipe's file that describes one's own")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument("--vocab", type=int, default=4000, help="joint sentence pieces (default: %(default)s)")
     parser.add_argument("--downloads", type=Path, metavar="DIR", help="where downloads are kept (default: beside DIR)")
 
 
 def main(args: argparse.Namespace) -> int:
-    corpus = CORPORA[args.corpus]
+    with blame("CORPUS"):
+        corpus = find_corpus(args.corpus)
     artefact.check_path("DIR", args.folder)
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with artefact.locked(args.folder.parent):  # who comes second finds what the first made
         if artefact.check(args.folder, settings(corpus, args.vocab)):
-            print(f"found {args.folder}: {args.corpus} in {args.vocab} sentence pieces")
+            print(f"found {args.folder}: {corpus.name} in {args.vocab} sentence pieces")
             return 0
         try:
             counts = prepare(
@@ -35,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     pairs = ", ".join(f"{split} {kept}" for split, (kept, _) in counts.items())
     left_out = counts["train"][1]
     print(
-        f"wrote {args.folder}: {args.corpus} ({pairs} pairs) in {args.vocab} sentence pieces"
+        f"wrote {args.folder}: {corpus.name} ({pairs} pairs) in {args.vocab} sentence pieces"
         + (f"; {left_out} training pairs left out, empty, too long or too unlike in length" if left_out else "")
     )
     return 0

@@ -13,14 +13,15 @@ result along its last dimension.
 from __future__ import annotations
 
 from fairseq_dsq.formats import Float32, Format
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 
 def result_format(gemm: Gemm, precision: PrecisionConfig) -> Format:
     """What a GEMM's result is written in."""
     if gemm.kind == "grad_weight":
         return Float32()
-    return precision.output_operands if gemm.kind == "output" else precision.grad_output
+    return precision.operands("output")[0] if gemm.kind == "output" else precision.operands("grad_input")[0]
 
 
 def gemm_bytes(gemm: Gemm, precision: PrecisionConfig) -> int:
@@ -35,4 +36,4 @@ def gemm_bytes(gemm: Gemm, precision: PrecisionConfig) -> int:
 
 def stash_bytes(stash: Stash, precision: PrecisionConfig) -> int:
     """Bytes of a packed stash, written once by the forward pass."""
-    return precision.stash_format(stash.role).nbytes(stash.shape, stash.dim)
+    return precision.stash(stash.role).nbytes(stash.shape, stash.dim)

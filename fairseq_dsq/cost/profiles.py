@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import GemmKind, PrecisionConfig
 
 BASELINE_BITS = 32
 BASELINE_BYTES = BASELINE_BITS // 8
@@ -112,9 +113,13 @@ class CostProfile(ABC):
                 f"formats: got {', '.join(self.formats) or 'none'}, expected one of them to be {ANY_FORMAT!r}"
             )
 
-    def format_cost(self, precision: PrecisionConfig) -> FormatCost:
-        """The coefficients of a level's format."""
-        return self.formats.get(precision.format_name) or self.formats[ANY_FORMAT]
+    def format_cost(self, family: str) -> FormatCost:
+        """The coefficients of a format family."""
+        return self.formats.get(family) or self.formats[ANY_FORMAT]
+
+    def mac(self, precision: PrecisionConfig, kind: GemmKind, bits: tuple[int, int]) -> float:
+        """One MAC of a GEMM's operands, in 32-bit fixed-point MACs; of two families, the dearer one's formula."""
+        return max(self.format_cost(family).mac(*bits) for family in precision.operand_families(kind))
 
     @abstractmethod
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
@@ -135,13 +140,20 @@ class SettingProfile(CostProfile):
 
     def dram_relative(self, precision: PrecisionConfig, training: bool) -> float:
         """DRAM traffic of a training step, or of a forward pass alone, relative to 32-bit fixed point."""
-        q = precision.q if training else precision.q[:1]
-        return sum(bits + self.format_cost(precision).overhead_bits for bits in q) / (BASELINE_BITS * len(q))
+        pairs = list(zip(precision.bits, precision.families, strict=True))[: None if training else 1]
+
+        def stored(bits: tuple[int, int], families: tuple[str, str]) -> float:
+            first, second = (
+                b + self.format_cost(family).overhead_bits for b, family in zip(bits, families, strict=True)
+            )
+            return (first + second) / 2
+
+        return sum(stored(*pair) for pair in pairs) / (BASELINE_BITS * len(pairs))
 
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
         baseline_bytes = BASELINE_BYTES * gemm.elements
         return Cost(
-            arithmetic=gemm.macs * self.format_cost(precision).mac(*precision.operand_q(gemm.kind)),
+            arithmetic=gemm.macs * self.mac(precision, gemm.kind, precision.operand_bits(gemm.kind)),
             arithmetic_baseline=gemm.macs,
             dram_bytes=baseline_bytes * self.dram_relative(precision, training),
             dram_baseline_bytes=baseline_bytes,
@@ -158,7 +170,7 @@ class OperandProfile(CostProfile):
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
         first, second = precision.operands(gemm.kind)
         return Cost(
-            arithmetic=gemm.macs * self.format_cost(precision).mac(first.bits, second.bits),
+            arithmetic=gemm.macs * self.mac(precision, gemm.kind, (first.bits, second.bits)),
             arithmetic_baseline=gemm.macs,
             dram_bytes=gemm_bytes(gemm, precision),
             dram_baseline_bytes=BASELINE_BYTES * gemm.elements,

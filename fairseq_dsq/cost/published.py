@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.profiles import CostProfile, total_cost
-from fairseq_dsq.precision import Gemm, PrecisionConfig
+from fairseq_dsq.ledger import Gemm
+from fairseq_dsq.precision import PrecisionConfig
 
 FOLDER, NAME = "published", "dsq"
 FIXED16 = PrecisionConfig((16, 16, 16, 16), "fixed")

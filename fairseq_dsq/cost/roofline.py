@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
 from fairseq_dsq.cost.hardware import Hardware
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 ATTENTION, FULLY_CONNECTED, OTHERS = "attention", "fully connected", "others"
 MEMORY, COMPUTE = "memory", "compute"
@@ -58,15 +59,21 @@ class Group:
         return self.macs / self.latency_s if self.latency_s else 0.0
 
 
-def total(groups: list[Group], name: str = "all") -> Group:
+def total(groups: list[Group]) -> Group:
     """The groups as one, their times added up."""
     return Group(
-        name,
+        "all",
         sum(group.macs for group in groups),
         sum(group.dram_bytes for group in groups),
         sum(group.compute_s for group in groups),
         sum(group.memory_s for group in groups),
     )
+
+
+def shares(groups: list[Group]) -> list[float]:
+    """Per cent of the latency of all."""
+    latency = sum(group.latency_s for group in groups)
+    return [100 * group.latency_s / latency for group in groups]
 
 
 def groups_of_step(

@@ -10,7 +10,6 @@ vocab.txt  WordPiece (BERT), with an optional tokenizer_config.json; without it 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import tarfile
 import zlib
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq_dsq.artefact import whole
-from fairseq_dsq.download import download
+from fairseq_dsq.artefact import atomic
+from fairseq_dsq.download import data_root, download
 
 MODEL, DICTIONARY, ARCH = "model.pt", "dict.txt", "arch.args"
 DEFAULT_ARCH = ("--arch", "roberta_dsq")
@@ -100,11 +99,10 @@ def find(name: str, downloads: Path) -> Encoder:
         raise OSError(f"got {name!r}, expected an encoder folder or one of {', '.join(DOWNLOADABLE)}")
     folder = downloads / name
     if not folder.is_dir():
-        archive = download(
-            f"{_MODELS_URL}{name}.tar.gz", downloads / f"{name}.tar.gz", hint="give a folder with an encoder"
-        )  # fmt: skip
+        archive = downloads / f"{name}.tar.gz"
+        download(f"{_MODELS_URL}{archive.name}", archive, hint="give a folder with an encoder")
         try:
-            with whole(folder) as partial, tarfile.open(archive, "r:gz") as content:
+            with atomic(folder) as partial, tarfile.open(archive, "r:gz") as content:
                 content.extractall(partial.parent, filter="data")  # which holds a folder of this name
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{archive}: {error}, expected a .tar.gz archive of the folder {name}") from None
@@ -124,9 +122,9 @@ def tokenizer(encoder: Encoder, downloads: Path) -> Tokenizer:
         return _wordpiece(encoder.folder)
     folder = encoder.folder
     if not all((folder / name).is_file() for name in _BPE_FILES):
-        folder = Path(os.environ.get("DSQ_DATA", ""), _BPE_FOLDER)
-        if not os.environ.get("DSQ_DATA") or not folder.is_dir():
-            folder = downloads / _BPE_FOLDER
+        own = data_root(_BPE_FOLDER, f"GPT-2's {' and '.join(_BPE_FILES)}")
+        folder = own or downloads / _BPE_FOLDER
+        if own is None:
             hint = f"or put {' and '.join(_BPE_FILES)} (GPT-2 BPE) or {_VOCAB} (WordPiece) into {encoder.folder}"
             for name in _BPE_FILES:
                 download(_BPE_URL + name, folder / name, hint=hint)

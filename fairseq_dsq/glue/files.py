@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_dsq.artefact import whole
-from fairseq_dsq.download import download
+from fairseq_dsq.artefact import atomic
+from fairseq_dsq.download import data_root, download
 from fairseq_dsq.glue.tasks import MRPC_DEV_IDS, TRAIN_FILES, GlueTask
 
 FOLDER = "glue"
@@ -36,8 +35,7 @@ def find(task: GlueTask, folder: Path | None, downloads: Path) -> Files:
         ValueError: a download is not what was published.
     """
     if folder is None:
-        own = Path(os.environ.get("DSQ_DATA", ""), FOLDER, task.name)
-        folder = own if os.environ.get("DSQ_DATA") and own.is_dir() else fetch(task, downloads)
+        folder = data_root(f"{FOLDER}/{task.name}", f"{task.name}'s TSV files") or fetch(task, downloads)
     train = next((folder / name for name in TRAIN_FILES if (folder / name).is_file()), None)
     if train is None:
         raise OSError(f"{folder}: has no {' or '.join(TRAIN_FILES)}, expected {task.name}'s training set")
@@ -59,10 +57,9 @@ def fetch(task: GlueTask, downloads: Path) -> Path:
     if folder.is_dir():
         return folder
     hint = f"give its folder by --data, or set DSQ_DATA to a folder that holds {FOLDER}/{task.name}"
-    archive = download(
-        task.archive.url, downloads / task.archive.url.rpartition("/")[2], task.archive.sha256, hint
-    )  # fmt: skip
-    with whole(folder) as partial:
+    url = task.archive.url
+    archive = download(url, downloads / url.rpartition("/")[2], task.archive.sha256, hint)
+    with atomic(folder) as partial:
         partial.mkdir()
         if archive.suffix == ".zip":
             _unzip(

@@ -1,20 +1,15 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
+from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
-    FLOAT32,
-    GEMM_MODES,
     STASH_SCOPES,
     VALUE_BOXES,
     BoxDim,
     DSQContext,
     GemmConfig,
-    Ledger,
-    LedgerKey,
-    StashKey,
     StashScope,
-    Work,
 )
 from fairseq_dsq.nn.convert import (
     convert,
@@ -28,11 +23,11 @@ from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
 from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, register_elementwise
+from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
     "BOX_DIMS",
     "FLOAT32",
-    "GEMM_MODES",
     "STASH_SCOPES",
     "VALUE_BOXES",
     "BoxDim",

@@ -121,8 +121,8 @@ class DSQAttention(nn.Module):
 
     def _counts_keys(self, keys: int) -> bool:
         """Whether it matters which of so many keys is a sentence's first: the weights' boxes are shorter."""
-        box_size = self.context.config.precision.output_operands.box_size
-        return self.context.attention_matmul and box_size is not None and box_size < keys
+        group = self.context.config.precision.operands("output")[0].group
+        return self.context.attention_matmul and isinstance(group, int) and 1 < group < keys
 
     def _split(self, x: Tensor | None) -> Tensor | None:
         """T x B x C to B x heads x T x head_dim."""

@@ -2,98 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
-from fairseq_dsq.precision import Gemm, GemmKind, PrecisionConfig, Stash, StashRole
-from fairseq_dsq.quant import Rounding
+from fairseq_dsq import gemm
+from fairseq_dsq.ledger import Ledger
+from fairseq_dsq.precision import FLOAT32, PrecisionConfig
+from fairseq_dsq.quantized import Rounding
 
 BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
 ValueBoxes = Literal["row", "feature"]
 VALUE_BOXES: tuple[ValueBoxes, ...] = ("row", "feature")
-GemmMode = Literal["auto", "float32"]
-GEMM_MODES: tuple[GemmMode, ...] = ("auto", "float32")
 StashScope = Literal["gemm", "all"]
 STASH_SCOPES: tuple[StashScope, ...] = ("gemm", "all")
-
-FLOAT32 = PrecisionConfig((32, 32, 32, 32), "float32")
-
-
-class LedgerKey(NamedTuple):
-    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
-
-    gemm: Gemm
-    precision: PrecisionConfig
-    training: bool
-    scope: str = ""
-
-
-class StashKey(NamedTuple):
-    """A stash, the precision it was packed at, and the module it served."""
-
-    stash: Stash
-    precision: PrecisionConfig
-    scope: str = ""
-
-
-@dataclass
-class Work:
-    """What ran: GEMMs and stashes with their counts, and the bytes that the stashes really took."""
-
-    gemms: Counter[LedgerKey] = field(default_factory=Counter)
-    stashes: Counter[StashKey] = field(default_factory=Counter)
-    stash_bytes: int = 0
-
-    def at_precision(self, precision: PrecisionConfig) -> Work:
-        """The same GEMMs and stashes at another level; the bytes really taken are not known."""
-        return Work(
-            Counter({key._replace(precision=precision): count for key, count in self.gemms.items()}),
-            Counter({key._replace(precision=precision): count for key, count in self.stashes.items()}),
-        )
-
-
-@dataclass
-class Ledger(Work):
-    """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
-
-    What activation checkpointing repeats is counted as often as it runs.
-
-    Attributes:
-        scope: goes into every key; names the module at work, for whoever wants to tell them apart.
-    """
-
-    scope: str = ""
-
-    def record(
-        self,
-        kind: GemmKind,
-        m: int,
-        k: int,
-        n: int,
-        batch: int,
-        precision: PrecisionConfig,
-        training: bool,
-        scope: str | None = None,
-    ) -> None:
-        """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
-        self.gemms[
-            LedgerKey(Gemm(kind, m, k, n, batch), precision, training, self.scope if scope is None else scope)
-        ] += 1
-
-    def record_stash(
-        self, role: StashRole, shape: tuple[int, ...], dim: int, precision: PrecisionConfig, nbytes: int
-    ) -> None:
-        """Count one stash that took ``nbytes`` bytes."""
-        self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
-        self.stash_bytes += nbytes
-
-    def drain(self) -> Work:
-        """What ran since the last call; starts anew."""
-        work = Work(self.gemms, self.stashes, self.stash_bytes)
-        self.gemms, self.stashes, self.stash_bytes = Counter(), Counter(), 0
-        return work
 
 
 @dataclass(frozen=True)
@@ -105,8 +28,7 @@ class GemmConfig:
         rounding: ``nearest`` or ``stochastic``.
         box_dim: ``reduction`` lays boxes along the reduction dimension of the GEMM that reads the operand; ``last``
             along the stored tensor's last dimension.
-        gemm: ``auto`` multiplies on the cheapest arithmetic that is exact, see :mod:`fairseq_dsq.nn.gemm`; ``float32``
-            on that.
+        gemm: ``auto`` multiplies on the cheapest engine that is exact, see :mod:`fairseq_dsq.gemm`; a name on that one.
         value_boxes: what shares an exponent of attention's values, of which no position's may share one with
             another's: ``row``, all of one position and head; ``feature``, boxes along the features.
     """
@@ -114,8 +36,13 @@ class GemmConfig:
     precision: PrecisionConfig
     rounding: Rounding = "nearest"
     box_dim: BoxDim = "reduction"
-    gemm: GemmMode = "auto"
+    gemm: str = gemm.AUTO
     value_boxes: ValueBoxes = "row"
+
+    @cached_property
+    def plans(self) -> dict[Any, Any]:
+        """What multiplies in the GEMMs of calls like those before, see :mod:`fairseq_dsq.nn.functional`."""
+        return {}
 
     def dim(self, reduction_dim: int) -> int:
         """The dimension along which the boxes of an operand lie."""
@@ -133,6 +60,7 @@ class DSQContext:
         stash_scope: ``gemm`` packs what GEMMs keep for backward; ``all`` also what LayerNorm, softmax, activation
             functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
         layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
+        parent: of whom this one follows the levels, see :meth:`ruled`.
     """
 
     config: GemmConfig
@@ -140,25 +68,31 @@ class DSQContext:
     ledger: Ledger = field(default_factory=Ledger)
     stash_scope: StashScope = "gemm"
     layers: int = 0
+    parent: DSQContext | None = None
+    _ruled: list[tuple[DSQContext, tuple[PrecisionConfig, ...]]] = field(default_factory=list)
 
     def number_layer(self) -> int:
         """The number of one more layer, from 0."""
+        if self.parent is not None:
+            return self.parent.number_layer()
         self.layers += 1
         return self.layers - 1
 
     @property
     def packs(self) -> bool:
         """Whether the level in force packs anything."""
-        return self.config.precision.format_name != FLOAT32.format_name
+        return self.config.precision.rounds
 
     @property
     def packs_everything(self) -> bool:
         """Whether operations other than GEMMs are to keep less too."""
         return self.stash_scope == "all" and self.packs
 
-    def set_precision(self, precision: PrecisionConfig) -> None:
-        """Put a level in force."""
+    def set_precision(self, precision: PrecisionConfig, level: int = 0) -> None:
+        """Put a level in force; ``level`` is its number, by which modules with a rule find theirs."""
         self.config = replace(self.config, precision=precision)
+        for context, levels in self._ruled:
+            context.set_precision(levels[min(level, len(levels) - 1)])
 
     def for_mode(self, training: bool) -> GemmConfig:
         """The configuration of a module's forward: evaluation always rounds to nearest, so that it is repeatable."""
@@ -167,5 +101,18 @@ class DSQContext:
         return replace(self.config, rounding="nearest")
 
     def float32(self) -> DSQContext:
-        """A context on the same ledger whose GEMMs stay float32: for modules left out by a skip pattern."""
+        """A context on the same ledger whose GEMMs stay float32."""
         return DSQContext(GemmConfig(FLOAT32), ledger=self.ledger)
+
+    def ruled(self, levels: tuple[PrecisionConfig, ...]) -> DSQContext:
+        """A context for modules with levels of their own, which are put in force with this one's.
+
+        Args:
+            levels: one for each level of the schedule, or one for all.
+        """
+        if not any(level.rounds for level in levels):
+            return self.float32()
+        config = replace(self.config, precision=levels[0])
+        context = DSQContext(config, self.attention_matmul, self.ledger, self.stash_scope, parent=self)
+        self._ruled.append((context, levels))
+        return context

@@ -5,7 +5,7 @@ One training step of ``y = x @ W^T`` with x: M x K, W: N x K, precision [q0, q1,
     output:       fq(x, q0, dim=K) @ fq(W, q0, dim=K)^T           MxK @ KxN => MxN
     stash:        pack(x, q1, dim=M)                              the only copy of x kept for backward
     grad_input:   fq(dy, q3, dim=N) @ fq(W, q2, dim=N)            MxN @ NxK => MxK
-    grad_weight:  fq(dy, q3, dim=M)^T @ unpack(stash)             NxM @ MxK => NxK
+    grad_weight:  fq(dy, q3, dim=M)^T @ dequantize(stash)         NxM @ MxK => NxK
     grad_bias:    sum of dy over M, unquantized
 
 Boxes lie along the reduction dimension of the GEMM that reads them. Source: arXiv 2303.05295, Figure 2 and section 3.
@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq import formats
-from fairseq_dsq.formats import Float32, Format, ScaledInteger
-from fairseq_dsq.nn.context import GemmConfig, Ledger
-from fairseq_dsq.nn.gemm import Arithmetic, Operand, arithmetic, multiply, rounds_on_the_way
-from fairseq_dsq.precision import StashRole
-from fairseq_dsq.quant import Packed, fake_quantize, pack, quantize_and_pack
+from fairseq_dsq.formats import Float32
+from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
+from fairseq_dsq.ledger import Ledger
+from fairseq_dsq.nn.context import GemmConfig
+from fairseq_dsq.precision import GemmKind, StashRole
+from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack
 
-# The exponent of a float32, and of the least and the largest power of two among the normal ones.
-_EXPONENT, _NORMAL = 0x7F800000, (1 << 23, 254 << 23)
 # What is added to a call's seed for those who draw beside the forward's operands; ranks and layers lie further apart.
 _BACKWARD, _STASH, _APART = 1, 2, 4
 
@@ -65,6 +63,30 @@ def _draw_seeds(config: GemmConfig) -> _Seeds | None:
     return _Seeds(drawn + _APART * torch.distributed.get_rank(), torch.initial_seed() % 2**62)
 
 
+def _plans(config: GemmConfig, x: Tensor, n_dim: int) -> dict[GemmKind, Plan]:
+    """What multiplies in the three GEMMs of a call, ``x`` being any operand, decided once for forward and backward.
+
+    Args:
+        n_dim: where N lies in the second operand as it is stored, -1 or -2; -2 for a layer's weight.
+    """
+    key = x.device, x.dtype, n_dim, base.generation
+    found: dict[GemmKind, Plan] | None = config.plans.get(key)
+    if found is None:
+        reductions: dict[GemmKind, tuple[int, int]] = {
+            "output": (-1, -3 - n_dim),
+            "grad_input": (-1, n_dim),
+            "grad_weight": (-2, -2),
+        }
+        found = config.plans[key] = {}
+        for kind, dims in reductions.items():
+            operands = zip(config.precision.operands(kind), dims, strict=True)
+            first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in operands)
+            # grad_weight is multiplied as its transpose, NxM @ MxK => NxK.
+            sides = (second, first) if kind == "grad_weight" else (first, second)
+            found[kind] = plan(*sides, x.device, x.dtype, config.gemm)
+    return found
+
+
 class _Quantizer:
     """Quantizes the operands of one call's forward or backward.
 
@@ -84,105 +106,110 @@ class _Quantizer:
             self.generator = torch.Generator().manual_seed(seeds.values)
             self.stash_generator = torch.Generator().manual_seed(seeds.values + _STASH)
 
-    def _boxed(self, reduction: int) -> bool:
-        return self.config.dim(reduction) == reduction
+    def operand(self, x: Tensor, side: Side, reduction: int, fused: bool) -> Operand:
+        """An operand of a GEMM that sums over ``reduction``; left to the engine if that rounds it, to nearest."""
+        return self._operand(x, side, reduction, fused, self.generator)
 
-    def _left_to_gemm(self, fmt: Format, reduction: int, how: Arithmetic) -> bool:
-        return self.generator is None and self._boxed(reduction) and rounds_on_the_way(fmt, how)
-
-    def arithmetic(self, x: Tensor, a: Format, b: Format, a_reduction: int, b_reduction: int) -> Arithmetic:
-        """What multiplies two operands; ``x`` is any of them."""
-        boxed = self._boxed(a_reduction) and self._boxed(b_reduction)
-        return arithmetic(x, a, b, self.config.gemm, boxed)
-
-    def operand(self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
-        """An operand of a GEMM that sums over ``reduction``; left to the GEMM if that rounds on the way."""
-        return self._operand(x, fmt, reduction, how, self.generator)
-
-    def weight(self, weight: Tensor, layer: int, fmt: Format, reduction: int, how: Arithmetic) -> Operand:
+    def weight(self, weight: Tensor, layer: int, side: Side, reduction: int, fused: bool) -> Operand:
         """The same of a weight; ``layer`` tells it from the model's others."""
         generator = None
         if self.seeds is not None:
             generator = torch.Generator().manual_seed(self.seeds.weight + _APART * layer)
-        return self._operand(weight, fmt, reduction, how, generator)
+        return self._operand(weight, side, reduction, fused, generator)
 
     def _operand(
-        self, x: Tensor, fmt: Format, reduction: int, how: Arithmetic, generator: torch.Generator | None
+        self, x: Tensor, side: Side, reduction: int, fused: bool, generator: torch.Generator | None
     ) -> Operand:
-        if not self._left_to_gemm(fmt, reduction, how):
-            x = fake_quantize(x, fmt, self.config.dim(reduction), self.config.rounding, generator)
-        return Operand(x, fmt, reduction, self._boxed(reduction))
+        if fused and generator is None:
+            return Operand(x, side, reduction, rounded=False)
+        if isinstance(side.fmt, Float32):
+            return Operand(x, side, reduction)
+        dim, rounding = self.config.dim(reduction), self.config.rounding
+        if side.factored and x.numel():
+            elements, scale = factorize(x, side.fmt, dim, rounding, generator)
+            return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
+        return Operand(fake_quantize(x, side.fmt, dim, rounding, generator), side, reduction)
 
-    def stashed(self, stash: Packed | None, fmt: Format, reduction: int) -> Operand | None:
-        """A stash as an operand."""
-        return None if stash is None else Operand(stash.unpack(), fmt, reduction, self._boxed(reduction))
-
-    def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> Packed:
-        fmt, dim = self.config.precision.stash_format(role), self.config.dim(reduction_dim)
+    def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> QuantizedTensor:
+        fmt, dim = self.config.precision.stash(role), self.config.dim(reduction_dim)
         packed = pack(x, fmt, dim, self.config.rounding, self.stash_generator)
         self._record(packed, role, ledger)
         return packed
 
-    def _record(self, packed: Packed, role: StashRole, ledger: Ledger | None) -> None:
+    def _record(self, packed: QuantizedTensor, role: StashRole, ledger: Ledger | None) -> None:
         if ledger is not None:
             ledger.record_stash(role, tuple(packed.shape), packed.dim, self.config.precision, packed.nbytes)
 
     def operand_and_stash(
-        self, x: Tensor, stash: bool, how: Arithmetic, ledger: Ledger | None
-    ) -> tuple[Operand, Packed | None]:
+        self, x: Tensor, side: Side, stash: bool, fused: bool, ledger: Ledger | None
+    ) -> tuple[Operand, QuantizedTensor | None]:
         """A GEMM's first operand (..., M, K), and what is kept of it for grad_weight if ``stash``; read together."""
-        precision = self.config.precision
-        fmt = precision.output_operands
-        left_to_gemm = self._left_to_gemm(fmt, -1, how)
-        if left_to_gemm or not stash or isinstance(fmt, Float32) or self.generator is not None:
-            operand = self.operand(x, fmt, -1, how)
+        left_to_engine = fused and self.generator is None
+        alone = left_to_engine or not stash or isinstance(side.fmt, Float32) or side.factored
+        if alone or self.generator is not None:
+            operand = self.operand(x, side, -1, fused)
             return operand, self.pack(x, "input", -2, ledger) if stash else None
         dims = self.config.dim(-1), self.config.dim(-2)
-        rounded, packed = quantize_and_pack(x, fmt, precision.stash, *dims)
+        rounded, packed = quantize_and_pack(x, side.fmt, self.config.precision.stash("input"), *dims)
         self._record(packed, "input", ledger)
-        return Operand(rounded, fmt, -1, self._boxed(-1)), packed
+        return Operand(rounded, side, -1), packed
 
-    def rows_apart(self, a: Tensor, b: Tensor, fmt: ScaledInteger) -> tuple[Operand, Operand]:
-        """Operands of a (..., M, K) @ b (..., K, N) in which no two rows of b share an exponent.
+    def rows_apart(self, a: Tensor, b: Tensor, output: Plan) -> tuple[Operand, Operand, Plan]:
+        """Operands of a (..., M, K) @ b (..., K, N) in which no two rows of b share a scale, and what multiplies them.
 
         ``value_boxes`` says how. ``row``: each row of b has one scale, which goes over to the column of a that it
-        meets, so that b is integers and boxes lie along the reduction: a @ b = (a * scale^T) @ (b / scale).
-        ``feature``: the boxes of b lie along N.
+        meets, so that b is integers and groups lie along the reduction: a @ b = (a * scale^T) @ (b / scale).
+        ``feature``: the groups of b lie along N.
         """
+        side_a, side_b = output.sides
         rounding, generator = self.config.rounding, self.generator
+        per_row = side_b.fmt.by_row()
         # The exponents of float16 do not reach so far.
-        if self.config.value_boxes == "feature" or b.dtype is torch.float16 or not b.numel():
-            b = fake_quantize(b, fmt, -1, rounding, generator)
-            how = arithmetic(a, fmt, fmt, self.config.gemm, boxed=False)
-            return self.operand(a, fmt, -1, how), Operand(b, fmt, -2, boxed=False)
-        largest = torch.maximum(b.amax(-1, keepdim=True), -b.amin(-1, keepdim=True)).float()
-        exponents = (largest.view(torch.int32) + fmt.headroom & _EXPONENT).clamp_(*_NORMAL)
-        scale = exponents.view(torch.float32).to(b.dtype)
-        codes = fake_quantize(b, formats.per_row(fmt), -1, rounding, generator).mul_(1 / scale)
-        how = self.arithmetic(a, fmt, fmt, -1, -2)
-        # Integers stay what they are when the GEMM rounds them again, in boxes along the reduction.
-        return self.operand(a * scale.mT, fmt, -1, how), Operand(codes, fmt, -2, self._boxed(-2))
-
-    def backward_arithmetic(self, x: Tensor, n_dim: int) -> tuple[Arithmetic, Arithmetic]:
-        """What multiplies in grad_input, whose weight has N as ``n_dim``, and in grad_weight; ``x`` is any operand."""
-        precision = self.config.precision
+        if self.config.value_boxes == "feature" or per_row is None or b.dtype is torch.float16 or not b.numel():
+            b = fake_quantize(b, side_b.fmt, -1, rounding, generator)
+            across = side_b._replace(along=False)
+            output = plan(side_a, across, a.device, a.dtype, self.config.gemm)
+            return self.operand(a, side_a, -1, output.fused[0]), Operand(b, across, -2), output
+        codes, scale = factorize(b, per_row, -1, rounding, generator)
+        # Integers stay what they are when the engine rounds them again, in groups along the reduction.
         return (
-            self.arithmetic(x, precision.grad_output, precision.grad_input_weight, -1, n_dim),
-            self.arithmetic(x, precision.grad_output, precision.stash, -2, -2),
+            self.operand(a * scale.to(b.dtype).mT, side_a, -1, output.fused[0]),
+            Operand(codes.to(b.dtype), side_b, -2),
+            output,
         )
 
     def grad_outputs(
-        self, grad: Tensor, need: tuple[bool, bool], how: tuple[Arithmetic, Arithmetic]
+        self, grad: Tensor, need: tuple[bool, bool], plans: dict[GemmKind, Plan]
     ) -> tuple[Operand | None, Operand | None]:
         """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight), as needed."""
-        fmt = self.config.precision.grad_output
-        along_n = self.operand(grad, fmt, -1, how[0]) if need[0] else None
-        if not need[1]:
-            return along_n, None
-        same_boxes = self.config.box_dim == "last" or fmt.box_size is None
-        if same_boxes and along_n is not None and along_n.tensor is not grad:
-            return along_n, Operand(along_n.tensor, fmt, -2, self._boxed(-2))
-        return along_n, self.operand(grad, fmt, -2, how[1])
+        along_n = along_m = None
+        input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
+        side_n, side_m = input_plan.sides[0], weight_plan.sides[0]
+        if need[0]:
+            along_n = self.operand(grad, side_n, -1, input_plan.fused[0])
+        if need[1]:
+            same = side_n.fmt == side_m.fmt and self.config.dim(-1) == self.config.dim(-2)
+            same = same or (side_n.fmt == side_m.fmt and side_n.fmt.group == "tensor")
+            if same and along_n is not None and along_n.rounded and along_n.scale is None:
+                along_m = Operand(along_n.tensor, side_m, -2)
+            else:
+                along_m = self.operand(grad, side_m, -2, weight_plan.fused[0])
+        return along_n, along_m
+
+
+def rounded_operand(x: Tensor, side: Side, config: GemmConfig) -> Operand:
+    """An operand of the output GEMM, (..., rows, K), rounded to nearest."""
+    return _Quantizer(config, None).operand(x, side, -1, fused=False)
+
+
+def _stashed(stash: QuantizedTensor | None, side: Side, reduction: int) -> Operand | None:
+    """A stash as an operand."""
+    if stash is None:
+        return None
+    if side.factored and stash.data.numel():
+        elements, scale = stash.factorize()
+        return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
+    return Operand(stash.dequantize(), side, reduction)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -195,8 +222,8 @@ def _reshaped(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
 
 
-def _packed(data: Tensor | None, spec: Any) -> Packed | None:
-    return None if data is None else Packed(data, *spec)
+def _held(data: Tensor | None, spec: Any) -> QuantizedTensor | None:
+    return None if data is None else QuantizedTensor(data, *spec)
 
 
 class _Linear(torch.autograd.Function):
@@ -212,25 +239,23 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        precision = config.precision
         weights, biases = params[0::2], params[1::2]
         rows = _rows(x)
         needs_x = grad_enabled and ctx.needs_input_grad[4]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[5::2]]
         seeds = _draw_seeds(config)
-        quantizer = _Quantizer(config, seeds)
-        fmt = precision.output_operands
-        how = quantizer.arithmetic(x, fmt, fmt, -1, -1)
-        operand, stash = quantizer.operand_and_stash(rows, any(needs_weight), how, ledger)
+        quantizer, plans = _Quantizer(config, seeds), _plans(config, x, -2)
+        output = plans["output"]
+        operand, stash = quantizer.operand_and_stash(rows, output.sides[0], any(needs_weight), output.fused[0], ledger)
         outputs = []
         for layer, weight, bias, needs in zip(layers, weights, biases, needs_weight, strict=True):
             assert weight is not None
             # output: MxK @ KxN => MxN
-            y = multiply(operand, quantizer.weight(weight, layer, fmt, -1, how), config.gemm, bias)
+            y = output.multiply(operand, quantizer.weight(weight, layer, output.sides[1], -1, output.fused[1]), bias)
             outputs.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight, needs_x or needs)
-        ctx.config, ctx.seeds, ctx.layers, ctx.x_shape = config, seeds, layers, x.shape
+        ctx.config, ctx.seeds, ctx.plans, ctx.layers, ctx.x_shape = config, seeds, plans, layers, x.shape
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
@@ -246,8 +271,8 @@ class _Linear(torch.autograd.Function):
         ledger: Ledger | None = ctx.ledger
         data, *weights = ctx.saved_tensors
         quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
-        stashed = quantizer.stashed(_packed(data, ctx.stash_spec), precision.stash, -2)
-        how = quantizer.backward_arithmetic(weights[0], -2)
+        grad_input = ctx.plans["grad_input"]
+        stashed = _stashed(_held(data, ctx.stash_spec), ctx.plans["grad_weight"].sides[1], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -257,20 +282,20 @@ class _Linear(torch.autograd.Function):
             if grad is not None:
                 rows = _rows(grad)
                 m, n, k = *rows.shape, weight.shape[1]
-                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[4], needs_weight), how)
+                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[4], needs_weight), ctx.plans)
                 if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
                     layer = ctx.layers[index]
-                    operand = quantizer.weight(weight, layer, precision.grad_input_weight, -2, how[0])
-                    grad_x = multiply(along_n, operand, config.gemm, add_to=grad_x)
+                    operand = quantizer.weight(weight, layer, grad_input.sides[1], -2, grad_input.fused[1])
+                    grad_x = grad_input.multiply(along_n, operand, add_to=grad_x)
                 if along_m is not None:
                     assert stashed is not None
                     # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
                     if ledger is not None:
                         ledger.record("grad_weight", k, m, n, 1, precision, True, ctx.scope)
-                    grad_weight = multiply(along_m, stashed, config.gemm)
+                    grad_weight = ctx.plans["grad_weight"].multiply(along_m, stashed)
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
@@ -354,20 +379,20 @@ class _Matmul(torch.autograd.Function):
             n = b.shape[n_dim]
             ledger.record("output", m, k, n, batch, precision, needs_a or needs_b)
         seeds = _draw_seeds(config)
-        quantizer = _Quantizer(config, seeds)
+        quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
+        output = plans["output"]
         # output: MxK @ KxN => MxN
-        fmt = precision.output_operands
-        if apart and not isinstance(fmt, Float32) and fmt.box_size is not None:
-            operand_a, operand_b = quantizer.rows_apart(a, b, fmt)
+        side_a, side_b = output.sides
+        if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
+            operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
             stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
         else:
-            how = quantizer.arithmetic(a, fmt, fmt, -1, k_dim)
-            operand_a, stash_a = quantizer.operand_and_stash(a, needs_b, how, ledger)
-            operand_b = quantizer.operand(b, fmt, k_dim, how)
-        y = multiply(operand_a, operand_b, config.gemm)
+            operand_a, stash_a = quantizer.operand_and_stash(a, side_a, needs_b, output.fused[0], ledger)
+            operand_b = quantizer.operand(b, side_b, k_dim, output.fused[1])
+        y = output.multiply(operand_a, operand_b)
         stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
-        ctx.config, ctx.seeds, ctx.transpose_b = config, seeds, transpose_b
+        ctx.config, ctx.seeds, ctx.plans, ctx.transpose_b = config, seeds, plans, transpose_b
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
         ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
@@ -379,24 +404,24 @@ class _Matmul(torch.autograd.Function):
         config, ledger = ctx.config, ctx.ledger
         precision = config.precision
         quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
-        stashes = [_packed(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
+        grad_input, grad_weight = ctx.plans["grad_input"], ctx.plans["grad_weight"]
+        stashes = [_held(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
-        a = quantizer.stashed(stashes[0], precision.stash, -2)
-        b = quantizer.stashed(stashes[1], precision.grad_input_weight, n_dim)
-        how = quantizer.backward_arithmetic(grad, n_dim)
-        along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), how)
+        a = _stashed(stashes[0], grad_weight.sides[1], -2)
+        b = _stashed(stashes[1], grad_input.sides[1], n_dim)
+        along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), ctx.plans)
         batch, m, n = grad.shape
         grad_a = grad_b = None
         if along_n is not None and b is not None:
             # grad_input: MxN @ NxK => MxK
             if ledger is not None:
                 ledger.record("grad_input", m, n, b.rows.shape[-2], batch, precision, True, ctx.scope)
-            grad_a = multiply(along_n, b, config.gemm)
+            grad_a = grad_input.multiply(along_n, b)
         if along_m is not None and a is not None:
             # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
             if ledger is not None:
                 ledger.record("grad_weight", a.rows.shape[-2], m, n, batch, precision, True, ctx.scope)
-            transposed = multiply(along_m, a, config.gemm)
+            transposed = grad_weight.multiply(along_m, a)
             grad_b = transposed if ctx.transpose_b else transposed.mT
         return None, None, None, None, None, grad_a, grad_b
 
@@ -415,8 +440,8 @@ def matmul(
 
         output:       fq(a, q0, dim=K) @ fq(b, q0, dim=K)          MxK @ KxN => MxN
         stash:        pack(a, q1, dim=M), pack(b, q2, dim=N)
-        grad_input:   fq(dy, q3, dim=N) @ unpack(stash b)^T        MxN @ NxK => MxK
-        grad_weight:  unpack(stash a)^T @ fq(dy, q3, dim=M)        KxM @ MxN => KxN
+        grad_input:   fq(dy, q3, dim=N) @ dequantize(stash b)^T    MxN @ NxK => MxK
+        grad_weight:  dequantize(stash a)^T @ fq(dy, q3, dim=M)    KxM @ MxN => KxN
 
     Args:
         a: (batch, M, K).

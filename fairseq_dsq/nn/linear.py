@@ -8,10 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fairseq_dsq.gemm import Operand, Plan, Side, plan
 from fairseq_dsq.nn.context import DSQContext, GemmConfig
-from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear
-from fairseq_dsq.nn.gemm import Operand, multiply
-from fairseq_dsq.quant import fake_quantize
+from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear, rounded_operand
 
 
 class DSQLinear(nn.Linear):
@@ -41,7 +40,7 @@ class DSQLinear(nn.Linear):
         self.number = context.number_layer()
         self._frozen = False
         # Of a frozen layer: what the weight was quantized for, the weight, and its quantized values.
-        self._held: tuple[GemmConfig, Tensor, Tensor] | None = None
+        self._held: tuple[GemmConfig, Tensor, Operand] | None = None
 
     @classmethod
     def from_float(cls, module: Any, context: DSQContext) -> Self:
@@ -88,23 +87,20 @@ class DSQLinear(nn.Linear):
         """Whether the weight is declared final."""
         return self._frozen
 
-    def _held_weight(self, config: GemmConfig) -> Tensor:
+    def _held_weight(self, config: GemmConfig, side: Side) -> Operand:
         """The output GEMM's weight operand, held between the steps of a decoder."""
         if self._held is None or self._held[0] != config or self._held[1] is not self.weight:
-            quantized = fake_quantize(self.matrix, config.precision.output_operands, config.dim(-1))
-            self._held = config, self.weight, quantized
+            self._held = config, self.weight, rounded_operand(self.matrix, side, config)
         return self._held[2]
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) to (..., N)."""
         return forward_group(input, [self])[0]
 
-    def _infer(self, quantized: Tensor, config: GemmConfig) -> Tensor:
+    def _infer(self, x: Operand, output: Plan, config: GemmConfig) -> Tensor:
         """Forward of an already quantized input by the held weight."""
-        record_linear(self.context.ledger, config, quantized.shape[:-1].numel(), self.matrix, False)
-        fmt = config.precision.output_operands
-        rows, weight = (Operand(x, fmt, -1, boxed=False) for x in (quantized, self._held_weight(config)))
-        return multiply(rows, weight, "float32", self.bias)
+        record_linear(self.context.ledger, config, x.tensor.shape[:-1].numel(), self.matrix, False)
+        return output.multiply(x, self._held_weight(config, output.sides[1]), self.bias)
 
 
 class DSQConv1D(DSQLinear):
@@ -133,7 +129,9 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     config = first.context.for_mode(first.training)
     autocast = torch.is_autocast_enabled(autocast_device(x))
     if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
-        quantized = fake_quantize(x, config.precision.output_operands, config.dim(-1))
-        return [layer._infer(quantized, config) for layer in layers]
+        side, weight_side = (Side(fmt, config.dim(-1) == -1) for fmt in config.precision.operands("output"))
+        output = plan(side, weight_side, x.device, x.dtype, "float32")
+        operand = rounded_operand(x, side, config)
+        return [layer._infer(operand, output, config) for layer in layers]
     params = [(layer.matrix, layer.bias) for layer in layers]
     return list(linear_group(x, params, config, first.context.ledger, [layer.number for layer in layers]))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.saved import keeps_less, needs_gradient, pack_probabilities, pieces, unpack_probabilities
-from fairseq_dsq.quant import Packed
+from fairseq_dsq.quantized import QuantizedTensor
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _LogSoftmax(torch.autograd.Function):
         grad_logits: Tensor = torch.empty_like(grad, memory_format=torch.contiguous_format)
         saved = iter(ctx.saved_tensors)
         for spec, target, source in zip(ctx.specs, pieces(grad_logits), pieces(grad), strict=True):
-            probabilities = unpack_probabilities(Packed(next(saved), *spec), next(saved), next(saved))
+            probabilities = unpack_probabilities(QuantizedTensor(next(saved), *spec), next(saved), next(saved))
             torch.sub(source, probabilities.mul_(source.sum(-1, keepdim=True)), out=target)
         return grad_logits
 

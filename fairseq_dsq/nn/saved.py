@@ -33,10 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import BlockFloat
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat
+from fairseq_dsq.kernels import ops
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import autocast_device
-from fairseq_dsq.quant import Packed, ops, pack
+from fairseq_dsq.quantized import QuantizedTensor, pack
 
 KEPT = BlockFloat(8)
 # Rows go through the caches in pieces of about so many values: a second float copy would show in the peak.
@@ -93,24 +94,24 @@ def _as_it_is(x: Tensor) -> Tensor:
     return x
 
 
-def _pack_apart(x: Tensor) -> Packed:
+def _pack_apart(x: Tensor) -> QuantizedTensor:
     """Rows (rows, N) at 8 bits; what is not finite is no part of its box."""
     finite = x.isfinite()
     packed = pack(x.where(finite, 0.0), KEPT)
     # Bytes: exponents and codes of the full boxes, then exponents and codes of the short last ones.
-    rows, (full, rest) = len(x), divmod(x.shape[1], KEPT.box_size)
-    in_full, in_short = rows * full * KEPT.box_size, rows * rest
+    rows, (full, rest) = len(x), divmod(x.shape[1], DEFAULT_BOX_SIZE)
+    in_full, in_short = rows * full * DEFAULT_BOX_SIZE, rows * rest
     _, codes, _, short = packed.data.split(
         [rows * full, in_full, len(packed.data) - rows * full - in_full - in_short, in_short]
     )
-    for part, known in zip((codes, short), finite.split([full * KEPT.box_size, rest], 1), strict=True):
+    for part, known in zip((codes, short), finite.split([full * DEFAULT_BOX_SIZE, rest], 1), strict=True):
         part.masked_fill_(part == _NOT_FINITE, 0).masked_fill_(~known.flatten(), _NOT_FINITE)
     return packed
 
 
-def _unpack_apart(packed: Packed) -> Tensor:
+def _unpack_apart(packed: QuantizedTensor) -> Tensor:
     """What :func:`_pack_apart` packed; NaN where it was not finite."""
-    x = packed.unpack()
+    x = packed.dequantize()
     return x.masked_fill_(x.signbit() & (x == 0), torch.nan)
 
 
@@ -130,7 +131,7 @@ class _Elementwise(torch.autograd.Function):
         grad_x = torch.empty_like(grad, dtype=ctx.dtype, memory_format=torch.contiguous_format)
         parts = zip(pieces(grad_x), pieces(grad), ctx.saved_tensors, ctx.specs, strict=True)
         for target, source, data, spec in parts:
-            target.copy_(_unpack_apart(Packed(data, *spec)).mul_(source))
+            target.copy_(_unpack_apart(QuantizedTensor(data, *spec)).mul_(source))
         return None, grad_x
 
 
@@ -156,14 +157,14 @@ class _LayerNorm(torch.autograd.Function):
         normalized = torch.empty_like(grad, memory_format=torch.contiguous_format)
         targets = pieces(normalized, math.prod(ctx.shape))
         for target, data, spec in zip(targets, kept, ctx.specs, strict=True):
-            target.copy_(Packed(data, *spec).unpack())
+            target.copy_(QuantizedTensor(data, *spec).dequantize())
         # The gradient of an input that is normalized already: its mean is 0 and its deviation 1.
         arguments = grad, normalized, ctx.shape, torch.zeros_like(rstd), torch.ones_like(rstd), weight, bias
         grad_x, *grads = torch.ops.aten.native_layer_norm_backward(*arguments, ctx.needs_input_grad[2:])
         return None, None, None if grad_x is None else grad_x.mul_(rstd), *grads
 
 
-def pack_probabilities(probabilities: Tensor) -> tuple[Packed, Tensor, Tensor]:
+def pack_probabilities(probabilities: Tensor) -> tuple[QuantizedTensor, Tensor, Tensor]:
     """Probabilities (..., N), which are changed, at 8 bits but for the largest of each row.
 
     Where one probability is nearly 1, the gradient is made of what it lacks and of the small ones beside it, all finer
@@ -176,9 +177,9 @@ def pack_probabilities(probabilities: Tensor) -> tuple[Packed, Tensor, Tensor]:
     return pack(probabilities.scatter_(-1, place, 0.0), KEPT), largest, place.int()
 
 
-def unpack_probabilities(packed: Packed, largest: Tensor, place: Tensor) -> Tensor:
+def unpack_probabilities(packed: QuantizedTensor, largest: Tensor, place: Tensor) -> Tensor:
     """What :func:`pack_probabilities` packed."""
-    return packed.unpack().scatter_(-1, place.long(), largest)
+    return packed.dequantize().scatter_(-1, place.long(), largest)
 
 
 class _Softmax(torch.autograd.Function):
@@ -196,7 +197,7 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         data, *largest = ctx.saved_tensors
-        probabilities = unpack_probabilities(Packed(data, *ctx.spec), *largest)
+        probabilities = unpack_probabilities(QuantizedTensor(data, *ctx.spec), *largest)
         # Of a sum of 1 again: what all gradients of a row have in common cancels.
         probabilities.div_(probabilities.sum(-1, keepdim=True))
         grad_scores: Tensor = torch.ops.aten._softmax_backward_data(grad, probabilities, -1, torch.float32)

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of
 from fairseq_dsq.plugin.hooks import hang_on_training
 from fairseq_dsq.plugin.layers import convert_heads
-from fairseq_dsq.plugin.state import DSQState
-from fairseq_dsq.schedule import PrecisionSchedule
+from fairseq_dsq.plugin.state import DSQState, refuse_field
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.schedules import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -52,23 +54,25 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         flag_error("--dsq-levels", f"{error} (--dsq-format {flags.dsq_format}, --dsq-sign-bit {flags.dsq_sign_bit})")
     for number, level in enumerate(levels):
-        if flags.dsq_format != "float32" and level.q[3] < SAFE_GRAD_BITS:
+        if min(level.bits[3]) < SAFE_GRAD_BITS:
             logger.warning(
                 f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
-    if flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic":
+    mixing = sorted({fmt.text for level in levels for pair in level.formats for fmt in pair if fmt.mixes})
+    if mixing:
+        dynamic = flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic"
         logger.warning(
-            "--dsq-fixed-scale dynamic: one scale per tensor lets a sentence's result depend on its batch and a "
-            "position's on later ones; row and static do not"
+            f"{'--dsq-fixed-scale dynamic' if dynamic else ', '.join(mixing)}: one scale per tensor lets a sentence's "
+            "result depend on its batch and a position's on later ones; row and static do not"
         )
     context = DSQContext(
         GemmConfig(levels[0], flags.dsq_rounding, flags.dsq_box_dim, flags.dsq_gemm, flags.dsq_value_boxes),
         attention_matmul=flags.dsq_attention_matmul == "on",
         stash_scope=flags.dsq_stash_scope,
     )
-    schedule = PrecisionSchedule(len(levels), flags.dsq_patience, flags.dsq_min_delta)
+    schedule = _schedule(flags, levels)
     skip = shlex.split(flags.dsq_skip)
     try:
         quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
@@ -76,6 +80,23 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
+
+
+def _schedule(flags: Any, levels: Sequence[PrecisionConfig]) -> Policy[Any]:
+    """The policy that the flags name.
+
+    Raises:
+        DSQError: its flags are missing, or do not fit the levels.
+    """
+    try:
+        policy = schedules.make(flags.dsq_schedule, len(levels), flags)
+    except ValueError as error:
+        refuse_field(error)
+    try:
+        policy.check(levels)
+    except ValueError as error:
+        flag_error("--dsq-levels", str(error))
+    return policy
 
 
 def convert_added(model: nn.Module, args: Any, name: str) -> None:

@@ -10,29 +10,26 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from omegaconf import OmegaConf, open_dict
 
-from fairseq_dsq import formats
+from fairseq_dsq import formats, gemm, schedules
 from fairseq_dsq.errors import DSQError, flag_error
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, GEMM_MODES, STASH_SCOPES, VALUE_BOXES
+from fairseq_dsq.flags import Check, Choice, Role, boolean, choice, flag, integer, number
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, STASH_SCOPES, VALUE_BOXES
 from fairseq_dsq.plugin.modes import check_modes
 from fairseq_dsq.precision import parse_levels
-from fairseq_dsq.quant import ROUNDINGS
+from fairseq_dsq.quantized import ROUNDINGS
 from fairseq_dsq.text import quoted
 
-# Checks a flag's value, text from a command line or a value from YAML or Python, and gives it in its one form.
-Check = Callable[[Any], Any]
-# What a flag decides: the levels, by value; when they rise; what evaluation computes too; or training alone.
-Role = Literal["levels", "schedule", "evaluation", "training"]
+CRITERION_PREFIX = "dsq_"  # of the name of fairseq's criterion that it is made from
 
 
 def _levels(value: Any) -> str:
@@ -49,59 +46,18 @@ def _level(value: Any) -> str:
     return "[" + ",".join(map(str, value if isinstance(value, (list, tuple)) else [value])) + "]"
 
 
-def integer(expected: str, accepts: Callable[[int], bool]) -> Check:
-    """A check of an integer."""
-
-    def check(value: Any) -> int:
-        text = value.strip() if isinstance(value, str) else str(value)
-        if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch("[0-9]+", text):
-            raise ValueError(f"got {quoted(value)}, expected {expected}")
-        if not accepts(int(text)):
-            raise ValueError(f"got {quoted(value)}, expected {expected}")
-        return int(text)
-
-    return check
-
-
-def number(expected: str, accepts: Callable[[float], bool]) -> Check:
-    """A check of a finite number."""
-
-    def check(value: Any) -> float:
-        try:
-            found = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            found = math.nan
-        if not (math.isfinite(found) and accepts(found)):
-            raise ValueError(f"got {quoted(value)}, expected {expected}")
-        return found
-
-    return check
-
-
-def boolean(value: Any) -> bool:
-    """A check of a switch without a value, such as ``--head-from-pooler``."""
-    if not isinstance(value, bool):
-        raise ValueError(f"got {quoted(value)}, expected True or False")
+def _gemm(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"got {quoted(value)}, expected one of {', '.join((gemm.AUTO, *gemm.names()))}")
+    gemm.check_mode(value)
     return value
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A check of a name among ``values()``."""
-
-    values: Callable[[], Sequence[str]]
-
-    def __call__(self, value: Any) -> str:
-        values = self.values()
-        if isinstance(value, bool) and {"on", "off"} <= set(values):
-            value = "on" if value else "off"  # YAML reads both as booleans
-        if not isinstance(value, str) or value not in values:
-            raise ValueError(f"got {quoted(value)}, expected one of {', '.join(values)}")
-        return value
-
-
-def _choice(*values: str) -> Choice:
-    return Choice(lambda: values)
+def _box_size(value: Any) -> str:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not re.fullmatch("[1-9][0-9]{0,8}|row|tensor|", text):
+        raise ValueError(f"got {quoted(value)}, expected an integer >= 1, row or tensor")
+    return text
 
 
 def _patterns(value: Any) -> str:
@@ -116,75 +72,67 @@ def _patterns(value: Any) -> str:
     return value
 
 
-def flag(default: Any, check: Check, metavar: str, help: str, role: Role = "evaluation", plain: bool = True) -> Any:
-    """A field of a configuration.
-
-    Args:
-        help: one that ends in a colon is completed by the values of its :class:`Choice`.
-        plain: the float model has the flag's effect too, or does not need it; else only the default can be exported.
-    """
-    metadata = {"check": check, "metavar": metavar, "help": help, "role": role, "plain": plain}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass
-class DSQConfig:
-    """Flags of a quantized model; the defaults are the paper's levels and patience (arXiv 2303.05295, section 4)."""
-
+class _LevelConfig:
     dsq_format: str = flag("bfp", Choice(formats.names), "NAME", "number format:", "levels")
     dsq_levels: str = flag(
         "[2,2,2,16] [16,4,4,16]",
         _levels,
         "LEVELS",
-        "precision levels [q0,q1,q2,q3] in rising order: q0 both operands of the output GEMM, q1 the stash, "
-        "q2 the weight of grad_input, q3 the gradient; one level means static stashing",
+        "precision levels [q0,q1,q2,q3], rising under --dsq-schedule plateau: q0 both operands of the output GEMM, q1 "
+        "the stash, q2 the weight of grad_input, q3 the gradient; one level means static stashing",
         "levels",
     )
-    dsq_patience: int = flag(
-        5,
-        integer("an integer >= 1", lambda value: value >= 1),
-        "N",
-        "validations in a row without a new best before the level rises",
-        "schedule",
-    )
-    dsq_min_delta: float = flag(
-        0.0,
-        number("a finite number >= 0", lambda value: value >= 0),
-        "D",
-        "a new best is lower than the best by more than this",
-        "schedule",
-    )
+
+
+def _with_schedules(config: type) -> Any:
+    """A configuration with ``--dsq-schedule`` and the flags of every policy."""
+    text = "what changes the level, and when:"
+    fields: list[tuple[str, type, Any]] = [
+        ("dsq_schedule", str, flag("plateau", Choice(schedules.names), "NAME", text, "schedule"))
+    ]
+    fields += [
+        (f"dsq_{name}", kind, dataclasses.field(default=field.default, metadata=field.metadata))
+        for name, kind, field in schedules.flags()
+    ]
+    return dataclasses.make_dataclass("_ScheduleConfig", fields, bases=(config,))
+
+
+@dataclass
+class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
+    """Flags of a quantized model; the defaults are the paper's levels and patience (arXiv 2303.05295, section 4)."""
+
     dsq_rounding: str = flag(
         "nearest",
-        _choice(*ROUNDINGS),
+        choice(*ROUNDINGS),
         "MODE",
         "rounding in training (evaluation rounds to nearest):",
         "training",
     )
     dsq_sign_bit: str = flag(
         "counted",
-        _choice("counted", "extra"),
+        choice("counted", "extra"),
         "MODE",
         "counted: q holds the sign bit; extra: the sign comes on top of q magnitude bits",
         "levels",
     )
     dsq_box_dim: str = flag(
         "reduction",
-        _choice(*BOX_DIMS),
+        choice(*BOX_DIMS),
         "DIM",
         "boxes lie along the reduction dimension of the GEMM that reads them, or along the last:",
     )
     dsq_value_boxes: str = flag(
         "row",
-        _choice(*VALUE_BOXES),
+        choice(*VALUE_BOXES),
         "MODE",
         "what shares an exponent of attention's values, of which no two positions do: row, all of a position and head; "
         "feature, boxes along the features",
     )
-    dsq_attention_matmul: str = flag("on", _choice("on", "off"), "SWITCH", "quantize attention's two batched products:")
+    dsq_attention_matmul: str = flag("on", choice("on", "off"), "SWITCH", "quantize attention's two batched products:")
     dsq_fixed_scale: str = flag(
         "dynamic",
-        _choice(*formats.FIXED_SCALES),
+        choice(*formats.FIXED_SCALES),
         "MODE",
         "fixed point's scale: dynamic, from each tensor's largest magnitude (a sentence then depends on its batch); "
         "row, from each row's; static, half the bits are fraction",
@@ -192,15 +140,23 @@ class DSQConfig:
     )
     dsq_scale: str = flag(
         "floor",
-        _choice(*formats.SCALES),
+        choice(*formats.SCALE_RULES),
         "MODE",
         "scale of a box, or of a tensor in dynamic fixed point: floor, from the power of two below its largest "
         "magnitude, values above the largest code clip; fit, twice that where one would, so that none does",
         "levels",
     )
+    dsq_box_size: str = flag(
+        "",
+        _box_size,
+        "N",
+        "values that share a scale, of bfp (by itself 16) and int (by itself row): a number of them; row, all of a "
+        "row; tensor, all (int alone)",
+        "levels",
+    )
     dsq_stash_scope: str = flag(
         "gemm",
-        _choice(*STASH_SCOPES),
+        choice(*STASH_SCOPES),
         "SCOPE",
         "what is packed for backward: gemm, what GEMMs keep; all, also what LayerNorm, softmax, activation functions "
         "and dropout keep",
@@ -213,10 +169,11 @@ class DSQConfig:
         "space-separated shell-style patterns of module names whose GEMMs stay float32",
     )
     dsq_gemm: str = flag(
-        "auto",
-        _choice(*GEMM_MODES),
-        "MODE",
-        "arithmetic of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; float32",
+        gemm.AUTO,
+        _gemm,
+        "ENGINE",
+        "engine of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; or one by name, which "
+        "leaves to float32 what it does not take: " + ", ".join(gemm.names()),
         "training",
     )
 

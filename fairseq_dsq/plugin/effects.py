@@ -13,7 +13,9 @@ from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.precision import PrecisionConfig, parse_levels
-from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+from fairseq_dsq.schedules import Policy, own_flags
+from fairseq_dsq.schedules.plateau import Plateau, PlateauState
+from fairseq_dsq.schedules.updates import Updates
 
 THE_LEVELS = ("dsq_format", "dsq_levels")
 
@@ -79,14 +81,15 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
         ValueError: levels that are malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
-    options = FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale)
+    box_size = int(flags.dsq_box_size) if flags.dsq_box_size.isdigit() else flags.dsq_box_size or None
+    options = FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale, box_size)
     return parse_levels(flags.dsq_levels, flags.dsq_format, options)
 
 
 def schedule_warnings(
     flags: TrainingFlags,
-    schedule: PrecisionSchedule,
-    state: ScheduleState,
+    schedule: Policy[Any],
+    state: Any,
     epoch: int,
     batches: int | None,
     done: int,
@@ -97,11 +100,24 @@ def schedule_warnings(
         epoch, done: where training begins, and how many of that epoch's batches lie behind.
         batches: of an epoch; None if that is not known.
     """
+    if isinstance(schedule, Updates):
+        name = "max_epoch" if schedule.in_epochs else "max_update"
+        limit = getattr(flags, name)
+        late = [str(point) for point in schedule.at if 0 < limit < point + (not schedule.in_epochs)]
+        if late:
+            yield f"--dsq-raise-at {schedule.raise_at}: {option(name)} {limit} ends training before {', '.join(late)}"
+    if isinstance(schedule, Plateau) and state.level + 1 < schedule.num_levels:
+        yield from _plateau_warnings(flags, schedule, state, epoch, batches, done)
+
+
+def _plateau_warnings(
+    flags: TrainingFlags, schedule: Plateau, state: PlateauState, epoch: int, batches: int | None, done: int
+) -> Iterator[str]:
     rises = schedule.num_levels - 1 - state.level
-    if not rises:
-        return
     needed = schedule.patience - state.bad_validations + (state.best_loss == math.inf)
     takes = f"the {needed} that --dsq-patience {schedule.patience} takes"
+    if schedule.raise_on_divergence:
+        needed, takes = 1, "the 1 that --dsq-raise-on-divergence takes"
     if flags.disable_validation:
         yield f"--disable-validation: no validation is scored, so the precision never rises from level {state.level}"
     elif batches is not None and (count := flags.validations(epoch, batches, done, needed)) < needed:
@@ -110,7 +126,7 @@ def schedule_warnings(
             f"--{name.replace('_', '-')} {value}" for name in limits if (value := getattr(flags, name)) > 0
         )
         yield f"{given}: {count} validations will count, fewer than {takes}; the precision stays at level {state.level}"
-    if 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
+    if not schedule.raise_on_divergence and 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
         yield (
             f"--patience {flags.patience}: training stops after that many validations without a new best, and the "
             f"{rises} levels left take {schedule.patience * rises - state.bad_validations} of them at --dsq-patience "
@@ -139,20 +155,24 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             others = levels_of(replace(DSQConfig.of(args), **{flag: own[flag]}))
         except ValueError:
             return False
-        return [_formats(level) for level in others] == [_formats(level) for level in levels]
+        return [level.formats for level in others] == [level.formats for level in levels]
 
-    if len(levels) == 1:
+    own_schedule = {f"dsq_{name}" for name in own_flags(args.dsq_schedule)} | {"dsq_schedule"}
+    if len(levels) > 1:
+        for line in given(*(name for name in defaults(DSQConfig, "schedule") if name not in own_schedule)):
+            yield f"{line} with --dsq-schedule {args.dsq_schedule}"
+    else:
         for line in given(*defaults(DSQConfig, "schedule")):
             yield f"{line} with one level in --dsq-levels"
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
-        if _formats(lower) == _formats(higher):
+        if lower.formats == higher.formats:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
-    used = {held for level in levels for held in _formats(level)}
+    used = {held for level in levels for pair in level.formats for held in pair}
     if used <= {formats.Float32()}:
         for line in given(*(name for name in own if name not in (*THE_LEVELS, *defaults(DSQConfig, "schedule")))):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
-    if all(held.box_size is None for held in used):
+    if all(held.group == "tensor" for held in used - {formats.Float32()}):
         for line in given("dsq_box_dim", "dsq_value_boxes"):
             yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"
     elif args.dsq_attention_matmul == "off":
@@ -162,7 +182,3 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
         if flag not in THE_LEVELS and idle(flag):
             for line in given(flag):
                 yield f"{line} with --dsq-format {args.dsq_format}"
-
-
-def _formats(level: PrecisionConfig) -> tuple[formats.Format, ...]:
-    return level.output_operands, level.stash, level.grad_input_weight, level.grad_output

@@ -8,9 +8,11 @@ from typing import Any
 
 from fairseq import checkpoint_utils
 from fairseq.distributed.utils import get_global_rank, get_global_world_size
+from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
+from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
 
@@ -27,7 +29,11 @@ class _Hooks:
         self.epoch_itr: Any = None
         self.epoch = 0
         self.started = self.pending = False
+        self.counts = True
+        self.state: DSQState | None = None
+        self.recorder: Recorder | None = None
         self.own_begin_epoch, self.own_begin_valid_epoch = task.begin_epoch, task.begin_valid_epoch
+        self.own_reduce_metrics = getattr(task, "reduce_metrics", None)
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
 
@@ -42,14 +48,18 @@ class _Hooks:
 
     def begin_epoch(self, epoch: int, model: nn.Module) -> None:
         # fairseq takes its best loss from a checkpoint too, unless a reset or --finetune-from-model forbids it: what
-        # another training, perhaps of another task, has reached says nothing of this one.
+        # another training, perhaps of another task, has reached says nothing of this one. Without validation, there is
+        # none to take.
         if not self.started:
             refuse_lone_workers()
             state = _state(model)
-            state.begin_training(restart=not hasattr(checkpoint_utils.save_checkpoint, "best"))
+            has_best = hasattr(checkpoint_utils.save_checkpoint, "best")
+            state.begin_training(restart=not has_best and not goes_on(self.args, state.updates))
             if get_global_rank() == 0:
                 self._warn(state, epoch)
-        self.started = True
+            self.recorder = recorder(self.args, model, epoch, state.updates)
+        self.started, self.epoch, self.state = True, epoch, _state(model)
+        self.state.epoch = epoch
         # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
         # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
         gc.collect()
@@ -70,6 +80,20 @@ class _Hooks:
         for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):
             logger.warning(warning)
 
+    def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
+        """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
+        assert self.own_reduce_metrics is not None
+        self.own_reduce_metrics(logging_outputs, criterion)
+        train = metrics.get_meters("train")
+        if (
+            self.recorder is None
+            or self.state is None
+            or not any(meters is train for meters in metrics.get_active_aggregators())
+        ):
+            return
+        if self._ends() and not self._will_validate(int(train.get_smoothed_value("num_updates"))):
+            self.recorder.add(self.state, self.epoch, ended=True, counts=False)
+
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
         self.epoch, self.pending = epoch, True
         self.own_begin_valid_epoch(epoch, model)
@@ -78,24 +102,40 @@ class _Hooks:
         """Runs after each valid subset, and before the checkpoint is written."""
         if self.own_post_validate is not None:
             self.own_post_validate(model, stats, agg)
-        if not self.pending:
-            return
-        self.pending = False
-        state, update = _state(model), int(stats.get("num_updates", -1))
+        state = _state(model)
+        if self.pending:
+            self.pending, self.counts = False, self._validated(state, stats)
+        if self.recorder is not None and self.recorder.validated(stats, agg):
+            self.recorder.add(state, self.epoch, self._ends(), self.counts)
+
+    def _validated(self, state: DSQState, stats: dict[str, Any]) -> bool:
+        """Tell the schedule of a validation of the first subset; returns whether it counts."""
+        update = int(stats.get("num_updates", -1))
         if update >= 0 and update == state.counted_update:
-            return  # fairseq validates again where a gradient overflowed and no update came between
-        if self._counts(update):
+            return False  # fairseq validates again where a gradient overflowed and no update came between
+        if self.flags is None or self.epoch_itr is None or self.flags.validates(update, self._ended_epoch()):
             # As fairseq logs it, so that the log alone explains the level.
             state.validated(float(stats["loss"]), update)
-        else:
-            logger.info("a stop or a save asked for this validation: it does not count in the precision schedule")
-
-    def _counts(self, update: int) -> bool:
-        """Whether an undisturbed training would validate here too: fairseq also does where it stops or saves."""
-        if self.flags is None or self.epoch_itr is None:
             return True
-        ended: bool = self.epoch_itr.end_of_epoch()
-        return self.flags.validates(update, self.epoch if ended else None)
+        # fairseq also validates where it stops or saves, where an undisturbed training would not.
+        logger.info("a stop or a save asked for this validation: it does not count in the precision schedule")
+        return False
+
+    def _ends(self) -> bool:
+        """Whether the update before was the epoch's last one."""
+        return self.epoch_itr is not None and bool(self.epoch_itr.end_of_epoch())
+
+    def _ended_epoch(self) -> int | None:
+        return self.epoch if self._ends() else None
+
+    def _will_validate(self, update: int) -> bool:
+        flags = self.flags
+        return (
+            flags is not None
+            and not flags.disable_validation
+            and update >= flags.validate_after_updates
+            and flags.validates(update, self._ended_epoch())
+        )
 
 
 def _state(model: nn.Module) -> DSQState:
@@ -117,7 +157,6 @@ def hang_on_training(task: Any, args: Any) -> None:
         return
     hooks = task._dsq_hooks = _Hooks(task, args)
     names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
-    if hooks.own_get_batch_iterator is not None:
-        names.append("get_batch_iterator")
+    names += [name for name in ("get_batch_iterator", "reduce_metrics") if hasattr(task, name)]
     for name in names:
         setattr(task, name, getattr(hooks, name))

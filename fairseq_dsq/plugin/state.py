@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from fairseq.distributed.utils import get_global_rank
@@ -17,22 +18,15 @@ from torch import Tensor, nn
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
-from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+from fairseq_dsq.schedules import Policy, State
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = ("level", "best_loss", "bad_validations", "counted_update")
 _IN_FORCE = re.compile(r"in_force (\d+) of ((?:\[[^\[\]]*\] ?)+)")
 
 
-def formats_of(level: PrecisionConfig) -> str:
-    """A level by value, whichever flags spelled it: ``[bfp2,bfp2,bfp2,bfp16]``, the formats of q0 to q3."""
-    formats = (level.output_operands, level.stash, level.grad_input_weight, level.grad_output)
-    return f"[{','.join(map(str, formats))}]"
-
-
 @dataclass(frozen=True)
-class Record:
+class SavedSchedule:
     """What a checkpoint's model entries say of the schedule.
 
     fairseq's checkpoints carry nothing of a plugin but the model's state dict, and fairseq does arithmetic with every
@@ -50,67 +44,70 @@ class Record:
 
     levels: tuple[str, ...] = ()
     in_force: int = 0
-    schedule: ScheduleState = field(default_factory=ScheduleState)
+    schedule: State = field(default_factory=State)
     counted_update: int = -1
 
     def entries(self) -> dict[str, Tensor]:
         """The entries of a state dict, without a prefix."""
-        schedule = self.schedule
-        values = (schedule.level, schedule.best_loss, schedule.bad_validations, self.counted_update)
-        entries = {
-            name: torch.tensor(float(value), dtype=torch.float64) for name, value in zip(_COUNTERS, values, strict=True)
-        }
+        counters = {**dataclasses.asdict(self.schedule), "counted_update": self.counted_update}
+        entries = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in counters.items()}
         return {**entries, f"in_force {self.in_force} of {' '.join(self.levels)}": torch.zeros(1)}
 
     @classmethod
-    def of(cls, entries: Mapping[str, Tensor]) -> Record:
-        """The inverse of :meth:`entries`; what is missing is as before the first validation.
+    def of(cls, entries: Mapping[str, Tensor], start: State) -> SavedSchedule:
+        """The inverse of :meth:`entries`; what is missing is as in ``start``, before the first validation.
 
         Of an average of states, counters are rounded down, and no loss is the best.
         """
-        values = {name: float(entries[name]) for name in _COUNTERS if name in entries}
-        best = values.get("best_loss", math.inf)
+        values = {name: float(value) for name, value in entries.items() if name.isidentifier()}
         named = [match for name in entries if (match := _IN_FORCE.fullmatch(name))]
         levels = tuple(named[-1][2].split()) if named else ()
-        level = int(values.get("level", 0))
+        known = {
+            name: type(default)(values[name])
+            for name, default in dataclasses.asdict(start).items()
+            if not math.isnan(values.get(name, math.nan))
+        }
+        level = known.get("level", 0)
         in_force = int(named[-1][1]) if named else level
-        schedule = ScheduleState(
-            level=min(max(level, in_force), len(levels) - 1) if levels else level,
-            best_loss=math.inf if math.isnan(best) else best,
-            bad_validations=int(values.get("bad_validations", 0)),
-        )
-        return cls(levels, in_force, schedule, int(values.get("counted_update", -1)))
+        known["level"] = min(max(level, in_force), len(levels) - 1) if levels else level
+        return cls(levels, in_force, dataclasses.replace(start, **known), int(values.get("counted_update", -1)))
 
     @staticmethod
     def is_entry(name: str) -> bool:
-        """Whether a name, without its prefix, is an entry's."""
-        return name in _COUNTERS or _IN_FORCE.fullmatch(name) is not None
+        """Whether a name, without its prefix, may be an entry's; another policy's say nothing here."""
+        return name.isidentifier() or _IN_FORCE.fullmatch(name) is not None
 
 
 class DSQState(nn.Module):
     """The schedule, its state, and the level in force.
 
-    A validation may raise ``state.level``; the raised level comes into force when training goes on, that is when the
+    A validation may change ``state.level``; the new level comes into force when training goes on, that is when the
     model enters training mode. Until then all valid subsets are scored, and the checkpoint is written, at one level:
-    a checkpoint loads at the precision that was scored, and training goes on from it at the raised one.
+    a checkpoint loads at the precision that was scored, and training goes on from it at the new one. What an update
+    changes comes into force before the next update, so that a checkpoint between them is at what was trained, too.
 
     Attributes:
         levels: the precision levels.
-        schedule: decides when the level rises.
+        schedule: decides when the level changes.
         context: where the level in force is put.
         state: where the schedule stands.
         counted_update: the update of the last validation that counted; -1 before the first.
         level_in_force: index of the level that GEMMs run at.
+        updates: those done, as fairseq says before each one and when it loads a checkpoint.
+        epoch: of the next update.
     """
 
-    def __init__(self, levels: Sequence[PrecisionConfig], schedule: PrecisionSchedule, context: DSQContext) -> None:
+    def __init__(self, levels: Sequence[PrecisionConfig], schedule: Policy[Any], context: DSQContext) -> None:
         super().__init__()
         self.levels = tuple(levels)
         self.schedule = schedule
         self.context = context
-        self.state = ScheduleState()
+        self.state: State = schedule.start()
         self.counted_update = -1
-        self._values = tuple(map(formats_of, self.levels))
+        self.updates = self.epoch = 0
+        self._begun = False
+        self._asked = (-1, -1)  # updates and epoch
+        self._values = tuple(level.by_value for level in self.levels)
         # By mode (training or evaluation): why a checkpoint's level cannot come into force.
         self._problems: dict[bool, str] = {}
         self._loaded = False
@@ -120,24 +117,43 @@ class DSQState(nn.Module):
     def validated(self, loss: float, update: int = -1) -> None:
         """Tell the schedule a validation loss of the first valid subset, after ``update`` updates."""
         before = self.state
-        self.state = self.schedule.step(before, loss)
+        self.state = self.schedule.on_validation(before, loss)
         self.counted_update = update
-        if self.state.level != before.level:
-            logger.info(
-                f"precision rises from {self.levels[before.level]} to {self.levels[self.state.level]} after "
-                f"{self.schedule.patience} validations without a new best (best loss {self.state.best_loss})"
-            )
+        self._say_change(before.level, self.schedule.why(before, self.state))
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq's hook, before each batch of an update; also when it loads a checkpoint, even for fine-tuning."""
+        self.updates = num_updates
+        if not self._begun or self._asked == (num_updates, self.epoch):
+            return
+        self._asked = (num_updates, self.epoch)
+        before = self.state.level
+        self.state = self.schedule.on_update(self.state, num_updates, self.epoch)
+        self._say_change(before, f"after {num_updates} updates")
+        self._keep_up()
+
+    def _say_change(self, before: int, why: str) -> None:
+        level = self.state.level
+        if level != before:
+            verb = "rises" if level > before else "falls"
+            logger.info(f"precision {verb} from {self.levels[before]} to {self.levels[level]} {why}")
 
     def begin_training(self, restart: bool) -> None:
         """Before the first update: ``restart`` forgets what another training reached, the level and the best loss.
 
         Raises:
-            DSQError: the checkpoint's level is not among ``levels``, and is not forgotten.
+            DSQError: the checkpoint's level is not among ``levels``, and is not forgotten; or the schedule's function
+                cannot be imported.
         """
+        try:
+            self.schedule.prepare()
+        except ValueError as error:
+            refuse_field(error)
+        self._begun = True
         if restart:
-            if self.state != ScheduleState():
+            if self.state != self.schedule.start():
                 logger.info(f"the precision schedule starts anew; the checkpoint was at level {self.state.level}")
-            self.state, self.counted_update, self._problems = ScheduleState(), -1, {}
+            self.state, self.counted_update, self._problems = self.schedule.start(), -1, {}
         self._refuse_unknown_level(training=True)
         if get_global_rank() == 0:
             self._log_level(self.state.level)
@@ -154,10 +170,7 @@ class DSQState(nn.Module):
         self._refuse_unknown_level(training=mode)
         if mode:
             self._problems = {}  # what the checkpoint was scored at is over
-            if self.level_in_force != self.state.level:
-                self._put_in_force(self.state.level)
-            if self._trained_at:
-                self._trained_at[0] = self.level_in_force
+            self._keep_up()
         elif self._loaded and get_global_rank() == 0:
             self._log_level(self.level_in_force)
         self._loaded = False
@@ -167,9 +180,16 @@ class DSQState(nn.Module):
         if problem := self._problems.get(training):
             flag_error("--dsq-levels", problem)
 
+    def _keep_up(self) -> None:
+        """Train at the schedule's level."""
+        if self.level_in_force != self.state.level:
+            self._put_in_force(self.state.level)
+        if self._trained_at:
+            self._trained_at[0] = max(self._trained_at[0], self.level_in_force)
+
     def _put_in_force(self, level: int) -> None:
         self.level_in_force = level
-        self.context.set_precision(self.levels[level])
+        self.context.set_precision(self.levels[level], level)
 
     def _log_level(self, level: int) -> None:
         precision = self.levels[level]
@@ -179,7 +199,7 @@ class DSQState(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        record = Record(self._values, self.level_in_force, self.state, self.counted_update)
+        record = SavedSchedule(self._values, self.level_in_force, self.state, self.counted_update)
         destination.update({prefix + name: value for name, value in record.entries().items()})
 
     def _load_from_state_dict(
@@ -194,20 +214,20 @@ class DSQState(nn.Module):
     ) -> None:
         """Nothing is missing from the float model's checkpoints: they say nothing of a schedule."""
         own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        unexpected_keys += [prefix + name for name in own if not Record.is_entry(name)]
+        unexpected_keys += [prefix + name for name in own if not SavedSchedule.is_entry(name)]
         self._loaded = strict
         if not own:
             return
-        record = Record.of(own)
+        record = SavedSchedule.of(own, self.schedule.start())
         self._problems = {}
         level = self._find(record, record.schedule.level, training=True)
         in_force = self._find(record, record.in_force, training=False)
         self.counted_update = record.counted_update
-        self.state = ScheduleState(level, record.schedule.best_loss, record.schedule.bad_validations)
+        self.state = dataclasses.replace(record.schedule, level=level)
         if not self._problems.get(False):
             self._put_in_force(in_force)
 
-    def _find(self, record: Record, level: int, training: bool) -> int:
+    def _find(self, record: SavedSchedule, level: int, training: bool) -> int:
         """The own index of a record's level; where there is none, its index there, and a problem."""
         if not record.levels:  # of before the levels were kept: an index is all it has
             if 0 <= level < len(self.levels):
@@ -228,6 +248,16 @@ class DSQState(nn.Module):
             "--finetune-from-model and --reset-meters start the schedule anew)"
         )
         return level
+
+
+def refuse_field(error: ValueError) -> NoReturn:
+    """Refuse a policy's flag; the error's message begins with the field's name.
+
+    Raises:
+        DSQError: always.
+    """
+    name, _, message = str(error).partition(": ")
+    flag_error(f"--dsq-{name.replace('_', '-')}", message)
 
 
 def _say_where_it_ended(trained_at: list[int], levels: Sequence[PrecisionConfig]) -> None:

@@ -1,7 +1,6 @@
-"""Tables and figures from training logs."""
+"""Tables and figures from the records of trainings."""
 
 import logging
 
-# fairseq leaves the root logger at DEBUG, and these narrate every file and font that they look at.
-for _name in ("matplotlib", "tensorboard"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+# fairseq leaves the root logger at DEBUG, and matplotlib narrates every file and font that it looks at.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)

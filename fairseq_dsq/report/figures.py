@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fairseq_dsq.report.logs import Epoch, Run
+from fairseq_dsq.report.runs import Epoch, Run
 from fairseq_dsq.report.scores import METRICS
 from fairseq_dsq.report.tables import Row, Table, levels
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fairseq_dsq.report import tables
 from fairseq_dsq.report.figures import inline_svg
-from fairseq_dsq.report.logs import Epoch, Run
+from fairseq_dsq.report.runs import Epoch, Run
 from fairseq_dsq.report.tables import Table, fixed
 
 TEMPLATE = "page.html.jinja"
@@ -72,7 +72,7 @@ def _epoch_cells(epoch: Epoch) -> list[str]:
     whole_level = epoch.level is None or epoch.level == int(epoch.level)
     return [
         str(epoch.number),
-        "-" if epoch.updates is None else str(epoch.updates),
+        str(epoch.updates),
         text(epoch.level, 0 if whole_level else 2),
         text(epoch.train_loss, 3),
         text(epoch.valid_loss, 3),

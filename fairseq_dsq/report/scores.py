@@ -13,7 +13,7 @@ from typing import Any
 
 from fairseq_dsq import artefact
 from fairseq_dsq.glue import TASKS, metrics
-from fairseq_dsq.report.logs import LOWER_IS_BETTER, QUALITY_METRICS, Run, log_files
+from fairseq_dsq.report.runs import LOWER_IS_BETTER, QUALITY_METRICS, Run, log_files
 
 BEST = "checkpoint_best.pt"
 _TAIL_BYTES = 1 << 16

@@ -18,15 +18,15 @@ from typing import Any
 
 from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
-from fairseq_dsq.report.logs import DSQ_DEFAULTS, Run
+from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
 from fairseq_dsq.report.scores import METRICS, judged_by
 from fairseq_dsq.text import printable
 
-FLOAT32, FLOAT32_FAIRSEQ = "Float32", "Float32 (fairseq)"
+FLOAT32, PLAIN = "Float32", "fairseq"
 _FORMAT_LABELS = {"bfp": "BFP", "fixed": "Fixed"}
 _FORMAT_NAMES = {"bfp": "BFP", "fixed": "Fixed-point"}
 _MISSING = "-"
-# Logged sums have six digits: what lies this close to half a unit was half a unit.
+# The sums of a log have six digits: what lies this close to half a unit was half a unit.
 _LOGGED_PLACES = 5
 
 
@@ -41,7 +41,7 @@ class Row:
         differences: of those scores from the baseline's, where both have them.
         arithmetic, dram: of the whole training, over the same GEMMs in 32-bit fixed point; None without dsq metrics.
         arithmetic_total, dram_total: MACs of 32-bit fixed point; bytes.
-        epochs: how many ended.
+        epochs: how many were trained, the last one perhaps in part.
         notes: what a reader has to know.
     """
 
@@ -80,7 +80,7 @@ class Table:
 
     def label(self, row: Row) -> str:
         """What a legend calls a row: method and setup, and the run's name where others share these."""
-        setup = "" if row.setup == _MISSING or row.method in (FLOAT32, FLOAT32_FAIRSEQ) else f" {row.setup}"
+        setup = "" if row.setup == _MISSING or row.method == FLOAT32 else f" {row.setup}"
         alike = sum((other.method, other.setup) == (row.method, row.setup) for other in self.rows)
         return f"{row.method}{setup}{f' ({row.name})' if alike > 1 else ''}"
 
@@ -116,14 +116,10 @@ def _longer_name(path: Path, name: str, depth: int, whole: bool) -> str:
     return printable("/".join([*parts[max(0, at - depth) : at], *(parts[at:] if whole else [name])]))
 
 
-def _is_dsq(run: Run) -> bool:
-    return "dsq" in run.flags.get("arch", "") or "dsq_format" in run.flags or _costs(run) is not None
-
-
 def levels(run: Run) -> tuple[PrecisionConfig, ...]:
-    """The precision levels that a run was given; none in float32, or if its log does not say."""
+    """The precision levels that a run was given; none in float32, or without a record."""
     flags = {**DSQ_DEFAULTS, **run.flags}
-    if not run.flags.get("arch") or not _is_dsq(run) or flags["dsq_format"] == "float32":
+    if not run.flags or flags["dsq_format"] == "float32":
         return ()
     try:
         return parse_levels(flags["dsq_levels"])
@@ -132,17 +128,10 @@ def levels(run: Run) -> tuple[PrecisionConfig, ...]:
 
 
 def describe(run: Run) -> tuple[str, str]:
-    """(method, precision setup) from the flags in a run's log; without them the run's name."""
+    """(method, precision setup) from the flags in a run's record; a log alone does not tell them."""
     flags = run.flags
-    if not flags.get("arch"):
-        return run.name, _MISSING
-    if not _is_dsq(run):
-        bits, kind = 32, "Float32"
-        if flags.get("fp16") == "True":
-            bits, kind = 16, "Float16"
-        elif flags.get("bf16") == "True":
-            bits, kind = 16, "Bfloat16"
-        return f"{kind} (fairseq)", f"[{bits},{bits},{bits},{bits}]"
+    if not flags:
+        return PLAIN if _costs(run) is None else run.name, _MISSING
     flags = {**DSQ_DEFAULTS, **flags}
     name = flags["dsq_format"]
     if name == "float32":
@@ -168,7 +157,7 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
 
     Args:
         scores: what is known of each run's quality, by name in :data:`fairseq_dsq.report.scores.METRICS`.
-        baseline: index of the run that differences refer to; default: the first float32 run.
+        baseline: index of the run that differences refer to; default: the first in float.
     """
     described = [describe(run) for run in runs]
     judged = [judged_by(found) for found in scores]
@@ -177,10 +166,10 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
     notes = []
     reference = baseline
     if baseline is None:
-        floats = [i for i, (method, _) in enumerate(described) if method in (FLOAT32, FLOAT32_FAIRSEQ)]
+        floats = [i for i, (method, _) in enumerate(described) if method in (FLOAT32, PLAIN)]
         reference = floats[0] if floats else None
         if len(floats) > 1:
-            notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float32 runs")
+            notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float runs")
     profiles = {run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"]) for run in runs if _costs(run)}
     if len(profiles) > 1:
         notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
@@ -232,7 +221,7 @@ def find(runs: Sequence[Run], wanted: str) -> int:
 
 
 def _costs(run: Run) -> tuple[float, float, float, float] | None:
-    """Relative and absolute arithmetic, relative and absolute DRAM, of all epochs that ended."""
+    """Relative and absolute arithmetic, relative and absolute DRAM, of what was trained."""
     sums = [0.0, 0.0, 0.0, 0.0]
     for epoch in run.epochs:
         values = (epoch.arithmetic, epoch.arithmetic_baseline, epoch.dram_bytes, epoch.dram_baseline_bytes)
@@ -244,9 +233,12 @@ def _costs(run: Run) -> tuple[float, float, float, float] | None:
 
 def _notes(run: Run) -> tuple[str, ...]:
     notes = [f"incomplete: {run.incomplete}"] if run.incomplete else []
-    first = run.epochs[0].number
+    first, last = run.epochs[0].number, run.epochs[-1].number
     if first > 1:
         notes.append(f"begins at epoch {first}; what earlier epochs cost is not in it")
+    ended = {epoch.number for epoch in run.epochs if epoch.ended}
+    if lost := [str(number) for number in range(first, last) if number not in ended]:
+        notes.append(f"the end of epoch {', '.join(lost)} was not logged; what it cost is not in it")
     return tuple(notes)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
+import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, cast
+
+from fairseq_dsq.artefact import atomic
+from fairseq_dsq.download import data_root
 
 SPLITS = ("train", "valid", "test")
 
@@ -70,14 +73,11 @@ class Corpus:
         Raises:
             OSError: one does not exist.
         """
-        data = os.environ.get("DSQ_DATA")
-        found = []
-        for split, language in itertools.product(splits, self.languages) if data else ():
-            path = Path(data or "") / self.folder / f"{self.files[split]}.{language}"
-            if not path.is_file():
-                raise OSError(f"DSQ_DATA: {path} does not exist, expected {self.name}'s {split} text")
-            found.append(path)
-        return found
+        found = [
+            data_root(f"{self.folder}/{self.files[split]}.{language}", f"{self.name}'s {split} text")
+            for split, language in itertools.product(splits, self.languages)
+        ]
+        return [path for path in found if path]
 
     def _verified(self, split: str, downloads: Path) -> Iterator[tuple[str, str]]:
         count = 0
@@ -131,15 +131,12 @@ def extract(archive: Path, members: Iterable[str], folder: Path) -> list[Path]:
     """
     paths = {member: folder / member for member in members}
     if not all(path.is_file() for path in paths.values()):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            # Moved when it is whole: what a stopped command left must not pass for the member.
-            with tempfile.TemporaryDirectory(dir=folder) as partial, tarfile.open(archive) as content:
+            with tarfile.open(archive) as content:
                 for entry in content:
                     if entry.name in paths and entry.isfile():  # a link could lead to another file
-                        content.extract(entry, partial, filter="data")
-                        paths[entry.name].parent.mkdir(parents=True, exist_ok=True)
-                        Path(partial, entry.name).rename(paths[entry.name])
+                        with atomic(paths[entry.name]) as partial, open(partial, "wb") as file:
+                            shutil.copyfileobj(cast(IO[bytes], content.extractfile(entry)), file)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise ValueError(f"{archive}: a broken archive: {error}") from None
         for member, path in paths.items():

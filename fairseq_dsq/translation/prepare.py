@@ -49,7 +49,7 @@ def prepare(
         RuntimeError: sentencepiece refuses ``vocab_size``.
     """
     made_of = settings(corpus, vocab_size)
-    with artefact.whole(folder) as partial:
+    with artefact.atomic(folder) as partial:
         partial.mkdir()
         counts = _write(corpus, partial, vocab_size, downloads or folder.parent / "downloads")
         binarise(partial)

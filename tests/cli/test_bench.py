@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_dsq.cli import bench, main
+from fairseq_dsq.bench.memory import saved_bytes
+from fairseq_dsq.bench.peers import microxcaling_style, naive
+from fairseq_dsq.bench.timing import interleave
+from fairseq_dsq.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,7 @@ def test_ratios_are_of_the_fastest_rounds_and_of_the_median_round():
     def pause(name):
         return lambda: time.sleep(next(pauses[name]))
 
-    (row,) = bench.interleave({"twice": pause("twice")}, pause(""), "nothing", 3)
+    (row,) = interleave({"twice": pause("twice")}, pause(""), "nothing", 3)
     assert row["over"] == "nothing"
     assert row["ratio_min"] == pytest.approx(2, rel=0.3)
     assert row["ratio_median"] == pytest.approx(3, rel=0.3)
@@ -50,10 +53,10 @@ def test_ratios_are_of_the_fastest_rounds_and_of_the_median_round():
 
 def test_peers_round_as_the_format_does_where_nothing_is_at_the_edge():
     from fairseq_dsq.formats import BlockFloat
-    from fairseq_dsq.quant import fake_quantize
+    from fairseq_dsq.quantized import fake_quantize
 
     x = torch.linspace(-1.99, 1.93, 160).reshape(10, 16)
-    for peer in (bench.naive, bench.microxcaling_style):
+    for peer in (naive, microxcaling_style):
         assert torch.equal(peer(x, 8), fake_quantize(x, BlockFloat(8)))
 
 
@@ -66,7 +69,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters():
         return (y.relu() + layer(x)).sum()
 
     # x, which both products keep, and the output of relu.
-    assert bench.saved_bytes(run, layer) == x.nbytes + 16 * 4 * 4
+    assert saved_bytes(run, layer) == x.nbytes + 16 * 4 * 4
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--rounds", 0), ("--threads", -1)])

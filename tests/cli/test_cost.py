@@ -149,7 +149,7 @@ def test_measured_hardware_can_be_saved_and_used(capsys, tmp_path):
     [
         (("--hardware", "nix"), "--hardware: got 'nix', expected a100-sxm-80gb"),
         (("--model", "nix"), "--model: got 'nix'"),
-        (("--levels", "[16,4,4,16] [2,2,2,16]"), "--levels: level 1 [2,2,2,16]: q0 falls from 16 to 2"),
+        (("--levels", "[16,4,4,16] [2,2,2,1]"), "--levels: level 1: q3: got 1, expected 2 to"),
     ],
 )
 def test_bad_input_to_roofline_gets_one_line(capsys, argv, message):

@@ -7,11 +7,12 @@ import sys
 import time
 
 import pytest
+from report import samples
 
 from fairseq_dsq import artefact
 from fairseq_dsq.cli import main
-from fairseq_dsq.cli.fairseq_command import last_error
-from fairseq_dsq.cli.run_train import identity
+from fairseq_dsq.recipes.fairseq_command import last_error
+from fairseq_dsq.recipes.training import identity
 
 PATIENCE = ("--dsq-patience", "1")
 
@@ -242,13 +243,11 @@ def test_a_translation_that_is_missing_is_an_error(trained, capsys):
 
 
 def test_the_report_leaves_out_the_score_of_another_checkpoint(trained, capsys):
-    from fairseq_dsq.report.logs import read_run
+    from fairseq_dsq.report.runs import read_run
     from fairseq_dsq.report.scores import scores, stale
 
     translate(trained)
-    (trained / "train.log").write_text(
-        "epoch 001 | loss 5 | num_updates 9 | wall 1\nepoch 001 | valid on 'valid' subset | loss 4 | num_updates 9\n"
-    )
+    samples.write(trained.parent, trained.name, samples.record(samples.DSQ, [4.0]))
     assert scores(read_run(trained))["sacrebleu"] == json.loads((trained / "score.json").read_text())["score"]
     (trained / "checkpoint_best.pt").write_text("another")
     assert {path.name for path in stale(read_run(trained))} == {"score.json", "generate.out"}

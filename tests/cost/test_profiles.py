@@ -8,7 +8,8 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.published import compare, printed
 from fairseq_dsq.formats import BlockFloat, Float32, FormatOptions
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 PAPER, OPERANDS = load_profile("paper"), load_profile("operands")
 # One linear layer's three GEMMs.
@@ -85,7 +86,7 @@ def test_times_below_16_bit_fixed_point(q, arithmetic, dram):
 
 
 def test_the_mac_formulas():
-    fixed, bfp = (PAPER.format_cost(PrecisionConfig((4, 4, 4, 16), name)) for name in ("fixed", "bfp"))
+    fixed, bfp = map(PAPER.format_cost, ("fixed", "bfp"))
     assert fixed.mac(4, 16) == 64 / 1024
     assert bfp.mac(4, 16) == pytest.approx((0.395 * 64 + 5.32 * 8) / 1024)
     assert bfp.mac(4, 16) == bfp.mac(16, 4)

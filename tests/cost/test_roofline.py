@@ -7,8 +7,9 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost.hardware import Hardware, load_hardware, measure
 from fairseq_dsq.cost.published import roofline_table
 from fairseq_dsq.cost.roofline import Group, groups_of_step, total
+from fairseq_dsq.ledger import Gemm, Stash
 from fairseq_dsq.plugin import probe
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 # 1e12 MACs/s at 32 bits, 2e12 at 16, 4e12 at 8; 1e11 bytes/s
 MACHINE = Hardware("by hand", {32: 2.0, 16: 4.0, 8: 8.0}, 100.0, "made up")

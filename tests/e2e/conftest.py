@@ -1,11 +1,14 @@
 """A tiny corpus, binarised once, and the real fairseq command lines."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fairseq import checkpoint_utils
+from fairseq_cli import train as fairseq_train
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -59,6 +62,27 @@ def cli(tmp_path_factory):
         "--testpref", "text/test", "--destdir", "data",
     )  # fmt: skip
     return commands
+
+
+@pytest.fixture
+def train(cli, monkeypatch, caplog):
+    """fairseq-train as a command would run it: with nothing left of the trainings before. Returns the log."""
+
+    def run(save_dir, *flags, **options):
+        for function, names in (
+            (checkpoint_utils.save_checkpoint, ("best",)),
+            (fairseq_train.should_stop_early, ("best", "num_runs")),
+        ):
+            for name in names:
+                vars(function).pop(name, None)
+        command = cli.train_command(save_dir, "--num-workers", 0, *flags, **options)
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            fairseq_train.cli_main()
+        return caplog.text
+
+    return run
 
 
 @pytest.fixture(scope="session")

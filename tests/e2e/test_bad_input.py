@@ -6,7 +6,6 @@ import pytest
 from fairseq_cli.train import cli_main
 
 CASES = [
-    ("--dsq-levels", "[4,4,4,16] [2,4,4,16]", "q0 falls from 4 to 2"),
     ("--dsq-levels", "[2,2,2]", "four integers"),
     ("--dsq-levels", "[2,2,2,16.5]", "16.5"),
     ("--dsq-levels", "[2,2,2,x]", "[2,2,2,x]"),
@@ -16,6 +15,10 @@ CASES = [
     ("--dsq-levels", "", "expected one or more levels"),
     ("--dsq-levels", "  ", "expected one or more levels"),
     ("--dsq-format", "bfp16", "got 'bfp16', expected one of bfp, fixed, float32"),
+    ("--dsq-schedule", "step", "got 'step', expected one of plateau, updates, cyclic, callback"),
+    ("--dsq-raise-at", "9,5", "got '9,5', expected rising updates such as 1000,4000"),
+    ("--dsq-cycle", "0", "got '0', expected an integer >= 1"),
+    ("--dsq-callback", "rule", "got 'rule', expected module:function"),
     ("--dsq-rounding", "up", "got 'up', expected one of nearest, stochastic"),
     ("--dsq-patience", "0", "got '0', expected an integer >= 1"),
     ("--dsq-patience", "two", "got 'two', expected an integer >= 1"),

@@ -4,14 +4,11 @@ Trainings run in this process, which saves the seconds that each command takes t
 """
 
 import json
-import logging
 import re
-import sys
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_cli import train as fairseq_train
 
 import fairseq_dsq
 from fairseq_dsq.cli import main
@@ -22,27 +19,6 @@ RISES_AT_ONCE = (*LEVELS, "--dsq-patience", 1, "--dsq-min-delta", 100)
 # Without it fairseq draws the batches of all epochs at the start.
 EXACT_RESUME = ("--update-epoch-batch-itr", "True")
 FROZEN = ("--lr", 0, "--dropout", 0)
-
-
-@pytest.fixture
-def train(cli, monkeypatch, caplog):
-    """fairseq-train as a command would run it: with nothing left of the trainings before. Returns the log."""
-
-    def run(save_dir, *flags, **options):
-        for function, names in (
-            (checkpoint_utils.save_checkpoint, ("best",)),
-            (fairseq_train.should_stop_early, ("best", "num_runs")),
-        ):
-            for name in names:
-                vars(function).pop(name, None)
-        command = cli.train_command(save_dir, "--num-workers", 0, *flags, **options)
-        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            fairseq_train.cli_main()
-        return caplog.text
-
-    return run
 
 
 def load(path):
@@ -193,7 +169,7 @@ def test_the_checkpoint_s_level_is_found_among_others_by_value(train, risen, tmp
     log = train(tmp_path, *flags, *FROZEN, "--restore-file", risen / "run/checkpoint_last.pt", "--max-epoch", 3)
     assert logged(log, "train_dsq_level") == [level]
     assert f"precision level in force: {level}, " in log
-    assert model_of(tmp_path / "checkpoint_last.pt").dsq.levels[level].stash.bits == 4
+    assert model_of(tmp_path / "checkpoint_last.pt").dsq.levels[level].stash("input").bits == 4
 
 
 @pytest.mark.parametrize(

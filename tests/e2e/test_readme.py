@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_dsq.cli import SUBCOMMANDS, bench, main
+from fairseq_dsq.bench import BENCHES
+from fairseq_dsq.cli import SUBCOMMANDS, main
 from fairseq_dsq.plugin.probe import training_config
 from tests.e2e import readme
 from tests.report import samples
@@ -62,7 +63,7 @@ def test_a_command_of_the_readme(command, request, tmp_path, monkeypatch):
     if command.startswith("scripts/"):
         assert os.access(ROOT / command.split()[0], os.X_OK)
     if command.startswith("fairseq-dsq bench "):
-        assert set(command.split()[2].split("|")) <= set(bench._BENCHES)
+        assert set(command.split()[2].split("|")) <= set(BENCHES)
 
 
 def its_help(argv, fixture):
@@ -94,10 +95,7 @@ def report(argv, fixture):
     for number, name in enumerate(runs):
         Path(name).mkdir(parents=True)
         flags = samples.FLOAT32 if number else samples.DSQ
-        (Path(name) / "train.log").write_text(
-            samples.config_line(**flags) + samples.begin_line(1) + "epoch 001 | loss 5 | num_updates 9 | wall 1\n"
-            "epoch 001 | valid on 'valid' subset | loss 4 | num_updates 9\n"
-        )  # fmt: skip
+        (Path(name) / "dsq.jsonl").write_text(samples.record(flags, [4.0]))
     assert main(argv[1:]) == 0
 
 
@@ -137,6 +135,31 @@ def python(argv, fixture):
 
 
 def script(argv, fixture):
+    """The script, dry; what it would hand to fairseq-train is read by fairseq's own parser."""
+    clone = copy(Path.cwd() / "a clone")
+    given = [word for word in argv[1:] if word != "..."]
+    at = given.index("--") if "--" in given else len(given)
+    environment = {**os.environ, "DSQ_ENV": sys.prefix}
+    done = subprocess.run(
+        [clone / argv[0], *given[:at], "--dry-run", *given[at:]],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    calls = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+    trainings = [call for call in calls if call[0] == "run-train"]
+    assert trainings
+    for call in trainings:
+        assert not set(Path(call[1]).relative_to(clone / "runs").as_posix()) & set(":,[]'\" "), call[1]
+    for call in calls:
+        flags = call[call.index("--") + 1 :] if "--" in call else []
+        if call[0] == "run-train" and flags != ["[glue-flags]"]:
+            training_config(flags)
+        if call[0] == "glue-flags":
+            own = ["--task", "sentence_prediction", "--arch", "roberta_dsq", "--total-num-update", "1"]
+            training_config(["DATA", *own, *flags])
+
+
+def quickstart(argv, fixture):
     """The script with a stand-in for fairseq-dsq; what it hands to fairseq-train is read by fairseq's own parser."""
     folder = Path.cwd()
     clone = copy(folder / "a clone")
@@ -145,7 +168,6 @@ def script(argv, fixture):
     stand_in.write_text(
         f"#!{sys.executable}\nimport json, pathlib, sys\n"
         f"with open({str(folder / 'calls')!r}, 'a') as file: print(json.dumps(sys.argv[1:]), file=file)\n"
-        "if sys.argv[1] == 'glue-flags': print('DATA', *sys.argv[sys.argv.index('--') + 1:], sep='\\n')\n"
         "if sys.argv[1] == 'run-translate':\n"
         "    pathlib.Path(sys.argv[4]).mkdir(parents=True, exist_ok=True)\n"
         "    (pathlib.Path(sys.argv[4]) / 'hypotheses.en').touch()\n"
@@ -155,23 +177,14 @@ def script(argv, fixture):
         "    [(pathlib.Path(sys.argv[2]) / f'test.{language}').touch() for language in ('de', 'en')]\n"
     )
     stand_in.chmod(0o755)
-    given = [word for word in argv[1:] if word != "..."]
     environment = {**os.environ, "DSQ_ENV": str(folder)}
-    done = subprocess.run([clone / argv[0], *given], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([clone / argv[0], *argv[1:]], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     calls = [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
     trainings = [call[call.index("--") + 1 :] for call in calls if call[0] == "run-train"]
-    assert trainings
+    assert len(trainings) == 2
     for training in trainings:
-        task = (
-            ["--task", "sentence_prediction", "--arch", "roberta_dsq", "--total-num-update", "1"]
-            if "glue" in argv[0]
-            else []
-        )
-        training_config([*training, *task])
-    for call in calls:
-        if call[0] == "run-train":
-            assert not set(Path(call[1]).relative_to(clone / "runs").as_posix()) & set(":,[]'\" "), call[1]
+        training_config(training)
 
 
 def copy(clone):
@@ -191,6 +204,7 @@ RUN = {
     r"fairseq-dsq (cost|roofline) .*": a_dsq_command,
     r"fairseq-(train|hydra-train|generate|validate) .*": a_fairseq_command,
     r"python3? -c .*": python,
+    r"scripts/quickstart\.sh.*": quickstart,
     TRAINS.pattern: script,
 }
 
@@ -232,7 +246,10 @@ fairseq-dsq none
 
 @pytest.mark.parametrize("name", ["multi30k.sh", "iwslt17.sh", "wmt14.sh", "glue.sh", "quickstart.sh"])
 def test_a_script_says_what_it_takes(name):
-    done = subprocess.run([ROOT / "scripts" / name, "--help"], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "DSQ_ENV": sys.prefix, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [ROOT / "scripts" / name, "--help"], env=environment, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert "--" in done.stdout
 
@@ -240,8 +257,8 @@ def test_a_script_says_what_it_takes(name):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A clone with tiny corpora and a tiny encoder in place of roberta.base."""
-    from fairseq_dsq.cli.corpus import write
     from fairseq_dsq.glue import TASKS
+    from fairseq_dsq.translation.toy import write
     from tests.e2e.test_glue import make_encoder, write_toy
 
     folder = tmp_path_factory.mktemp("readme")

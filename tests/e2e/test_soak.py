@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from report import samples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,14 +40,14 @@ def test_a_training_that_was_killed_ends_as_one_that_was_not(tmp_path):
     assert "kill 1 of 1: training 0" in process.stdout and "equal, bit for bit" in process.stdout
 
 
-def test_a_metric_that_differs_is_found_in_a_log_that_a_kill_cut(soak, tmp_path):
-    valid = '{"epoch": 1, "valid_loss": "5.1", "valid_dsq_level": "0", "valid_wps": "%d", "valid_num_updates": "2"}'
-    whole, cut = tmp_path / "whole.log", tmp_path / "cut.log"
-    whole.write_text(f"x | INFO | valid | {valid % 7}\n")
-    cut.write_text(f"x | INFO | valid | {valid[:40]}\n" + f"x | INFO | valid | {valid % 9}\n")
-    assert list(soak.logged(cut)) == list(soak.logged(whole))  # speed is no matter
-    cut.write_text(f"x | INFO | valid | {(valid % 9).replace('5.1', '5.2')}\n")
-    assert list(soak.logged(cut)) != list(soak.logged(whole))
+def test_a_cost_that_differs_in_its_last_bit_is_found(soak, tmp_path):
+    for name, cost, wall_s in (("a", 1e9, 1.5), ("b", 1e9, 2.5), ("c", 1e9 * (1 + 2**-52), 1.5)):
+        line = json.loads(samples.point_line(1, 6, 5.0))
+        line["train"]["dsq_arithmetic"], line["wall_s"] = cost, wall_s
+        samples.write(tmp_path, name, samples.start_line() + json.dumps(line) + "\n")
+    a, b, c = (soak.recorded(tmp_path / name) for name in "abc")
+    assert list(soak._compare(a, b, "record")) == []
+    assert list(soak._compare(a, c, "record")) == ["record 0 train dsq_arithmetic: 1000000000.0 for 1000000000.0000002"]
 
 
 def test_the_soak_refuses_a_count_that_is_none(soak, capsys):

@@ -7,7 +7,7 @@ import torch
 from fairseq import checkpoint_utils
 
 import fairseq_dsq
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 
 # Without it fairseq draws the batches of all epochs at the start, from the epoch that the command starts in: its own
 # transformer does not resume exactly either.
@@ -92,10 +92,10 @@ def test_the_metrics_reach_tensorboard(trained):
         assert {"dsq_level", "dsq_arithmetic", "dsq_dram_bytes", "dsq_stash_bytes"} <= set(events.Tags()["scalars"])
 
 
-def test_the_epoch_table_reads_the_log(cli, trained):
-    epochs = read_run(trained / "train.log").epochs
+def test_the_epoch_table_reads_the_record(cli, trained):
+    epochs = read_run(trained / "run").epochs
     assert [epoch.level for epoch in epochs] == [0, 0, 1]
-    out, _ = cli.run("fairseq-dsq", "epochs", trained / "train.log")
+    out, _ = cli.run("fairseq-dsq", "epochs", trained / "run")
     assert len(out.splitlines()) == 4
 
 

@@ -29,19 +29,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report import samples
 
-from fairseq_dsq import data_files, formats
+from fairseq_dsq import data_files, formats, record
 from fairseq_dsq.cli import cost as cost_command
-from fairseq_dsq.cli import export_float
 from fairseq_dsq.cost.hardware import load_hardware
 from fairseq_dsq.cost.profiles import load_profile
-from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions
+from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions, definition
 from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.config import DSQConfig, add_args, defaults
+from fairseq_dsq.plugin.export import export_float
 from fairseq_dsq.precision import parse_levels, parse_q
-from fairseq_dsq.quant import packing
-from fairseq_dsq.quant.reference import code_spec
-from fairseq_dsq.report.logs import epoch_table, read_run
+from fairseq_dsq.report.runs import epoch_table, read_run
 from fairseq_dsq.report.scores import judged_by, scores
 
 ERRORS = (ValueError, OSError)
@@ -153,7 +151,8 @@ def run_flag(words: list[str]) -> None:
 
 
 def flag(rng: random.Random) -> list[str]:
-    name, value = rng.choice(list(defaults(DSQConfig).items()))
+    takes_a_value = [(name, value) for name, value in defaults(DSQConfig).items() if not isinstance(value, bool)]
+    name, value = rng.choice(takes_a_value)
     return [f"--{name.replace('_', '-')}={mutated(rng, str(value))}"]
 
 
@@ -202,21 +201,29 @@ def run_packed(case: Any) -> None:
     data, shape, dim, fmt = case
     tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     right = fmt.nbytes(shape, dim) == len(data)
-    spec = code_spec(fmt)
     try:
-        values = torch.ops.fairseq_dsq.unpack(tensor, shape, dim, *spec, torch.float32)
+        values = torch.ops.fairseq_dsq.unpack(tensor, shape, dim, str(fmt), torch.float32)
     except ValueError:
         assert not right, "bytes of the right length were refused"
         raise
     assert right, "bytes of a wrong length were taken"
-    expected = packing.unpack(tensor, shape, spec, dim, torch.float32)
+    expected = definition.unpack(tensor, shape, fmt, dim, torch.float32)
     assert torch.equal(values.view(torch.int32)[~values.isnan()], expected.view(torch.int32)[~expected.isnan()])
     assert torch.equal(values.isnan(), expected.isnan())
 
 
 def logs(rng: random.Random) -> str | bytes:
-    """A log in one of fairseq's formats, cut, shuffled or damaged."""
-    text = rng.choice(LOGS)
+    """A log, cut, shuffled or damaged."""
+    return damaged(rng, rng.choice(LOGS))
+
+
+def records(rng: random.Random) -> str | bytes:
+    """A training's record, likewise."""
+    return damaged(rng, rng.choice(RECORDS))
+
+
+def damaged(rng: random.Random, text: str) -> str | bytes:
+    """``text`` with its lines shuffled, one of them changed, or bytes of it."""
     lines = text.splitlines(keepends=True)
     if rng.random() < 0.3:
         rng.shuffle(lines)
@@ -227,8 +234,8 @@ def logs(rng: random.Random) -> str | bytes:
     return mutated_bytes(rng, "".join(lines).encode())
 
 
-def run_log(content: str | bytes) -> None:
-    run = read_run(FOLDER.write("train.log", content))
+def run_log(content: str | bytes, name: str = "train.log") -> None:
+    run = read_run(FOLDER.write(name, content))
     epoch_table(run.epochs)
     found = scores(run)
     judged_by(found)
@@ -237,7 +244,7 @@ def run_log(content: str | bytes) -> None:
 def run_score(content: str) -> None:
     path = FOLDER.path / "run"
     path.mkdir(exist_ok=True)
-    (path / "train.log").write_text(LOGS[0])
+    (path / record.NAME).write_text(RECORDS[0])
     (path / "score.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     for value in scores(read_run(path)).values():
         assert value - value == 0, f"a score of {value}"
@@ -277,7 +284,7 @@ def run_vocabulary(case: tuple[str, str]) -> None:
 def run_checkpoint(data: bytes) -> None:
     path = FOLDER.write("checkpoint.pt", data)
     with contextlib.redirect_stdout(io.StringIO()):
-        export_float.main(argparse.Namespace(checkpoint=path, output=FOLDER.path / "exported.pt"))
+        export_float(path, FOLDER.path / "exported.pt")
 
 
 def checkpoint() -> bytes:
@@ -295,14 +302,16 @@ def checkpoint() -> bytes:
     return path.read_bytes()
 
 
+RECORDS = [
+    samples.record(samples.DSQ, [7.5, 6.25, 6.0], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH], bleu=[1, 2, 3]),
+    samples.start_line(4, patience=2) + samples.point_line(1, 5, 7.5, ended=False) + samples.point_line(1, 9)
+    + samples.start_line(4, 9, 2, patience=2, max_update=30) + samples.point_line(2, 18, float("nan")),
+]  # fmt: skip
 LOGS = [
-    samples.log(samples.DSQ, [7.5, 6.25, 6.0], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH], bleu=[1, 2, 3]),
-    samples.log(samples.FLOAT32, [7.5, 6.25], arch="transformer", done=False),
-    "epoch 001 | loss 7.5 | dsq_level 0 | dsq_arithmetic 100 | num_updates 12 | lr 0.1 | gnorm 1.0 | wall 4\n"
-    "epoch 001 | valid on 'valid' subset | loss 6.5 | bleu 12.5 | wps 100 | num_updates 12\n"
-    "begin training epoch 2\nStart iterating over samples\nepoch 002:  10%|#   | 3/30 [00:01<00:09,  2.9it/s]\n"
-    "Generate test with beam=4: BLEU4 = 35.1, 60.0/40.0/30.0/20.0 (BP=1.000)\ndone training in 3 seconds\n",
-]
+    samples.log([7.5, 6.25, 6.0]),
+    samples.valid_line(1, 12, 6.5, bleu="12.5") + samples.train_line(1, 12, 7.5, dsq_level="0", dsq_arithmetic="100")
+    + "Generate test with beam=4: BLEU4 = 35.1, 60.0/40.0/30.0/20.0 (BP=1.000)\ndone training in 3 seconds\n",
+]  # fmt: skip
 SCORES = (
     '{"name": "BLEU", "score": 35.4, "signature": "nrefs:1"}', '[{"name": "BLEU", "score": 12}]',
     '{"name": "glue", "scores": {"accuracy": 88.1, "f1": 1.5, "matthews": 3, "accuracy_mm": 10}}',
@@ -351,13 +360,14 @@ def targets() -> dict[str, Target]:
     return {
         "levels": Target(40_000, levels, run_levels),
         "q": Target(18_000, text_of("[2,2,2,16]", "2,2,2,16", "[16, 4, 4, 16]"), parse_q),
-        "format": Target(12_000, text_of("bfp4", "bfp4x32", "fixed8", "fixed8.4", "float32"), run_format),
+        "format": Target(12_000, text_of("bfp4", "bfp4/32", "fixed8", "fixed8.4", "float32"), run_format),
         "flag": Target(6_000, flag, run_flag),
         "cost": Target(200, cost, run_cost),
         "profile": yaml_target(400, "cost", load_profile),
         "hardware": yaml_target(400, "hardware", run_hardware),
         "model": yaml_target(400, "models", probe.find_model),
-        "log": Target(10_000, logs, run_log),
+        "record": Target(7_000, records, lambda content: run_log(content, record.NAME)),
+        "log": Target(3_000, logs, run_log),
         "score": Target(2_500, text_of(*SCORES), run_score),
         "packed": Target(2_500, packed, run_packed),
         "table": Target(2_500, table, run_table),

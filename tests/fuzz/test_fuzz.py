@@ -11,7 +11,7 @@ from fairseq_dsq.cost.hardware import Hardware, load_hardware
 from fairseq_dsq.formats import BlockFloat
 from fairseq_dsq.glue import TASKS, tsv
 from fairseq_dsq.precision import parse_levels, parse_q
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 from fairseq_dsq.report.scores import scores
 
 TARGETS = fuzz.targets()
@@ -102,11 +102,8 @@ def test_a_machine_s_speed_is_a_number(speed):
         '{"epoch": 2, "train_num_updates": ' + "9" * 400 + "}",
         '{"epoch": ' + "9" * 5000 + ', "train_num_updates": "1"}',
         '{"epoch": 2, "train_num_updates": "1", "a": ' + "[" * 10**5,
-        f"epoch {'9' * 5000} | loss 1 | num_updates 3 | wall 1",
-        f"begin training epoch {'9' * 5000}",
-        "epoch {'optimization': {'max_epoch': inf, 'max_update': nan}, 'arch': '\\N{x}'",
     ],
-    ids=range(8),
+    ids=range(5),
 )
 def test_a_damaged_line_does_not_spoil_a_log(tmp_path, line):
     path = tmp_path / "train.log"
@@ -116,7 +113,7 @@ def test_a_damaged_line_does_not_spoil_a_log(tmp_path, line):
 
 
 def test_a_score_is_a_finite_number(tmp_path):
-    (tmp_path / "train.log").write_text(fuzz.LOGS[0])
+    (tmp_path / "dsq.jsonl").write_text(fuzz.RECORDS[0])
     for text in ('{"name": "BLEU", "score": ' + "9" * 400 + "}", "[" * 10**5 + '"BLEU"', f"BLEU = {'9' * 400}"):
         (tmp_path / "score.json").write_text(text)
         assert "sacrebleu" not in scores(read_run(tmp_path))

@@ -129,6 +129,9 @@ def test_gpt2_bpe_is_looked_for_in_the_folder_then_in_dsq_data_then_downloaded(f
     monkeypatch.setattr("fairseq_dsq.glue.encoder._BPE_URL", (elsewhere / "gpt2_bpe").as_uri() + "/")
     downloads = tmp_path_factory.mktemp("downloads")
     assert tokenizer(Encoder(folder), downloads).files[0] == downloads / "gpt2_bpe/encoder.json"
+    monkeypatch.setenv("DSQ_DATA", str(downloads / "gpt2_bpe"))
+    with pytest.raises(OSError, match=r"DSQ_DATA: .*gpt2_bpe/gpt2_bpe does not exist, expected GPT-2's encoder"):
+        tokenizer(Encoder(folder), downloads)
     monkeypatch.setenv("DSQ_DATA", str(elsewhere))
     assert tokenizer(Encoder(folder), downloads).files[0] == elsewhere / "gpt2_bpe/encoder.json"
     write_bpe(folder)

@@ -37,6 +37,8 @@ def test_dsq_data_is_looked_at_first(tmp_path, monkeypatch):
     folder = tmp_path / "glue/RTE"
     folder.mkdir(parents=True)
     monkeypatch.setenv("DSQ_DATA", str(tmp_path))
+    with pytest.raises(OSError, match=r"DSQ_DATA: .*glue/MRPC does not exist, expected MRPC's TSV files; unset"):
+        files.find(TASKS["MRPC"], None, tmp_path)
     with pytest.raises(OSError, match=r"glue/RTE: has no train\.tsv or train_subset\.tsv, expected RTE's training set"):
         files.find(TASKS["RTE"], None, tmp_path)
     (folder / "train.tsv").touch()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 from torch import Tensor, nn
 
-from fairseq_dsq.formats import BlockFloat, FormatOptions, make_format
+from fairseq_dsq.formats import Float32, FormatOptions, make_format
+from fairseq_dsq.gemm import Operand, Side, plan
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.quant import fake_quantize
+from fairseq_dsq.quantized import fake_quantize
 
 # A format of its own for every operand, so that no two can be mixed up.
 BFP_MIXED = PrecisionConfig((4, 3, 6, 8))
@@ -56,6 +56,16 @@ def context(*q, rounding="nearest", box_dim="reduction"):
 def formats_of(precision):
     """The formats of q0 to q3."""
     return [make_format(precision.format_name, q, precision.options) for q in precision.q]
+
+
+def operand(tensor, fmt, reduction=-1, along=True):
+    """A rounded operand of a GEMM."""
+    return Operand(tensor, Side(fmt, along), reduction)
+
+
+def multiply(a, b, mode="auto", bias=None, add_to=None):
+    """The planned product of two operands."""
+    return plan(a.side, b.side, a.tensor.device, a.tensor.dtype, mode).multiply(a, b, bias, add_to)
 
 
 def seeded(seed):
@@ -240,7 +250,7 @@ class PlainWeightedSum(PlainMatmul):
         ctx.save_for_backward(a, b)
         ctx.config, ctx.transpose_b = config, False
         q0 = formats_of(config.precision)[0]
-        if q0.box_size is None:
+        if q0.group == "tensor" or q0 == Float32():
             return torch.bmm(fake_quantize(a, q0), fake_quantize(b, q0))
         return torch.stack(
             [plain_weighted_sum(a[i][:, k], b[i][k], q0, config.value_boxes) for i, k in enumerate(keys)]
@@ -252,7 +262,7 @@ def plain_weighted_sum(weights, values, fmt, value_boxes="row"):
     if value_boxes == "feature":
         return fake_quantize(weights, fmt) @ fake_quantize(values, fmt)
     scale = torch.exp2(torch.floor(torch.log2(values.abs().amax(1).clamp(min=2.0**-126).double()))).float()
-    codes = fake_quantize(values, replace(fmt, box_size=values.shape[1]) if isinstance(fmt, BlockFloat) else fmt)
+    codes = fake_quantize(values, fmt.by_row())
     return fake_quantize(weights * scale, fmt) @ (codes / scale[:, None])
 
 

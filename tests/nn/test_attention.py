@@ -27,6 +27,7 @@ from nn.common import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.nn import (
     FLOAT32,
     DSQAttention,
@@ -36,7 +37,6 @@ from fairseq_dsq.nn import (
     convert,
 )
 from fairseq_dsq.plugin.attention import DSQMultiheadAttention
-from fairseq_dsq.precision import Gemm
 
 EMBED_DIM, HEADS, BATCH = 24, 2, 6
 TGT_LEN, SRC_LEN = 5, 7

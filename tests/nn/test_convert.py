@@ -35,6 +35,7 @@ from nn.common import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.nn import (
     FLOAT32,
     DSQContext,
@@ -47,7 +48,7 @@ from fairseq_dsq.nn import (
     linear,
 )
 from fairseq_dsq.plugin.attention import DSQMultiheadAttention
-from fairseq_dsq.precision import Gemm, PrecisionConfig
+from fairseq_dsq.precision import PrecisionConfig
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"
 ATTENTIONS = (f"{ENCODER}.self_attn", f"{DECODER}.self_attn", f"{DECODER}.encoder_attn")

@@ -5,8 +5,9 @@ import torch
 from nn.common import BFP_MIXED, context, normal
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_dsq.ledger import Gemm, Stash
 from fairseq_dsq.nn import DSQLinear, Ledger, LedgerKey, StashKey
-from fairseq_dsq.precision import Gemm, PrecisionConfig, Stash
+from fairseq_dsq.precision import PrecisionConfig
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

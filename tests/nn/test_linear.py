@@ -23,9 +23,10 @@ from nn.common import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, convert, linear
 from fairseq_dsq.nn.linear import forward_group
-from fairseq_dsq.precision import Gemm, PrecisionConfig
+from fairseq_dsq.precision import PrecisionConfig
 
 K, N = 21, 18
 

@@ -32,7 +32,7 @@ from fairseq_dsq.formats import BlockFloat
 from fairseq_dsq.nn import DSQDropout, DSQLayerNorm, convert, log_softmax
 from fairseq_dsq.nn.log_softmax import _LogProbabilities
 from fairseq_dsq.nn.saved import VALUES_PER_PIECE, Activation, dropout, softmax
-from fairseq_dsq.quant import fake_quantize
+from fairseq_dsq.quantized import fake_quantize
 
 EIGHT = BlockFloat(8)
 LEVEL = (4, 4, 4, 16)

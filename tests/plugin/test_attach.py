@@ -16,7 +16,7 @@ from fairseq_dsq.nn import DSQLinear
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.attach import attach
 from fairseq_dsq.plugin.config import flag_table, set_defaults
-from fairseq_dsq.schedule import ScheduleState
+from fairseq_dsq.schedules.plateau import PlateauState
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -87,7 +87,7 @@ def test_a_raised_level_waits_until_training_goes_on():
     loaded.eval()
     for twin in (loaded, model):
         assert twin[0].context.config.precision.q == (2, 2, 2, 16)
-        assert twin.dsq.state == ScheduleState(level=1, best_loss=3.0, bad_validations=0)
+        assert twin.dsq.state == PlateauState(level=1, best_loss=3.0, bad_validations=0)
         twin.train()
         twin.eval()
         assert twin[0].context.config.precision.q == (16, 4, 4, 16)
@@ -178,8 +178,7 @@ def test_few_gradient_bits_are_warned_of_once(caplog):
 )
 def test_flags_choose_the_formats(changes, expected):
     level = attached(Task(), **changes)[0].context.config.precision
-    formats = level.output_operands, level.stash, level.grad_input_weight, level.grad_output
-    assert " ".join(map(str, formats)) == expected
+    assert level.by_value == f"[{expected.replace(' ', ',')}]"
 
 
 def test_a_static_scale_fits_nothing():
@@ -197,7 +196,7 @@ def test_skipped_layers_stay_float32():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     attach(model, flags(skip="1"), Task())
     assert isinstance(model[1], DSQLinear)
-    assert str(model[1].context.config.precision.output_operands) == "float32"
+    assert str(model[1].context.config.precision.operands("output")[0]) == "float32"
     model.dsq.validated(1.0)
     x = torch.randn(3, 8)
     assert torch.equal(model[1](x), nn.functional.linear(x, model[1].weight, model[1].bias))

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from fairseq_dsq.plugin.config import DSQConfig, defaults, set_defaults
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
-from fairseq_dsq.schedule import PrecisionSchedule, ScheduleState
+from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 
 
 def idle(**changes):
@@ -52,12 +52,13 @@ def test_a_flag_without_effect_is_named(flags, expected):
 def test_every_flag_without_effect_in_float32_is_named():
     others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
-    others |= {"value_boxes": "feature", "scale": "fit"}
+    others |= {"value_boxes": "feature", "scale": "fit", "schedule": "cyclic", "raise_at": "5", "cycle": 2}
+    others |= {"callback": "a:b", "raise_on_divergence": True}
     assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(("dsq_format", "dsq_levels"))
 
 
-PAPERS = PrecisionSchedule(2, patience=5)
-FRESH = ScheduleState()
+PAPERS = Plateau(2, patience=5)
+FRESH = PlateauState()
 
 
 def warnings(schedule=PAPERS, state=FRESH, **flags):
@@ -110,13 +111,13 @@ def test_a_schedule_that_cannot_rise_is_said(flags, expected):
 
 
 def test_what_has_been_reached_is_taken_into_account():
-    assert warnings(state=ScheduleState(1, 3.0, 0), disable_validation=True, patience=1) == []
-    assert warnings(PrecisionSchedule(1), disable_validation=True, patience=1) == []
-    near = ScheduleState(0, 3.0, 4)
+    assert warnings(state=PlateauState(1, 3.0, 0), disable_validation=True, patience=1) == []
+    assert warnings(Plateau(1), disable_validation=True, patience=1) == []
+    near = PlateauState(0, 3.0, 4)
     assert warnings(state=near, max_epoch=1, patience=2) == []
     assert len(warnings(state=near, max_epoch=1, patience=1)) == 1
-    assert len(warnings(PrecisionSchedule(3, patience=2), patience=4)) == 1  # two rises take four
-    assert warnings(PrecisionSchedule(3, patience=2), ScheduleState(0, math.inf, 0), patience=5) == []
+    assert len(warnings(Plateau(3, patience=2), patience=4)) == 1  # two rises take four
+    assert warnings(Plateau(3, patience=2), PlateauState(0, math.inf, 0), patience=5) == []
 
 
 def test_the_flags_are_read_from_argparse_s_namespace_and_from_hydra_s_tree():

@@ -1,4 +1,4 @@
-"""Small logs in fairseq's own words."""
+"""Small records, and logs in fairseq's own words."""
 
 import json
 
@@ -6,65 +6,89 @@ FLOAT32 = {"dsq_format": "float32"}
 STATIC = {"dsq_format": "bfp", "dsq_levels": "[16,4,4,16]"}
 DSQ = {"dsq_format": "bfp", "dsq_levels": "[2,2,2,16] [16,4,4,16]"}
 FIXED = {"dsq_format": "fixed", "dsq_levels": "[16,4,4,16]"}
-# (arithmetic, DRAM traffic) relative to 32-bit fixed point, as a log says
+# (arithmetic, DRAM traffic) relative to 32-bit fixed point
 LOW, HIGH, ONE = (0.0318, 0.305453), (0.1048, 0.446078), (1.0, 1.0)
 BASELINES = (1e9, 2e8)  # MACs, bytes of an epoch
 
 
-def config_line(max_epoch=0, arch="transformer_dsq", **flags):
-    """What fairseq-train prints first, shortened."""
-    shown = {"no_progress_bar": True, "arch": arch, "dsq_skip": "", **flags}
-    if "dsq" not in arch:
-        shown = {"arch": arch, **flags}
-    namespace = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-    return (
-        "2026-11-22 02:04:26 | INFO | fairseq_cli.train | {'_name': None, 'common': {'seed': 1, 'fp16': False}, "
-        f"'dataset': {{'valid_subset': 'valid'}}, 'optimization': {{'max_epoch': {max_epoch}, 'max_update': 0}}, "
-        f"'model': Namespace({namespace}), 'criterion': {{'_name': 'dsq_cross_entropy'}}}}\n"
-    )
-
-
-def begin_line(epoch):
-    return f"2026-11-22 02:04:28 | INFO | fairseq.trainer | begin training epoch {epoch}\n"
+def start_line(max_epoch=0, update=0, epoch=1, arch="transformer_dsq", **flags):
+    """What a training's record begins with."""
+    profile = flags.pop("dsq_cost_profile", "paper")
+    shown = {"dsq_skip": "", "max_epoch": max_epoch, "max_update": 0, "valid_subset": "valid", "fp16": False, **flags}
+    line = {
+        "schema": 1, "update": update, "epoch": epoch, "version": "1.0", "arch": arch,
+        "criterion": "dsq_cross_entropy", "cost_profile": profile, "levels": ["[bfp2,bfp2,bfp2,bfp16]"],
+        "flags": shown, "machine": {"processor": "a CPU", "torch": "2.0"},
+    }  # fmt: skip
+    return json.dumps(line) + "\n"
 
 
 def costs(relative):
     """A training epoch's dsq metrics."""
     arithmetic, dram = relative
     return {
-        "dsq_arithmetic": f"{arithmetic * BASELINES[0]:g}",
-        "dsq_dram_bytes": f"{dram * BASELINES[1]:g}",
-        "dsq_arithmetic_baseline": f"{BASELINES[0]:g}",
-        "dsq_dram_baseline_bytes": f"{BASELINES[1]:g}",
-        "dsq_arithmetic_relative": f"{arithmetic:g}",
-        "dsq_dram_relative": f"{dram:g}",
-    }
+        "dsq_arithmetic": arithmetic * BASELINES[0], "dsq_dram_bytes": dram * BASELINES[1],
+        "dsq_arithmetic_baseline": BASELINES[0], "dsq_dram_baseline_bytes": BASELINES[1],
+        "dsq_arithmetic_relative": arithmetic, "dsq_dram_relative": dram,
+    }  # fmt: skip
+
+
+def point_line(epoch, update, valid=None, train=None, level=0, relative=LOW, ended=True, stash=2e6, **metrics):
+    """A validation of loss ``valid``, or an epoch's end without one; ``train``: the training loss so far."""
+    line = {
+        "update": update, "epoch": epoch, "epoch_ended": ended, "counts": valid is not None, "level": int(level),
+        "precision": "[bfp2,bfp2,bfp2,bfp16]",
+        "train": {
+            "loss": valid if train is None else train, "num_updates": update, "dsq_level": level,
+            "dsq_stash_bytes": stash, **costs(relative),
+        },
+        "valid": {} if valid is None else {"valid": {"loss": valid, **metrics}}, "wall_s": 3.5,
+    }  # fmt: skip
+    return json.dumps(line).replace("NaN", '"nan"') + "\n"
+
+
+def record(flags, losses, levels=None, relatives=None, max_epoch=None, **metrics):
+    """A whole record: ``losses`` are the validation's; ``metrics`` map a name to a value per epoch."""
+    text = start_line(max_epoch or len(losses), **flags)
+    for index, loss in enumerate(losses):
+        text += point_line(
+            index + 1, 10 * (index + 1), loss, loss + 0.5, levels[index] if levels else 0,
+            relatives[index] if relatives else LOW, **{name: values[index] for name, values in metrics.items()},
+        )  # fmt: skip
+    return text
 
 
 def valid_line(epoch, updates, loss, subset="valid", **metrics):
+    """As ``--log-format json`` has it."""
     stats = {"loss": f"{loss:g}", **metrics, "num_updates": f"{updates:g}"}
     record = {"epoch": epoch, **{f"{subset}_{name}": str(value) for name, value in stats.items()}}
     return f"2026-11-22 02:04:28 | INFO | {subset} | {json.dumps(record)}\n"
 
 
-def train_line(epoch, updates, loss, level=None, relative=None, stash=2e6):
-    stats = {"loss": f"{loss:g}", "num_updates": f"{updates:g}"}
-    if relative:
-        stats |= {"dsq_level": f"{level:g}", "dsq_stash_bytes": f"{stash:g}", **costs(relative)}
-    record = {"epoch": epoch, **{f"train_{name}": value for name, value in stats.items()}, "train_wall": "3"}
+def train_line(epoch, updates, loss, **metrics):
+    stats = {"loss": f"{loss:g}", **metrics, "num_updates": f"{updates:g}"}
+    record = {"epoch": epoch, **{f"train_{name}": str(value) for name, value in stats.items()}, "train_wall": "3"}
     return f"2026-11-22 02:04:28 | INFO | train | {json.dumps(record)}\n"
 
 
-def log(flags, losses, levels=None, relatives=None, max_epoch=None, done=True, arch="transformer_dsq", **metrics):
-    """A whole log: ``losses`` are the validation's; ``metrics`` map a name to a value per epoch."""
-    text = config_line(max_epoch or len(losses), arch, **flags)
-    for index, loss in enumerate(losses):
-        epoch, updates = index + 1, 10 * (index + 1)
-        extra = {name: values[index] for name, values in metrics.items()}
-        text += begin_line(epoch) + valid_line(epoch, updates, loss, **extra)
-        relative = relatives[index] if relatives else None
-        text += train_line(epoch, updates, loss + 0.5, levels[index] if levels else 0, relative)
-    return text + ("2026-11-22 02:04:29 | INFO | fairseq_cli.train | done training in 1.4 seconds\n" if done else "")
+DONE = "2026-11-22 02:04:29 | INFO | fairseq_cli.train | done training in 1.4 seconds\n"
+
+
+def log(losses, done=True):
+    """A plain fairseq run's log; ``losses`` are the validation's."""
+    epochs = (
+        valid_line(index, 10 * index, loss) + train_line(index, 10 * index, loss + 0.5)
+        for index, loss in enumerate(losses, 1)
+    )
+    return "".join(epochs) + (DONE if done else "")
+
+
+def write(folder, name, text, file="dsq.jsonl"):
+    """A run's folder with this record, or log."""
+    path = folder / name / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path.parent
 
 
 def write_runs(folder, count):
@@ -85,9 +109,7 @@ def write_runs(folder, count):
         levels = [0] * 4 + [1] * 8 if name == "dsq" else [0] * 12
         relatives = [LOW] * 4 + [HIGH] * 8 if relative is None else [relative] * 12
         losses = [4 + 3.5 * 0.75**epoch + worse for epoch in range(12)]
-        path = folder / name
-        path.mkdir(parents=True)
-        (path / "train.log").write_text(log(flags, losses, levels, relatives))
+        path = write(folder, name, record(flags, losses, levels, relatives))
         (path / "generate.out").write_text(
             f"D-1\t-0.1\ta sentence\nGenerate test with beam=4: BLEU4 = {bleu}, 60.0/40.0/30.0/20.0 (BP=1.000)\n"
         )

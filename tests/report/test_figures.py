@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 from report import samples
-from report.test_tables import table_of, write_log
+from report.test_tables import table_of
 
 pytest.importorskip("matplotlib")
 
@@ -38,7 +38,8 @@ def test_the_pareto_front_holds_what_no_other_beats(points, higher, front):
 
 
 def test_curves_hold_the_logged_values(tmp_path):
-    path = write_log(tmp_path, "x", samples.log(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW] * 2 + [samples.HIGH]))
+    text = samples.record(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW] * 2 + [samples.HIGH])
+    path = samples.write(tmp_path, "x", text)
     made = drawn([path])
     loss, level = made["loss"].axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[7.5, 6.5, 5.5], [7, 6, 5]]
@@ -56,7 +57,7 @@ def test_the_level_is_drawn_for_runs_with_several(tmp_path):
 
 
 def test_runs_without_costs_are_left_out(tmp_path):
-    plain = write_log(tmp_path, "plain", samples.log({}, [6.5], arch="transformer"))
+    plain = samples.write(tmp_path, "plain", samples.log([6.5]), "train.log")
     made = drawn([plain])
     assert made["cost"] is None and made["quality"] is None
     made = drawn([plain, *samples.write_runs(tmp_path, 2)])
@@ -100,7 +101,9 @@ def test_an_inline_figure_takes_the_page_s_ink_and_has_ids_of_its_own(tmp_path):
 
 
 def test_names_are_not_read_as_mathematics_nor_left_out(tmp_path):
-    paths = [write_log(tmp_path, n, samples.train_line(1, 5, 7, 0, samples.LOW)) for n in ("_$x", "a<b>$\\frac$")]
+    costs = {name: f"{value:g}" for name, value in samples.costs(samples.LOW).items()}
+    text = samples.train_line(1, 5, 7, **costs)
+    paths = [samples.write(tmp_path, n, text, "train.log") for n in ("_$x", "a<b>$\\frac$")]
     texts = drawn(paths)["cost"].legends[0].get_texts()
     assert [text.get_text() for text in texts] == ["_$x", "a<b>$\\frac$"]
     figures.save(drawn(paths)["cost"], tmp_path, "cost")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fairseq_dsq.report.logs import Run
+from fairseq_dsq.report.runs import Run
 from fairseq_dsq.report.scores import METRICS, judged_by, scores
 
 

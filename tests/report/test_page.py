@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 
 import pytest
 from report import samples
-from report.test_tables import write_log
 
 from fairseq_dsq import cli
 
@@ -31,8 +30,8 @@ def pages(tmp_path_factory):
     for count in (1, 3, 12):
         runs = samples.write_runs(folder / str(count), count)
         if count == 12:
-            text = samples.log(samples.DSQ, [7, 6], [0, 1], [samples.LOW, samples.HIGH], max_epoch=5, done=False)
-            runs += [write_log(folder, NASTY, text), folder / ("nothing" * 20)]
+            text = samples.record(samples.DSQ, [7, 6], [0, 1], [samples.LOW, samples.HIGH], max_epoch=5)
+            runs += [samples.write(folder, NASTY, text), folder / ("nothing" * 20)]
         assert cli.main(["report", *map(str, runs), "--out", str(folder / str(count) / "out")]) == 0
         made[count] = folder / str(count) / "out" / "index.html"
     return made
@@ -96,7 +95,7 @@ def test_bad_input_is_skipped_and_nothing_left_is_an_error(tmp_path, capsys):
     bad.write_bytes(b"\x7fELF\0\0")
     assert cli.main(["report", str(bad), str(run), str(run)]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "bad?.log: binary data, expected a log of fairseq-train" in lines[0]
+    assert len(lines) == 2 and "bad?.log: binary data, expected the folder of a run" in lines[0]
     assert lines[1].endswith("float32: given twice")
     assert cli.main(["report", str(bad)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "fairseq-dsq report: error: no run left: 1 of 1 skipped"

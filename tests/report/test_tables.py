@@ -8,20 +8,13 @@ import pytest
 from report import samples
 
 from fairseq_dsq.report import tables
-from fairseq_dsq.report.logs import read_run
+from fairseq_dsq.report.runs import read_run
 from fairseq_dsq.report.scores import scores
 
 
 def table_of(paths, baseline=None):
     runs = tables.tell_apart([read_run(path) for path in paths])
     return tables.make_table(runs, [scores(run) for run in runs], baseline), runs
-
-
-def write_log(folder, name, text):
-    path = folder / name / "train.log"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    return path.parent
 
 
 def test_markdown(tmp_path):
@@ -41,9 +34,8 @@ def test_markdown(tmp_path):
 
 
 def test_costs_are_of_the_whole_training(tmp_path):
-    path = write_log(
-        tmp_path, "dsq", samples.log(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH])
-    )
+    text = samples.record(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH])
+    path = samples.write(tmp_path, "dsq", text)
     table, _ = table_of([path])
     (row,) = table.rows
     assert row.arithmetic == pytest.approx((0.0318 * 2 + 0.1048) / 3)
@@ -79,7 +71,7 @@ def test_csv_is_unrounded_and_names_its_units(tmp_path):
 
 
 def test_json_holds_runs_epochs_and_summary_unrounded(tmp_path):
-    path = write_log(tmp_path, "dsq", samples.log(samples.DSQ, [7.125, float("nan")], [0, 1], [samples.LOW] * 2))
+    path = samples.write(tmp_path, "dsq", samples.record(samples.DSQ, [7.125, float("nan")], [0, 1], [samples.LOW] * 2))
     table, runs = table_of([path])
     document = json.loads(tables.to_json(table, runs, ["x.log: an empty file"]))
     assert set(document) == {"runs", "summary", "skipped"}
@@ -120,41 +112,42 @@ def test_differences_carry_their_sign():
             {**samples.STATIC, "dsq_rounding": "stochastic", "dsq_skip": "*.fc1"},
             ("Stashing (BFP)", "[16,4,4,16], rounding stochastic, skip *.fc1"),
         ),
+        ({**samples.DSQ, "dsq_patience": 9}, ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]")),
+        (
+            {**samples.DSQ, "dsq_schedule": "updates", "dsq_raise_at": "4000"},
+            ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16], schedule updates, raise at 4000"),
+        ),
     ],
 )
 def test_labels(tmp_path, flags, labels):
-    run = read_run(write_log(tmp_path, "x", samples.log(flags, [7], [0], [samples.HIGH])))
+    run = read_run(samples.write(tmp_path, "x", samples.record(flags, [7], [0], [samples.HIGH])))
     assert tables.describe(run) == labels
 
 
 def test_a_plain_fairseq_run_has_no_costs_and_serves_as_the_baseline(tmp_path):
-    plain = write_log(tmp_path, "plain", samples.log({}, [6.5], arch="transformer"))
-    text = samples.log({}, [6.5], arch="transformer").replace("'fp16': False", "'fp16': True")
-    half = write_log(tmp_path, "half", text)
-    dsq = write_log(tmp_path, "dsq", samples.log(samples.DSQ, [7], [0], [samples.LOW]))
-    table, _ = table_of([dsq, plain, half])
+    plain = samples.write(tmp_path, "plain", samples.log([6.5]), "train.log")
+    dsq = samples.write(tmp_path, "dsq", samples.record(samples.DSQ, [7], [0], [samples.LOW]))
+    table, _ = table_of([dsq, plain])
     assert [tables.cells(table, row) for row in table.rows] == [
         ["DSQ (BFP)", "[2,2,2,16] [16,4,4,16]", "7.000 (+0.500)", "0.032", "0.31"],
-        ["Float32 (fairseq)", "[32,32,32,32]", "6.500", "-", "-"],
-        ["Float16 (fairseq)", "[16,16,16,16]", "6.500 (+0.000)", "-", "-"],
+        ["fairseq", "-", "6.500", "-", "-"],
     ]
     assert tables.header(table)[2] == "best valid loss (bits; lower is better)"
 
 
-def test_without_a_configuration_the_name_is_the_method(tmp_path):
-    path = write_log(tmp_path, "mine", samples.valid_line(1, 5, 6) + samples.train_line(1, 5, 7, 0, samples.LOW))
-    table, _ = table_of([path])
-    assert tables.cells(table, table.rows[0])[:2] == ["mine", "-"]
+def test_without_a_record_a_run_with_costs_is_called_by_its_name(tmp_path):
+    costs = {name: f"{value:g}" for name, value in samples.costs(samples.LOW).items()}
+    text = samples.valid_line(1, 5, 6) + samples.train_line(1, 5, 7, **costs) + samples.DONE
+    table, _ = table_of([samples.write(tmp_path, "mine", text, "train.log")])
+    assert tables.cells(table, table.rows[0]) == ["mine", "-", "6.000", "0.032", "0.31"]
 
 
 def test_unlike_metrics_get_columns_of_their_own_and_no_differences(tmp_path):
     float32, dsq = samples.write_runs(tmp_path, 2)
     (dsq / "generate.out").unlink()
-    glue = write_log(
-        tmp_path,
-        "glue",
-        samples.log(samples.STATIC, [0.5, 0.4], [0, 0], [samples.HIGH] * 2, accuracy=[91.5, 90.1], f1=[88, 89]),
-    )
+    scored = {"accuracy": [91.5, 90.1], "f1": [88, 89]}
+    text = samples.record(samples.STATIC, [0.5, 0.4], [0, 0], [samples.HIGH] * 2, **scored)
+    glue = samples.write(tmp_path, "glue", text)
     table, _ = table_of([float32, dsq, glue])
     assert tables.header(table)[2:-2] == [
         "BLEU4 (fairseq, tokenised)",
@@ -172,7 +165,7 @@ def test_unlike_metrics_get_columns_of_their_own_and_no_differences(tmp_path):
 def test_a_baseline_can_be_named_and_several_float32_runs_are_noted(tmp_path):
     paths = samples.write_runs(tmp_path / "a", 3) + samples.write_runs(tmp_path / "b", 1)
     table, runs = table_of(paths)
-    assert tables.all_notes(table)[2] == "Differences are from a/float32, the first of 2 float32 runs."
+    assert tables.all_notes(table)[2] == "Differences are from a/float32, the first of 2 float runs."
     table, _ = table_of(paths, tables.find(runs, "stashing"))
     assert tables.cells(table, table.rows[0])[3] == "35.44 (+0.59)"
     with pytest.raises(ValueError, match="got 'x', expected one of the runs: a/float32, dsq, stashing, b/float32"):
@@ -181,48 +174,47 @@ def test_a_baseline_can_be_named_and_several_float32_runs_are_noted(tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    text = samples.log(samples.DSQ, [7])
-    folders = [write_log(tmp_path, f"{parent}/dsq", text) for parent in "ab"]
-    for name in ("seed.log", "seed.txt"):
-        (tmp_path / name).write_text(text)
-    paths = [*folders, tmp_path / "seed.log", tmp_path / "seed.txt", folders[0] / "train.log"]
+    text = samples.record(samples.DSQ, [7])
+    folders = [samples.write(tmp_path, f"{parent}/run", text) for parent in "ab"]
+    (tmp_path / "seed.jsonl").write_text(text)
+    (tmp_path / "seed.txt").write_text(samples.log([7]))
+    paths = [*folders, tmp_path / "seed.jsonl", tmp_path / "seed.txt", folders[0] / "dsq.jsonl"]
     table, runs = table_of(paths)
     names = [run.name for run in runs]
-    assert names == ["a/dsq", "b/dsq", "seed.log", "seed.txt", "a/dsq/train.log"]
-    assert [tables.cells(table, row)[0] for row in table.rows] == names
+    assert names == ["a/run", "b/run", "seed.jsonl", "seed.txt", "a/run/dsq.jsonl"]
     assert len({table.label(row) for row in table.rows}) == 5
 
 
 def test_incomplete_runs_are_marked(tmp_path):
-    text = samples.log(samples.DSQ, [7, 6], [0, 0], [samples.LOW] * 2, max_epoch=5, done=False)
-    table, _ = table_of([write_log(tmp_path, "cut", text + samples.begin_line(3))])
+    text = samples.record(samples.DSQ, [7, 6], max_epoch=5) + samples.point_line(3, 25, 5.0, ended=False)
+    table, _ = table_of([samples.write(tmp_path, "cut", text)])
     assert tables.cells(table, table.rows[0])[0] == "DSQ (BFP) *"
     assert tables.all_notes(table)[-1] == "* cut: incomplete: epoch 3 of 5 begun and not ended."
 
 
-def test_a_log_that_begins_late_and_mixed_profiles_are_noted(tmp_path):
-    late = (
-        samples.config_line(2, **samples.DSQ)
-        + samples.valid_line(2, 20, 6)
-        + samples.train_line(2, 20, 7, 0, samples.LOW)
-    )
-    other = samples.log({**samples.STATIC, "dsq_cost_profile": "operands"}, [7], [0], [samples.HIGH])
-    table, _ = table_of([write_log(tmp_path, "late", late), write_log(tmp_path, "other", other)])
+def test_costs_that_are_not_known_and_mixed_profiles_are_noted(tmp_path):
+    late = samples.start_line(5, 20, 2, **samples.DSQ) + samples.point_line(2, 20, 6.0, ended=False)
+    late += samples.point_line(3, 30, 6.0, ended=False) + samples.point_line(5, 50, 6.0)
+    other = samples.record({**samples.STATIC, "dsq_cost_profile": "operands"}, [7], [0], [samples.HIGH])
+    table, _ = table_of([samples.write(tmp_path, "late", late), samples.write(tmp_path, "other", other)])
     notes = tables.all_notes(table)
     assert "The runs' costs follow different profiles (operands, paper)." in notes
-    assert "* late: begins at epoch 2; what earlier epochs cost is not in it." in notes
+    assert (
+        "* late: begins at epoch 2; what earlier epochs cost is not in it; "
+        "the end of epoch 2, 3, 4 was not logged; what it cost is not in it."
+    ) in notes
 
 
 def test_a_precision_that_never_rose_is_noted(tmp_path):
     three = {**samples.DSQ, "dsq_levels": "[2,2,2,16] [4,4,4,16] [16,4,4,16]"}
-    logs = {
-        "low": samples.log(samples.DSQ, [7, 6], [0, 0], [samples.LOW] * 2),
-        "within": samples.log(samples.DSQ, [7, 6], [0, 0.4], [samples.LOW] * 2),
-        "high": samples.log(samples.DSQ, [7, 6], [0, 1], [samples.LOW] * 2),
-        "middle": samples.log(three, [7, 6], [0, 1], [samples.LOW] * 2),
-        "static": samples.log(samples.STATIC, [7, 6], [0, 0], [samples.HIGH] * 2),
+    records = {
+        "low": samples.record(samples.DSQ, [7, 6], [0, 0], [samples.LOW] * 2),
+        "within": samples.record(samples.DSQ, [7, 6], [0, 0.4], [samples.LOW] * 2),
+        "high": samples.record(samples.DSQ, [7, 6], [0, 1], [samples.LOW] * 2),
+        "middle": samples.record(three, [7, 6], [0, 1], [samples.LOW] * 2),
+        "static": samples.record(samples.STATIC, [7, 6], [0, 0], [samples.HIGH] * 2),
     }
-    table, _ = table_of([write_log(tmp_path, name, text) for name, text in logs.items()])
+    table, _ = table_of([samples.write(tmp_path, name, text) for name, text in records.items()])
     assert [note for note in tables.all_notes(table) if "never rose" in note] == [
         "The precision of low never rose to [16,4,4,16].",
         "The precision of middle never rose to [16,4,4,16].",
@@ -231,14 +223,16 @@ def test_a_precision_that_never_rose_is_noted(tmp_path):
 
 def test_special_characters_are_escaped(tmp_path):
     name = "a|b_c *x* $y$ <i>&[z](u) 50% {q}~^#"
-    table, _ = table_of([write_log(tmp_path, name, samples.train_line(1, 5, 7, 0, samples.LOW))])
+    costs = {name: f"{value:g}" for name, value in samples.costs(samples.LOW).items()}
+    text = samples.train_line(1, 5, 7, **costs) + samples.DONE
+    table, _ = table_of([samples.write(tmp_path, name, text, "train.log")])
     assert r"a\|b_c \*x\* \$y\$ \<i\>\&[z\](u) 50% {q}\~^\#" in tables.markdown(table)
     assert (
         r"a|b\_c *x* \$y\$ \textless{}i\textgreater{}\&[z](u) 50\% \{q\}\textasciitilde{}\textasciicircum{}\#"
         in tables.tex(table)
     )
     assert next(csv.reader(io.StringIO(tables.csv_text(table).split("\n", 1)[1])))[0] == name
-    first = write_log(tmp_path, "[x]", samples.train_line(1, 5, 7, 0, samples.LOW))
+    first = samples.write(tmp_path, "[x]", text, "train.log")
     assert "\n{[}x] & - " in tables.tex(table_of([first])[0])
 
 
@@ -267,17 +261,17 @@ SACREBLEU = '{\n "name": "BLEU",\n "score": 35.4,\n "signature": "nrefs:1"\n}\n'
         ({"hypotheses.en": "BLEU4 = 1.0\n"}, {}),
     ],
 )  # fmt: skip
-def test_scores_beside_a_log_are_found(tmp_path, files, expected):
-    folder = write_log(tmp_path, "run", samples.log(samples.DSQ, [7.5], bleu=[31.5]))
+def test_scores_beside_a_record_are_found(tmp_path, files, expected):
+    folder = samples.write(tmp_path, "run", samples.record(samples.DSQ, [7.5], bleu=[31.5]))
     for name, text in files.items():
         (folder / name).write_text(text)
     assert scores(read_run(folder)) == {"valid_loss": 7.5, "valid_bleu": 31.5, **expected}
     # A file stands for itself: what lies beside it may be another run's.
-    assert scores(read_run(folder / "train.log")) == {"valid_loss": 7.5, "valid_bleu": 31.5}
+    assert scores(read_run(folder / "dsq.jsonl")) == {"valid_loss": 7.5, "valid_bleu": 31.5}
 
 
 def test_a_run_is_judged_by_the_best_that_is_known(tmp_path):
-    folder = write_log(tmp_path, "run", samples.log(samples.DSQ, [7.5], bleu=[31.5]))
+    folder = samples.write(tmp_path, "run", samples.record(samples.DSQ, [7.5], bleu=[31.5]))
     assert table_of([folder])[0].metrics == ("valid_bleu",)
     (folder / "score.json").write_text(SACREBLEU)
     (folder / "generate.out").write_text("Generate test with beam=4: BLEU4 = 34.85, 1\n")

@@ -12,9 +12,9 @@ from fairseq.data import Dictionary
 from sacrebleu.dataset.fake_sgml import FakeSGMLDataset
 
 from fairseq_dsq.cli import main
-from fairseq_dsq.cli.corpus import generate
 from fairseq_dsq.translation import CORPORA, iwslt17, multi30k, prepare, wmt14
 from fairseq_dsq.translation.corpus import SPLITS, Corpus, extract
+from fairseq_dsq.translation.toy import generate
 
 TEXT = generate(train=400, valid=6, test=12)
 

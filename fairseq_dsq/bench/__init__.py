@@ -1,0 +1,12 @@
+"""Benches: this project beside plain float32 and its peers, interleaved in one process, as ratios; a module each.
+
+Each offers ``run(rounds) -> rows`` and ``ROUNDS``, how often it times each variant by default.
+"""
+
+BENCHES = {
+    "quantize": "kernels over clone",
+    "linear": "a layer's forward and backward over float32",
+    "train-step": "transformer_iwslt_de_en, 2048 tokens, over float32",
+    "memory": "bytes kept for backward, and peak resident memory, over float32",
+    "logging": "a step with the dsq_ criterion over the plain one",
+}

@@ -1,0 +1,64 @@
+"""Bytes kept for backward, and peak resident memory, over float32."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_dsq.bench.timing import LEVELS, Row
+from fairseq_dsq.bench.train_step import TOKENS, training_step
+
+LARGE_BATCH, LEVEL = 16384, "[2,2,2,16]"
+ROUNDS = 1
+
+
+def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of the distinct storages that autograd saves while ``run`` runs; ``model``'s parameters do not count."""
+    storages: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
+
+
+def _peak_resident(flags: str | None, threads: int) -> int:
+    """Peak resident bytes of a process that makes two steps on a large batch."""
+    torch.set_num_threads(threads)
+    step, _ = training_step(flags, LARGE_BATCH)
+    for _ in range(2):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(rounds: int) -> list[Row]:
+    def weigh(name: str, ours: float, float32: float) -> Row:
+        return {"name": name, "ratio_min": ours / float32, "ratio_median": ours / float32, "over": "float32",
+                "bytes": int(ours), "over_bytes": int(float32)}  # fmt: skip
+
+    def flags(scope: str, level: str = LEVEL) -> str:
+        return f"--dsq-levels {level} --dsq-stash-scope {scope}"
+
+    float32 = saved_bytes(*training_step(None, TOKENS))
+    rows = [
+        weigh(f"saved bytes {scope} {level}", saved_bytes(*training_step(flags(scope, level), TOKENS)), float32)
+        for level in LEVELS[:2]
+        for scope in ("all", "gemm")
+    ]
+    # A process of its own for each: memory that is freed may stay with the process that used it.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = [
+            min(pool.apply(_peak_resident, (choice, torch.get_num_threads())) for _ in range(rounds))
+            for choice in (None, flags("all"))
+        ]
+    return [*rows, weigh(f"peak resident all {LEVEL}", peaks[1], peaks[0])]

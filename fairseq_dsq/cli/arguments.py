@@ -1,0 +1,53 @@
+"""The arguments that several commands share: which model, which format."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from fairseq_dsq import data_files, formats
+from fairseq_dsq.cli import blame
+from fairseq_dsq.text import quoted
+
+
+def add_format_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="bfp", metavar="NAME", help="number format: " + ", ".join(formats.names()))
+
+
+def check_format(name: str) -> None:
+    """Refuse a ``--format`` that is not registered."""
+    if name not in formats.names():
+        raise ValueError(f"--format: got {quoted(name)}, expected one of {', '.join(formats.names())}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, flag: str, default: str | None = None) -> None:
+    """What :func:`find_model` reads: which model, and its batch."""
+    parser.add_argument(
+        flag,
+        dest="model",
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(data_files.names('models'))}, the path of a file of one's own, or a fairseq architecture"
+        + (f" (default: {default})" if default else ""),
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a batch (default: the model file's)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sentence (default: the model file's)")
+    parser.add_argument("--vocabulary", type=int, metavar="N", help="entries of the dictionary (default: likewise)")
+    parser.add_argument("--flags", metavar="FLAGS", help="of fairseq-train, such as '--encoder-layers 12'")
+
+
+def find_model(args: argparse.Namespace, flag: str) -> Any:
+    """The :class:`fairseq_dsq.plugin.probe.ModelSpec` that the arguments ask for."""
+    from fairseq_dsq.plugin import probe
+
+    with blame(flag):
+        spec = probe.find_model(args.model)
+    given = {name: getattr(args, name) for name in ("tokens", "length", "vocabulary")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if args.flags:
+        changes["flags"] = f"{spec.flags} {args.flags}"
+    try:
+        return dataclasses.replace(spec, **changes)
+    except ValueError as error:  # begins with the field's name, which is the flag's
+        raise ValueError(f"--{error}") from None

@@ -1,0 +1,52 @@
+"""Number formats: what a value is rounded to and how many bytes it takes. One file a family.
+
+To add one, write a subclass of :class:`Format` and :func:`register` it; tests/how_to/test_new_format.py shows it.
+"""
+
+from fairseq_dsq.formats.base import (
+    DEFAULT_BOX_SIZE,
+    FIXED_SCALES,
+    MAX_BITS,
+    MAX_BOX_SIZE,
+    MIN_BITS,
+    SCALE_RULES,
+    FixedScale,
+    Format,
+    FormatOptions,
+    Group,
+    KernelSpec,
+    ScaleRule,
+    make_format,
+    names,
+    parse,
+    register,
+    unregister,
+)
+from fairseq_dsq.formats.bfp import BlockFloat
+from fairseq_dsq.formats.fixed import FixedPoint
+from fairseq_dsq.formats.float32 import Float32
+from fairseq_dsq.formats.integer import Integer
+
+__all__ = [
+    "DEFAULT_BOX_SIZE",
+    "FIXED_SCALES",
+    "MAX_BITS",
+    "MAX_BOX_SIZE",
+    "MIN_BITS",
+    "SCALE_RULES",
+    "BlockFloat",
+    "FixedPoint",
+    "FixedScale",
+    "Float32",
+    "Format",
+    "FormatOptions",
+    "Group",
+    "Integer",
+    "KernelSpec",
+    "ScaleRule",
+    "make_format",
+    "names",
+    "parse",
+    "register",
+    "unregister",
+]

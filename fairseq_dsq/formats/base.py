@@ -1,0 +1,338 @@
+"""What a number format is: element x scale x group.
+
+A tensor is cut into groups along one dimension, the reduction of the GEMM that reads it; a group shares one scale::
+
+    scale    = scale_of(group)                 as it is stored: a byte, or a float32
+    elements = encode(group, scale, noise)     float32: the values in units of the scale, rounded to what bits can hold
+    values   = decode(elements, scale)         float32
+    codes    = to_codes(elements)              integers of `bits` bits, what is stored; from_codes is the inverse
+
+These few methods are a format's readable definition. All that is done with one (rounding, packing, GEMMs, costs,
+reports) is made of them here and in :mod:`fairseq_dsq.formats.definition`; kernels are a faster way to the same bits,
+for the formats that :meth:`Format.kernel_spec` describes to them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fairseq_dsq.text import LONGEST, quoted
+
+MIN_BITS, MAX_BITS = 2, 32
+# Significant bits of a float32.
+SIGNIFICAND_BITS = 24
+DEFAULT_BOX_SIZE = 16
+# Kernels count values in 64 bits: a group of 32-bit codes is far from that.
+MAX_BOX_SIZE = 2**31 - 1
+
+# Values that share a scale: so many, all of a fibre along the reduction (a token's, a channel's), or all of a tensor.
+Group = int | Literal["row", "tensor"]
+ScaleRule = Literal["floor", "fit"]
+SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
+
+
+class KernelSpec(NamedTuple):
+    """A format of power-of-two scales and integer codes, as the kernels take it: DsqFormat in C++, in this order.
+
+    Attributes:
+        bits: bits of a code.
+        signed_zero: 1 for sign-magnitude codes, 0 for two's complement.
+        box_size: values that share a scale; 0 for the whole tensor.
+        fixed_exponent: the biased exponent of every scale; 0 where it follows from the values.
+        min_code, max_code: the smallest and the largest code.
+        headroom: added to the bits of a box's largest magnitude, a float32, before its exponent is read.
+    """
+
+    bits: int
+    signed_zero: int
+    box_size: int
+    fixed_exponent: int
+    min_code: float
+    max_code: float
+    headroom: int
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``.
+
+    Attributes:
+        bits: stored bits of an element.
+    """
+
+    bits: int
+
+    family: ClassVar[str]
+    # Bytes of a stored scale, and what it is stored as.
+    scale_bytes: ClassVar[int] = 1
+    scale_dtype: ClassVar[torch.dtype] = torch.uint8
+
+    @property
+    @abstractmethod
+    def group(self) -> Group:
+        """The values that share a scale."""
+
+    @property
+    def significand_bits(self) -> int:
+        """Significant bits of an element times its inner scale: what a GEMM engine must hold exactly."""
+        return self.bits - 1
+
+    @property
+    def outer_scale(self) -> bool:
+        """Whether the scale is no power of two but one for each row, which factors out of a product."""
+        return False
+
+    @abstractmethod
+    def scale_of(self, groups: Tensor) -> Tensor:
+        """The scales of float32 groups (..., values), as they are stored, (..., 1)."""
+
+    @abstractmethod
+    def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+        """Elements of float32 groups (..., values), as float32.
+
+        Rounds to nearest even; stochastically with ``noise``, uniform in [0, 1) for each value. Elements of groups that
+        hold Inf or NaN are unspecified: their scale says NaN.
+        """
+
+    @abstractmethod
+    def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
+        """The float32 values of elements, which are overwritten; a group whose scale says NaN is NaN throughout."""
+
+    @abstractmethod
+    def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Elements and scales as factors, both float32, whose product is the value; NaN for a scale that says so."""
+
+    @abstractmethod
+    def to_codes(self, elements: Tensor) -> Tensor:
+        """Integers below 2^bits, what is stored of elements; they may be overwritten."""
+
+    @abstractmethod
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """The inverse of :meth:`to_codes`."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether one scale follows from all of a tensor: a sentence's values then depend on its batch."""
+        return self.group == "tensor"
+
+    def by_row(self) -> Format | None:
+        """The format with one scale for each row; None where there is no such."""
+        return None
+
+    def kernel_spec(self) -> KernelSpec | None:
+        """What C++ and Triton need to run the format; None where its definition runs."""
+        return None
+
+    @cached_property
+    def spec(self) -> KernelSpec | None:
+        """:meth:`kernel_spec`, made and checked once: kernels read and write memory as it says.
+
+        Raises:
+            ValueError: it contradicts the format, or itself.
+        """
+        spec = self.kernel_spec()
+        if spec is not None:
+            _check_spec(self, spec)
+        return spec
+
+    @cached_property
+    def text(self) -> str:
+        """``str``, made once."""
+        return str(self)
+
+    def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
+        """Bytes of a packed tensor: for each group its scale and its codes, these rounded up to whole bytes.
+
+        Args:
+            shape: the tensor's shape.
+            dim: the dimension along which the groups lie.
+        """
+        count = math.prod(shape)
+        if count == 0:
+            return 0
+        length = shape[dim] if shape and self.group != "tensor" else count
+        values = length if isinstance(self.group, str) else self.group
+        full, rest = length // values, length % values
+        per_fibre = full * (self.scale_bytes + self.codes_nbytes(values))
+        if rest:
+            per_fibre += self.scale_bytes + self.codes_nbytes(rest)
+        return count // length * per_fibre
+
+    def codes_nbytes(self, values: int) -> int:
+        """Bytes of a group's codes, its scale not among them."""
+        return -(-values * self.bits // 8)
+
+
+def kernel_box_size(group: Group) -> int:
+    """A group as :class:`KernelSpec` has it."""
+    if isinstance(group, int):
+        return group
+    return MAX_BOX_SIZE if group == "row" else 0
+
+
+def _check_spec(fmt: Format, spec: KernelSpec) -> None:
+    for name, got, expected in (
+        ("bits", spec.bits, fmt.bits),
+        ("box_size", spec.box_size, kernel_box_size(fmt.group)),
+        ("scale_bytes", fmt.scale_bytes, 1),
+        ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
+    ):
+        if got != expected:
+            raise ValueError(f"{fmt}: {name}: got {got} for the kernels, expected {expected}")
+    check_bits(spec.bits)
+    magnitudes = 1 << (spec.bits - 1)
+    smallest = 1 - magnitudes if spec.signed_zero else -magnitudes
+    for name, code, low, high in (
+        ("min_code", int(spec.min_code), smallest, 0),
+        ("max_code", int(spec.max_code), 0, magnitudes - 1),
+    ):
+        if not low <= code <= high:
+            raise ValueError(f"{fmt}: {name}: got {code}, expected {low} to {high} in {spec.bits} bits")
+    if not 0 <= spec.fixed_exponent <= 254:
+        raise ValueError(f"{fmt}: fixed_exponent: got {spec.fixed_exponent}, expected 0 to 254")
+    if not 0 <= spec.headroom < 1 << (SIGNIFICAND_BITS - 1):
+        raise ValueError(f"{fmt}: headroom: got {spec.headroom}, expected 0 to {(1 << (SIGNIFICAND_BITS - 1)) - 1}")
+
+
+def check_bits(bits: int) -> None:
+    """Refuse a width that no format has.
+
+    Raises:
+        TypeError, ValueError: it is no integer, or out of range.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits: got {bits!r}, expected an integer from {MIN_BITS} to {MAX_BITS}")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits: got {bits}, expected {MIN_BITS} to {MAX_BITS} (the sign counts)")
+
+
+def check_box_size(box_size: Group) -> None:
+    """Refuse a number of values that no group has.
+
+    Raises:
+        ValueError: it is no positive integer, or too large.
+    """
+    if isinstance(box_size, bool) or not isinstance(box_size, int) or box_size < 1:
+        raise ValueError(f"box_size: got {box_size!r}, expected an integer >= 1")
+    if box_size > MAX_BOX_SIZE:
+        raise ValueError(f"box_size: got more than {MAX_BOX_SIZE}, expected at most that")
+
+
+FixedScale = Literal["dynamic", "row", "static"]
+FIXED_SCALES: tuple[FixedScale, ...] = ("dynamic", "row", "static")
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What the flags say of a format beside its name and q.
+
+    Attributes:
+        sign_bit_extra: q counts magnitude bits only; the sign comes on top (``--dsq-sign-bit extra``).
+        fixed_scale: fixed point's scale (``--dsq-fixed-scale``): ``dynamic`` follows from the tensor, ``row`` from each
+            row, ``static`` makes half the bits fraction.
+        scale: how block floating point and dynamic fixed point take theirs from the largest magnitude
+            (``--dsq-scale``).
+        box_size: values that share a scale, of formats that leave it open (``--dsq-box-size``); None takes the
+            format's own default.
+    """
+
+    sign_bit_extra: bool = False
+    fixed_scale: FixedScale = "dynamic"
+    scale: ScaleRule = "floor"
+    box_size: Group | None = None
+
+    def bits(self, q: int) -> int:
+        """Bits of an element, sign included, for a flag's ``q``."""
+        return q + 1 if self.sign_bit_extra else q
+
+
+Make = Callable[[int, FormatOptions], Format]
+Parse = Callable[[str], Format | None]
+
+
+class _Family(NamedTuple):
+    make: Make
+    parse: Parse
+    example: str
+
+
+_FAMILIES: dict[str, _Family] = {}
+
+
+def register(name: str, make: Make, parse: Parse | None = None, example: str = "") -> None:
+    """Make ``name`` a value of ``--dsq-format``.
+
+    Args:
+        name: the family's.
+        make: gives the format of one q.
+        parse: gives the format of a text, or None for one of another family; left out, a text is the name and q.
+        example: a text or several, for messages.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _FAMILIES:
+        raise ValueError(f"format {name!r} is registered already")
+
+    def parse_bits(text: str) -> Format | None:
+        match = re.fullmatch(rf"{name}([0-9]+)", text)
+        return make(int(match[1]), FormatOptions()) if match else None
+
+    _FAMILIES[name] = _Family(make, parse or parse_bits, example)
+    _parsed.cache_clear()
+
+
+def unregister(name: str) -> None:
+    """Undo :func:`register`."""
+    del _FAMILIES[name]
+    _parsed.cache_clear()
+
+
+def names() -> list[str]:
+    """The registered families, sorted: the choices of ``--dsq-format``."""
+    return sorted(_FAMILIES)
+
+
+def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> Format:
+    """The format that a flag's name and q stand for.
+
+    Raises:
+        ValueError: an unknown name, or a q outside the format's widths.
+        TypeError: a q that is not an integer.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"format: got {name!r}, expected one of {', '.join(names())}")
+    return _FAMILIES[name].make(q, options)
+
+
+def parse(text: str) -> Format:
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``.
+
+    Raises:
+        ValueError: text that names no format.
+    """
+    if len(text) > LONGEST or not text.isascii():  # int() reads digits of other scripts too
+        raise ValueError(f"format: got {quoted(text)}, expected such as {_examples()}")
+    return _parsed(text)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Format:
+    for family in _FAMILIES.values():
+        if (fmt := family.parse(text)) is not None:
+            return fmt
+    raise ValueError(f"format: got {text!r}, expected such as {_examples()}")
+
+
+def _examples() -> str:
+    *others, last = [family.example or f"{name}8" for name, family in _FAMILIES.items()]
+    return f"{', '.join(others)} or {last}"

@@ -1,0 +1,162 @@
+"""Integers under a power of two: what block floating point and fixed point have in common.
+
+With E the exponent of a group's scale, value = code * 2^(E - (bits - 2)). float32 arithmetic is exact throughout: a
+power of two is applied as two factors of half the exponent each, so that neither over- nor underflows, and no code has
+more significant bits than a float32.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq_dsq.formats.base import (
+    SCALE_RULES,
+    SIGNIFICAND_BITS,
+    Format,
+    KernelSpec,
+    ScaleRule,
+    check_bits,
+    kernel_box_size,
+)
+
+# The exponent of float32's largest and smallest normal numbers.
+MIN_EXPONENT, MAX_EXPONENT = -126, 127
+EXPONENT_BIAS = 127
+# The stored exponent of a group that held Inf or NaN.
+NAN_EXPONENT = 255
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent as float32, for int32 exponents of normal numbers."""
+    return ((exponent + EXPONENT_BIAS) << 23).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class ScaledInteger(Format):
+    """Integer codes under a power of two that is stored as a biased exponent, a byte; 255 says NaN.
+
+    Attributes:
+        bits: bits of a code, sign included; 2 to 32.
+
+    Raises:
+        TypeError, ValueError: a width or a scale that is not defined.
+    """
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.scale not in SCALE_RULES:
+            raise ValueError(f"scale: got {self.scale!r}, expected one of {', '.join(SCALE_RULES)}")
+
+    @property
+    @abstractmethod
+    def scale(self) -> ScaleRule:
+        """``floor``: E follows from the power of two below the largest magnitude; ``fit``: twice that if it clips."""
+
+    @property
+    @abstractmethod
+    def signed_zero(self) -> bool:
+        """Whether codes are sign-magnitude, which keeps the sign of zero; two's complement has one zero."""
+
+    @property
+    def fixed_exponent(self) -> int | None:
+        """The E of every group; None where it follows from the values."""
+        return None
+
+    @property
+    def mixes(self) -> bool:
+        return self.group == "tensor" and self.fixed_exponent is None
+
+    @property
+    def max_code(self) -> int:
+        """The largest magnitude that ``bits`` bits with the sign hold *and* a float32 can have."""
+        magnitude_bits = self.bits - 1
+        return (1 << magnitude_bits) - (1 << max(0, magnitude_bits - SIGNIFICAND_BITS))
+
+    @property
+    def min_code(self) -> int:
+        """The smallest code."""
+        return -self.max_code
+
+    @property
+    def headroom(self) -> int:
+        """What is added to the bits of the largest magnitude, a float32, before its exponent is read.
+
+        Above the largest code's value lie the last 2^(25-bits) - 1 significands of a binade: the sum carries into the
+        next exponent for these. From 25 bits on no float32 lies there.
+        """
+        return (1 << max(0, SIGNIFICAND_BITS + 1 - self.bits)) - 1 if self.scale == "fit" else 0
+
+    def scale_of(self, groups: Tensor) -> Tensor:
+        """Biased exponents: 1 to 254, or 255 for a group that holds Inf or NaN.
+
+        Read from the exponent field of the largest magnitude, never through a logarithm, so that an exact power of two
+        keeps its own exponent. Zero and subnormal maxima count as the smallest normal exponent.
+        """
+        largest = groups.abs().amax(dim=-1, keepdim=True).view(torch.int32)
+        exponent = (largest >> 23) & NAN_EXPONENT
+        if self.fixed_exponent is None:
+            found = ((largest & 0x7FFFFFFF) + self.headroom) >> 23
+            found.clamp_(MIN_EXPONENT + EXPONENT_BIAS, MAX_EXPONENT + EXPONENT_BIAS)
+        else:
+            found = torch.full_like(exponent, self.fixed_exponent + EXPONENT_BIAS)
+        return torch.where(exponent == NAN_EXPONENT, exponent, found).to(torch.uint8)
+
+    def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
+        """Integers, as float32."""
+        shift = (self.bits - 2 + EXPONENT_BIAS) - scale.to(torch.int32)
+        half = shift >> 1
+        codes = (groups * _power_of_two(half)).mul_(_power_of_two(shift - half))
+        if noise is None:
+            codes.round_()
+        else:
+            # The fraction of a float32 is exact at any magnitude; noise comes in multiples of 2^-24: no bias either.
+            floor = codes.floor()
+            codes = floor.add_(noise < codes.sub_(floor))
+            if self.signed_zero:
+                codes.copysign_(groups)  # lost where a negative number rounds to zero
+        codes = codes.clamp_(self.min_code, self.max_code)
+        return codes if self.signed_zero else codes.add_(0.0)  # -0 + 0 = +0
+
+    def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
+        """Values of integers."""
+        exponent = scale.to(torch.int32)
+        shift = exponent - (self.bits - 2 + EXPONENT_BIAS)
+        half = shift >> 1
+        # NaN times anything is NaN: the mark needs no pass of its own.
+        first = torch.where(exponent == NAN_EXPONENT, math.nan, _power_of_two(half))
+        return elements.mul_(first).mul_(_power_of_two(shift - half))
+
+    def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes times 2^-(bits - 2), and 2^E, which is a normal number for every E."""
+        exponent = scale.to(torch.int32)
+        factor = torch.where(exponent == NAN_EXPONENT, math.nan, _power_of_two(exponent - EXPONENT_BIAS))
+        return elements.mul_(2.0 ** (2 - self.bits)), factor
+
+    def to_codes(self, elements: Tensor) -> Tensor:
+        """Sign-magnitude with the sign in the highest bit, or two's complement."""
+        if not self.signed_zero:
+            return elements.to(torch.int64) & ((1 << self.bits) - 1)
+        negative = elements.signbit().to(torch.int64)
+        return elements.abs_().to(torch.int64) | negative << (self.bits - 1)
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """The inverse of :meth:`to_codes`."""
+        sign = 1 << (self.bits - 1)
+        if self.signed_zero:
+            magnitudes = (codes & (sign - 1)).to(torch.float32)
+            return magnitudes.copysign_(0.5 - (codes & sign).bool().to(torch.float32))
+        wide = codes.to(torch.int64)
+        return ((wide ^ sign) - sign).to(torch.float32)
+
+    def kernel_spec(self) -> KernelSpec:
+        """The kernels run every format of this kind."""
+        exponent = 0 if self.fixed_exponent is None else self.fixed_exponent + EXPONENT_BIAS
+        limits = float(self.min_code), float(self.max_code)
+        return KernelSpec(
+            self.bits, int(self.signed_zero), kernel_box_size(self.group), exponent, *limits, self.headroom
+        )

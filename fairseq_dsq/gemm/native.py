@@ -1,0 +1,62 @@
+"""The CPU kernels of kernels/native/gemm.cpp: block floating point is rounded on the way to the multipliers.
+
+On AVX2 and on AVX-512 with VNNI they multiply codes, and take boxes of 16 along the reduction alone; with
+AVX512-BF16, values in any format, of one bfloat16 term times one or two.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat, Format
+from fairseq_dsq.gemm.base import Engine, Operand, Side, terms
+from fairseq_dsq.kernels import native, ops
+
+
+class NativeEngine(Engine):
+    """float32 tensors on the CPU; b of one bfloat16 term, a of one or two."""
+
+    name = "native"
+
+    def unavailable(self) -> str | None:
+        if native.kernels is None:
+            return native.unavailable or "no kernels"
+        return None if native.kernels.has_gemm else f"{native.kernels.isa} kernels have no GEMM"
+
+    def accepts(self, a: Side, b: Side, device: torch.device, dtype: torch.dtype) -> bool:
+        kernels = native.kernels
+        if kernels is None or not kernels.has_gemm or device.type != "cpu" or dtype is not torch.float32:
+            return False
+        if terms(a.significand_bits) is None or terms(b.significand_bits) != 1:
+            return False
+        return kernels.gemm_takes_values or all(side.along and self.fuses_rounding(side.fmt) for side in (a, b))
+
+    def fuses_rounding(self, fmt: Format) -> bool:
+        spec = fmt.spec
+        return spec is not None and spec.box_size == DEFAULT_BOX_SIZE and spec == BlockFloat(spec.bits).spec
+
+    def multiply(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
+        rows, columns = a.rows, b.rows
+        out = rows.new_empty(*rows.shape[:-1], columns.shape[-2]) if add_to is None else add_to
+        batched = rows.dim() == 3
+        ops.gemm(
+            out if batched else out[None],
+            rows if batched else rows[None],
+            columns if batched else columns[None],
+            *_numbers(a.side, b.side), bias, add_to is not None,
+        )  # fmt: skip
+        return out
+
+
+@cache
+def _numbers(a: Side, b: Side) -> tuple[int, int, int]:
+    """The widths that the kernel rounds to, 0 for values as they are, and the bfloat16 terms of ``a``.
+
+    It rounds what is rounded already too: once more changes nothing, and tells it the boxes' scales.
+    """
+    fuses = NativeEngine().fuses_rounding
+    bits = (side.fmt.bits if side.along and fuses(side.fmt) else 0 for side in (a, b))
+    return *bits, terms(a.significand_bits) or 1  # type: ignore[return-value]

@@ -1,0 +1,132 @@
+"""What the operators of :mod:`fairseq_dsq.kernels.ops` refuse, in every implementation and with the same words.
+
+Kernels read and write memory as they are told: nothing reaches them that the functions here have not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_dsq.formats import MIN_BITS, Format
+from fairseq_dsq.kernels import masks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = "float32, bfloat16 or float16"
+# The widths that a product rounds its operands to: two bfloat16 terms hold the first's codes, one the second's.
+GEMM_BITS = 16, 9
+# Seeds are drawn below this.
+SEEDS = 2**62
+
+
+def tensor(x: Tensor) -> None:
+    """Refuse what is no float32, bfloat16 or float16.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: got {x.dtype}, expected {_NAMES}")
+
+
+def along(shape: Sequence[int], dim: int) -> None:
+    """Refuse a dimension that a tensor of ``shape`` lacks.
+
+    Raises:
+        IndexError: as torch's operations do.
+    """
+    axes = max(1, len(shape))
+    if not -axes <= dim < axes:
+        raise IndexError(f"dim: got {dim}, expected one of a tensor with {len(shape)} dimensions")
+
+
+def _seed(value: int | None) -> None:
+    if value is not None and not 0 <= value < SEEDS:
+        raise ValueError(f"seed: got {value}, expected 0 to 2^62 - 1, or None for nearest rounding")
+
+
+def _result(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, expected {_NAMES}")
+
+
+def _row_of_bytes(data: Tensor, nbytes: int) -> None:
+    if data.dtype is not torch.uint8 or data.numel() != nbytes:
+        raise ValueError(f"data: got {data.numel()} of {data.dtype}, expected {nbytes} of torch.uint8")
+    if data.dim() != 1:
+        raise ValueError(f"data: got {data.dim()} dimensions, expected 1")
+
+
+def quantize(x: Tensor, dim: int, seed: int | None, dtype: torch.dtype) -> None:
+    """Refuse what cannot be quantized to ``dtype``.
+
+    Raises:
+        TypeError, IndexError, ValueError: one line names the argument.
+    """
+    tensor(x)
+    along(x.shape, dim)
+    _seed(seed)
+    _result(dtype)
+
+
+def factorize(x: Tensor, dim: int, seed: int | None) -> None:
+    """Refuse what has no rows along ``dim``.
+
+    Raises:
+        TypeError, IndexError, ValueError: one line names the argument.
+    """
+    quantize(x, dim, seed, torch.float32)
+    if not x.numel():
+        raise ValueError("x: got a tensor without elements, expected some")
+    if not x.dim():
+        raise ValueError("x: got a tensor without dimensions, expected at least one")
+
+
+def packed(data: Tensor, shape: Sequence[int], dim: int, fmt: Format, dtype: torch.dtype) -> None:
+    """Refuse bytes that are not those of a tensor of ``shape``.
+
+    Raises:
+        IndexError, ValueError: one line names the argument.
+    """
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape: got {list(shape)}, expected no negative size")
+    along(shape, dim)
+    _result(dtype)
+    _row_of_bytes(data, fmt.nbytes(shape, dim))
+
+
+def quantize_and_pack(x: Tensor, operand: Format, stash: Format, dtype: torch.dtype) -> None:
+    """Refuse what cannot be read once for both.
+
+    Raises:
+        TypeError, IndexError, ValueError: one line names the argument.
+    """
+    quantize(x, -1, None, dtype)
+    along(x.shape, -2)
+    if "tensor" in (operand.group, stash.group):
+        raise ValueError("quantize_and_pack: expected formats with a box size: a whole tensor cannot go tile by tile")
+
+
+def dropout(x: Tensor, p: float, seed: int) -> None:
+    """Refuse a probability or seed that is none."""
+    tensor(x)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p: got {p}, expected 0 to 1")
+    _seed(seed)
+
+
+def mask(x: Tensor, data: Tensor) -> None:
+    """Refuse bytes that are no mask of ``x``."""
+    tensor(x)
+    _row_of_bytes(data, masks.nbytes(x.numel()))
+
+
+def gemm(a_bits: int, b_bits: int, terms: int) -> None:
+    """Refuse widths that the GEMM kernel does not round to."""
+    for name, bits, most in (("a_bits", a_bits, GEMM_BITS[0]), ("b_bits", b_bits, GEMM_BITS[1])):
+        if bits and not MIN_BITS <= bits <= most:
+            raise ValueError(f"{name}: got {bits}, expected {MIN_BITS} to {most}, or 0 for values as they are")
+    if terms not in (1, 2):
+        raise ValueError(f"terms: got {terms}, expected 1 or 2")

@@ -1,0 +1,240 @@
+// C = A @ B in float32 accuracy on multipliers of 16 and 8 bits, with quantization fused into packing.
+//
+// Operands are float32 matrices seen as rows along the reduction dimension K: A is M rows, B is N rows (its columns).
+// In memory K is either inner (row-major M x K, N x K) or outer (K x M, K x N).
+//
+// Packing turns W rows (a *panel*; W = A_ROWS or B_ROWS) into one stretch of boxes along K, 16 values of K to a box; a
+// box is some words of 32 bits for each row, the rows side by side:
+//
+//     panel:  [box 0][box 1]...
+//     box:    [word 0: W rows][word 1: W rows]...
+//
+// so that the kernels read both operands front to back. Missing rows and the tail of the last box are zero. A word
+// holds what one lane of one instruction multiplies; which one depends on the engine (A_WORDS, B_WORDS to a box):
+//
+//     Bf16<1>  bfloat16 values, two to a word: every value of both operands is a bfloat16 (codes of <= 9 bits).
+//     Bf16<2>  A = hi + lo, each a bfloat16 (<= 16 significant bits): two terms of A share one B.
+//     Int16    integer codes, two to a word, and a power-of-two scale per box, both operands quantized here. Sums
+//     within
+//              a box are exact integers, below 2^15 * 2^8 * 16 = 2^27; only a box's sum is rounded and scaled into the
+//              float32 total. More accurate than Bf16<2>, so that the two do not agree bit for bit.
+//     Int8     likewise, four codes to a word, for codes so short that sums fit 16 bits.
+//
+// gemm_avx512.h has Bf16 and Int16, gemm_avx2.h Int16 and Int8. Values that are quantized already may be given to an
+// engine of integers again, with the same bits: that changes nothing.
+//
+// Loop order (each operand is packed once; tiles of C are touched once per K block):
+//
+//     for each batch item
+//       for each block of K_BLOCK along K
+//         pack all of B                                        (about K_BLOCK * N * 2 bytes)
+//         for each block of M_BLOCK rows of A                  (independent: the loop to parallelise; see multiply)
+//           pack the block of A                                (stays in L2)
+//           for each panel of B, for each panel of A: one tile of C in registers
+//
+// What differs from float32 arithmetic: vdpbf16ps (Bf16) reads subnormal numbers as zero and flushes such results; and
+// Inf in B gives NaN, not Inf, under two terms of A, one of which is zero or of the other sign.
+//
+// This file is compiled once per instruction set: DSQ_NAME(f) is the exported name.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <utility>
+
+#include "names.h"
+
+extern "C" {
+// native/__init__.py has the same fields.
+struct DsqOperand {
+    const float* data;
+    int64_t row_stride;    // floats from one row in memory to the next (a row of K x M if k_outer)
+    int64_t batch_stride;  // floats from one batch item to the next; 0 shares the operand
+    int32_t k_outer;       // 0: K is the inner, contiguous dimension; 1: K is the outer one
+    int32_t bits;          // block floating point in boxes of 16 along K: A 2 to 16, B 2 to 9; 0: already representable
+    int32_t terms;         // bfloat16 terms a value needs, if bits is 0: A 1 or 2, B 1
+};
+enum { DSQ_OK = 0, DSQ_NO_MEMORY = 1, DSQ_BAD_ARGUMENT = 2, DSQ_UNAVAILABLE = 3 };
+}
+
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#include "encode.h"
+
+namespace {
+
+constexpr int BOX = 16;
+constexpr int ONE_TERM_BITS = 9;  // sign and 8 significant bits: a bfloat16
+constexpr int PREFETCH = 64;      // floats ahead, when packing
+// A block of A (384 KB at most) stays in L2, a panel of it in L1.
+constexpr long K_BLOCK = 512, M_BLOCK = 192;
+
+enum Side { A, B };
+
+struct Source {  // an operand, or a part of it: `rows` rows of length k
+    const float* data;
+    long stride, rows, k;
+    int k_outer, bits, other_bits;
+    Source part(long row, long row_count, long k0, long k_count) const {
+        Source s = *this;
+        s.data += k_outer ? k0 * stride + row : row * stride + k0;
+        s.rows = std::min(row_count, rows - row);
+        s.k = std::min(k_count, k - k0);
+        return s;
+    }
+    // Integer codes are worth 2^(E - (bits - 2)). B's scale takes A's 2^-(bits - 2) along: then A's own is always a
+    // normal number, and a box's sum, under 2^(bits of A + bits of B + 2), times B's scale only overflows if B holds
+    // 2^122 or more.
+    int scale_shift(Side side) const { return side == B ? bits + other_bits - 4 : 0; }
+};
+
+struct Tile {  // where a tile goes: some rows of up to B_ROWS columns
+    float* c;
+    long stride, columns;
+    const float* bias;  // added to each row, or null
+    bool add;           // to what is there
+};
+
+// The biased exponent of each row's box; x[k] holds value k of each row.
+INLINE U exponent_of_rows(const F (&x)[BOX]) {
+    U largest{};
+    for (int k = 0; k < BOX; k++) largest = max(largest, bits<U>(x[k]) & ~SIGN);
+    return exponent_of(largest);
+}
+
+}  // namespace
+
+#if defined(__AVX512VNNI__)
+#include "gemm_avx512.h"
+#else
+#include "gemm_avx2.h"
+#endif
+
+namespace {
+
+template <class E, Side SIDE>
+constexpr long box_words() {
+    return SIDE == A ? E::A_ROWS * E::A_WORDS : E::B_ROWS * E::B_WORDS;
+}
+
+template <class E, Side SIDE>
+void pack(const Source& s, uint32_t* out) {
+    constexpr long width = SIDE == A ? E::A_ROWS : E::B_ROWS;
+    long boxes = (s.k + BOX - 1) / BOX, panels = (s.rows + width - 1) / width;
+    auto pack_box = [&](long p, long b) {
+        E::template pack_box<SIDE>(s, p * width, b, out + (p * boxes + b) * box_words<E, SIDE>());
+    };
+    // Along memory: a K-outer operand has neighbouring panels side by side, else neighbouring boxes are.
+    if (s.k_outer)
+        for (long b = 0; b < boxes; b++)
+            for (long p = 0; p < panels; p++) pack_box(p, b);
+    else
+        for (long p = 0; p < panels; p++)
+            for (long b = 0; b < boxes; b++) pack_box(p, b);
+}
+
+template <class E, size_t... I>
+constexpr auto tile_table(std::index_sequence<I...>) {
+    return std::array{&E::template tile<I + 1>...};
+}
+
+// C += (rows of A) @ B for one block of K; `packed_b` is the whole of it, `packed_a` the caller's own scratch.
+template <class E>
+void multiply(const Source& a, const uint32_t* packed_b, long n, uint32_t* packed_a, Tile t) {
+    static constexpr auto tiles = tile_table<E>(std::make_index_sequence<E::TILE_ROWS>());
+    pack<E, A>(a, packed_a);
+    long boxes = (a.k + BOX - 1) / BOX;
+    long a_words = boxes * box_words<E, A>(), b_words = boxes * box_words<E, B>();
+    for (long j = 0; j < n; j += E::B_ROWS)
+        for (long i = 0; i < a.rows; i += E::TILE_ROWS) {
+            long rows = std::min<long>(E::TILE_ROWS, a.rows - i);
+            Tile u = {t.c + i * t.stride + j, t.stride, n - j, t.bias ? t.bias + j : nullptr, t.add};
+            for (long r = 0; r < rows; r++)  // by the time the sums are there, so is C
+                for (long line = 0; line < E::B_ROWS; line += 16) __builtin_prefetch(u.c + r * t.stride + line, 1);
+            tiles[rows - 1](packed_a + i / E::A_ROWS * a_words + i % E::A_ROWS, packed_b + j / E::B_ROWS * b_words,
+                            boxes, u);
+        }
+}
+
+uint32_t* allocate(long words) {  // never nothing, whose address may be null
+    return static_cast<uint32_t*>(aligned_alloc(64, (words * sizeof(uint32_t) / 64 + 1) * 64));
+}
+
+template <class E, Side SIDE>
+long panel_words(long rows, long k) {
+    constexpr long width = SIDE == A ? E::A_ROWS : E::B_ROWS;
+    return (rows + width - 1) / width * ((std::min(K_BLOCK, k) + BOX - 1) / BOX) * box_words<E, SIDE>();
+}
+
+// One batch item; its blocks of rows on `threads` threads.
+template <class E>
+bool run_item(Source a, Source b, Tile t, int threads) {
+    uint32_t* packed_b = allocate(panel_words<E, B>(b.rows, a.k));
+    bool ok = packed_b;
+    for (long k = 0; ok && (k == 0 || k < a.k); k += K_BLOCK) {  // K = 0 makes one empty sum
+        pack<E, B>(b.part(0, b.rows, k, K_BLOCK), packed_b);
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : ok)
+        {
+            uint32_t* packed_a = allocate(panel_words<E, A>(std::min(M_BLOCK, a.rows), a.k));
+            ok = packed_a;
+#pragma omp for schedule(static)
+            for (long i = 0; i < a.rows; i += M_BLOCK) {
+                Tile u = {t.c + i * t.stride, t.stride, b.rows, k ? nullptr : t.bias, t.add || k};
+                if (packed_a) multiply<E>(a.part(i, M_BLOCK, k, K_BLOCK), packed_b, b.rows, packed_a, u);
+            }
+            free(packed_a);
+        }
+    }
+    free(packed_b);
+    return ok;
+}
+
+template <class E>
+int run(Source a, long a_batch, Source b, long b_batch, Tile t, long c_batch, long batch, int threads) {
+    bool ok = true;
+    int items_at_once = batch > 1 ? threads : 1;
+#pragma omp parallel for num_threads(items_at_once) if (items_at_once > 1) schedule(static) reduction(&& : ok)
+    for (long item = 0; item < batch; item++) {
+        Source item_a = a, item_b = b;
+        Tile item_t = t;
+        item_a.data += item * a_batch;
+        item_b.data += item * b_batch;
+        item_t.c += item * c_batch;
+        ok = run_item<E>(item_a, item_b, item_t, batch > 1 ? 1 : threads) && ok;
+    }
+    return ok ? DSQ_OK : DSQ_NO_MEMORY;
+}
+
+}  // namespace
+
+EXPORT int32_t DSQ_NAME(gemm_runs)() { return cpu_runs(); }
+EXPORT int32_t DSQ_NAME(gemm_takes_values)() { return cpu_takes_values(); }
+
+// C (batch x M x N, rows contiguous) = A @ B, + C if accumulate, + bias (N values, may be null) in every row.
+EXPORT int32_t DSQ_NAME(gemm)(const DsqOperand* a, const DsqOperand* b, float* c, int64_t c_row_stride,
+                              int64_t c_batch_stride, const float* bias, int32_t accumulate, int64_t batch, int64_t m,
+                              int64_t n, int64_t k, int32_t threads) {
+    bool a_ok = a->bits ? a->bits >= 2 && a->bits <= 16 : a->terms == 1 || a->terms == 2;
+    bool b_ok = b->bits ? b->bits >= 2 && b->bits <= ONE_TERM_BITS : b->terms == 1;
+    if (!a_ok || !b_ok || batch < 0 || m < 0 || n < 0 || k < 0) return DSQ_BAD_ARGUMENT;
+    bool coded = a->bits && b->bits;
+    if (!cpu_runs() || (!coded && !cpu_takes_values())) return DSQ_UNAVAILABLE;
+    if (batch == 0 || m == 0 || n == 0) return DSQ_OK;
+    Tile t = {c, c_row_stride, n, bias, accumulate != 0};
+    Source sa = {a->data, a->row_stride, m, k, a->k_outer, a->bits, b->bits};
+    Source sb = {b->data, b->row_stride, n, k, b->k_outer, b->bits, a->bits};
+    return with_engine(*a, *b, [&](auto engine) {
+        return run<decltype(engine)>(sa, a->batch_stride, sb, b->batch_stride, t, c_batch_stride, batch, threads);
+    });
+}
+
+#else
+
+EXPORT int32_t DSQ_NAME(gemm_runs)() { return 0; }
+EXPORT int32_t DSQ_NAME(gemm_takes_values)() { return 0; }
+EXPORT int32_t DSQ_NAME(gemm)(const DsqOperand*, const DsqOperand*, float*, int64_t, int64_t, const float*, int32_t,
+                              int64_t, int64_t, int64_t, int64_t, int32_t) {
+    return DSQ_UNAVAILABLE;
+}
+
+#endif

@@ -1,0 +1,218 @@
+// The engines of gemm.cpp for AVX512-VNNI and, where the CPU has it, AVX512-BF16.
+#pragma once
+
+namespace {
+
+constexpr int PAIRS = BOX / 2;
+constexpr int A_ROWS = 12, B_ROWS = 2 * LANES;  // a tile of 12 x 32: 24 accumulators, 2 vectors of B, 1 of A
+constexpr int SMALLER_MAGNITUDE = 2;            // range: of two operands, with the sign of the first
+constexpr int NOT_FINITE = 0x99;                // fpclass: quiet NaN, +Inf, -Inf, signalling NaN
+
+inline __m512i bits_of(__m512 x) { return _mm512_castps_si512(x); }
+inline __mmask16 first(long lanes) { return lanes >= LANES ? 0xFFFF : lanes > 0 ? (1u << lanes) - 1 : 0; }
+
+// ---------------------------------------- packing
+// Everything below works on one box of 16 rows: x[k] holds value k of each row.
+
+inline void transpose(F (&x)[BOX]) {
+    __m512 t[BOX];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    auto pd = [&](int i) { return _mm512_castps_pd(t[i]); };
+    auto lo = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpacklo_pd(pd(i), pd(j))); };
+    auto hi = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpackhi_pd(pd(i), pd(j))); };
+    __m512 s[BOX];
+    for (int i = 0; i < 16; i += 4) {  // block b (of 4 lanes) of s[i + j]: column 4 b + j of rows i to i + 3
+        s[i] = lo(i, i + 2);
+        s[i + 1] = hi(i, i + 2);
+        s[i + 2] = lo(i + 1, i + 3);
+        s[i + 3] = hi(i + 1, i + 3);
+    }
+    constexpr int EVEN = 0x88, ODD = 0xDD;  // blocks 0 and 2, or 1 and 3, of either operand
+    for (int j = 0; j < 4; j++) {
+        __m512 top02 = _mm512_shuffle_f32x4(s[j], s[4 + j], EVEN), top13 = _mm512_shuffle_f32x4(s[j], s[4 + j], ODD);
+        __m512 end02 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], EVEN);
+        __m512 end13 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], ODD);
+        x[j] = _mm512_shuffle_f32x4(top02, end02, EVEN);
+        x[4 + j] = _mm512_shuffle_f32x4(top13, end13, EVEN);
+        x[8 + j] = _mm512_shuffle_f32x4(top02, end02, ODD);
+        x[12 + j] = _mm512_shuffle_f32x4(top13, end13, ODD);
+    }
+}
+
+// Replaces the box by its integer codes and returns each row's 2^(E - 127 - scale_shift), NaN if it holds Inf or NaN.
+// scalef multiplies by a power of two with one rounding, whatever the range; so is a scale below 2^-126 exact.
+inline F encode(F (&x)[BOX], int width, int scale_shift) {
+    U exponent = exponent_of_rows(x);
+    F e = _mm512_cvtepi32_ps((__m512i)exponent), shift = (float)(BIAS + width - 2) - e;
+    F max_code = all((float)((1 << (width - 1)) - 1));
+    for (int k = 0; k < BOX; k++)
+        x[k] = _mm512_range_ps(round_even(_mm512_scalef_ps(x[k], shift)), max_code, SMALLER_MAGNITUDE);
+    return nan_where_marked(exponent, _mm512_scalef_ps(all(1.0f), e - (float)(BIAS + scale_shift)));
+}
+
+inline __m512i interleave(__m512i low, __m512i high) {  // the low 16 bits of low, the high 16 bits of high
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, low, high);
+}
+inline __m512i bf16_pair(__m512 x, __m512 y) { return interleave(_mm512_srli_epi32(bits_of(x), 16), bits_of(y)); }
+inline __m512 truncate_to_bf16(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(bits_of(x), _mm512_set1_epi32(0xFFFF0000)));
+}
+
+template <int TERMS, int W>
+inline void write_bf16(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
+    if (bits) {
+        __m512 scale = encode(x, bits, bits - 2);
+        for (int k = 0; k < BOX; k++) x[k] = _mm512_mul_ps(x[k], scale);  // exact: at most 15 bits, at least 2^-140
+    } else {
+        for (int k = 0; k < BOX; k++) {  // a NaN must not lose its last set bit to the cut and become Inf
+            __mmask16 nan = _mm512_cmp_ps_mask(x[k], x[k], _CMP_UNORD_Q);
+            x[k] = _mm512_castsi512_ps(
+                _mm512_mask_or_epi32(bits_of(x[k]), nan, bits_of(x[k]), _mm512_set1_epi32(1 << 22)));
+        }
+    }
+    for (int term = 0; term < TERMS; term++, out += PAIRS * W) {
+        for (int p = 0; p < PAIRS; p++) _mm512_mask_storeu_epi32(out + p * W, lanes, bf16_pair(x[2 * p], x[2 * p + 1]));
+        for (int k = 0; term + 1 < TERMS && k < BOX; k++) {  // Inf and NaN stay in the first term: Inf - Inf is NaN
+            __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(x[k], NOT_FINITE));
+            x[k] = _mm512_maskz_sub_ps(finite, x[k], truncate_to_bf16(x[k]));
+        }
+    }
+}
+
+template <int W>
+inline void write_int16(F (&x)[BOX], int bits, int scale_shift, uint32_t* out, __mmask16 lanes) {
+    __m512 scale = encode(x, bits, scale_shift);
+    for (int p = 0; p < PAIRS; p++) {
+        __m512i low = _mm512_cvtps_epi32(x[2 * p]), high = _mm512_cvtps_epi32(x[2 * p + 1]);
+        _mm512_mask_storeu_epi32(out + p * W, lanes, interleave(low, _mm512_slli_epi32(high, 16)));
+    }
+    _mm512_mask_storeu_ps(out + PAIRS * W, lanes, scale);
+}
+
+// Box `box` of the panel of W rows from `row` on, as `write` writes 16 rows of it.
+template <int W, class Write>
+inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write write) {
+    long k0 = box * BOX, k = std::min<long>(BOX, s.k - k0);
+    for (int g = 0; g < W; g += LANES) {
+        long rows = std::min<long>(s.rows - row - g, W - g);  // may be < 1: then all of the group is padding
+        F x[BOX];
+        const float* from = s.data + (s.k_outer ? k0 * s.stride + row + g : (row + g) * s.stride + k0);
+        long vectors = s.k_outer ? k : rows;
+        __mmask16 mask = s.k_outer ? first(rows) : first(k);
+        // Sixteen rows are too many streams for the hardware to prefetch. To L2: rows 2^n apart share few sets of L1.
+        for (int i = 0; i < BOX; i++) _mm_prefetch(from + i * s.stride + PREFETCH, _MM_HINT_T1);
+        for (int i = 0; i < BOX; i++)  // a masked load does not touch what it leaves out
+            x[i] = _mm512_maskz_loadu_ps(i < vectors ? mask : 0, from + i * s.stride);
+        if (!s.k_outer) transpose(x);
+        write(x, out + g, first(W - g));
+    }
+}
+
+// ---------------------------------------- kernels
+
+template <int R>
+inline void store(__m512 (&acc)[R][2], const Tile& t) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+        __mmask16 mask = first(t.columns - j * LANES);
+        __m512 bias = t.bias ? _mm512_maskz_loadu_ps(mask, t.bias + j * LANES) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            float* c = t.c + r * t.stride + j * LANES;
+            __m512 sum = t.add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), acc[r][j]) : acc[r][j];
+            _mm512_mask_storeu_ps(c, mask, t.bias ? _mm512_add_ps(sum, bias) : sum);
+        }
+    }
+}
+
+template <int TERMS>
+struct Bf16 {
+    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS;
+    static constexpr int A_WORDS = PAIRS * TERMS, B_WORDS = PAIRS;
+    template <Side SIDE>
+    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+        constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
+        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
+            write_bf16<SIDE == A ? TERMS : 1, W>(x, s.bits, to, lanes);
+        });
+    }
+    template <int R>
+    static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
+        __m512 acc[R][2];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+        for (; boxes > 0; boxes--, a += (TERMS - 1) * PAIRS * A_ROWS)
+            for (int p = 0; p < PAIRS; p++, a += A_ROWS, b += B_ROWS) {
+                __m512bh b0 = (__m512bh)_mm512_load_si512(b), b1 = (__m512bh)_mm512_load_si512(b + LANES);
+#pragma GCC unroll 2
+                for (int term = 0; term < TERMS; term++)
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; r++) {
+                        __m512bh v = (__m512bh)_mm512_set1_epi32(a[term * PAIRS * A_ROWS + r]);
+                        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], v, b0);
+                        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], v, b1);
+                    }
+            }
+        store<R>(acc, t);
+    }
+};
+
+struct Int16 {
+    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS / 2;  // two accumulators per value
+    static constexpr int A_WORDS = PAIRS + 1, B_WORDS = PAIRS + 1;                      // codes, scale
+    template <Side SIDE>
+    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+        constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
+        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
+            write_int16<W>(x, s.bits, s.scale_shift(SIDE), to, lanes);
+        });
+    }
+    template <int R>
+    static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
+        __m512 acc[R][2];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+        for (; boxes > 0; boxes--, a += A_ROWS, b += B_ROWS) {
+            __m512i sum[R][2];
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+            for (int p = 0; p < PAIRS; p++, a += A_ROWS, b += B_ROWS) {
+                __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + LANES);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) {
+                    __m512i v = _mm512_set1_epi32(a[r]);
+                    sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], v, b0);
+                    sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], v, b1);
+                }
+            }
+            __m512 s0 = _mm512_load_ps(b), s1 = _mm512_load_ps(b + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                __m512 v = _mm512_castsi512_ps(_mm512_set1_epi32(a[r]));
+                acc[r][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), s0), v, acc[r][0]);
+                acc[r][1] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), s1), v, acc[r][1]);
+            }
+        }
+        store<R>(acc, t);
+    }
+};
+
+inline bool cpu_runs() {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Whether operands may be values that need no rounding, in whatever format.
+inline bool cpu_takes_values() { return __builtin_cpu_supports("avx512bf16"); }
+
+template <class Run>
+inline int with_engine(const DsqOperand& a, const DsqOperand& b, Run run) {
+    int terms = a.bits ? 1 + (a.bits > ONE_TERM_BITS) : a.terms;
+    bool integers = a.bits && b.bits && (terms == 2 || !cpu_takes_values());
+    return integers ? run(Int16()) : terms == 2 ? run(Bf16<2>()) : run(Bf16<1>());
+}
+
+}  // namespace

@@ -1,0 +1,25 @@
+// Loops over the parts of a tensor, on several threads where that pays.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+// Values of a run; a multiple of 8: whole bytes at every width.
+constexpr int CHUNK = 1024;
+// Boxes of a run, columns of a tile: a tile of 16 rows is as large as the first-level cache.
+constexpr int BOXES = 512;
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class Body>
+void for_each(int64_t items, int threads, Body body) {
+    if (threads <= 1 || items <= 1) {
+        for (int64_t item = 0; item < items; item++) body(item);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < items; item++) body(item);
+}
+
+}  // namespace

@@ -1,0 +1,158 @@
+// Boxes along the last dimension, worked on in runs of neighbours: the lanes of a vector hold a stretch of one box.
+#pragma once
+
+#include "bits.h"
+#include "encode.h"
+
+namespace {
+
+INLINE uint32_t largest_of(const float* x, int64_t count) {
+    U found{};
+    for (int64_t i = 0; i < count; i += LANES) found = max(found, magnitude(x + i, count - i));
+    return largest_lane(found);
+}
+
+// Of LANES boxes of 16 that follow on one another.
+INLINE U largest_of_sixteens(const float* x) {
+    U found[LANES];
+#pragma GCC unroll 16
+    for (int box = 0; box < LANES; box++) {
+        found[box] = magnitude(x + 16 * box);
+#pragma GCC unroll 4
+        for (int i = LANES; i < 16; i += LANES) found[box] = max(found[box], magnitude(x + 16 * box + i));
+    }
+    return largest_of_each(found);
+}
+
+// Of boxes of n values that follow on one another.
+INLINE void largest_of_boxes(const float* x, int64_t boxes, int64_t n, Exponents& largest) {
+    int64_t box = 0;
+    if (n == 16)
+        for (; box + LANES <= boxes; box += LANES) store(largest + box, largest_of_sixteens(x + 16 * box));
+    for (; box < boxes; box++) largest[box] = largest_of(x + box * n, n);
+    clear_rest(largest, boxes);
+}
+
+// A stretch of one box. `index` is the first value's place in the tensor.
+template <bool STOCHASTIC, class Out>
+INLINE void quantize_stretch(const float* x, Out* out, int64_t count, uint32_t index, Scale down, Scale up,
+                             Format format, uint64_t seed) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        F code = encode<STOCHASTIC>(load<F>(x + i, count - i), down, format, index + i, seed);
+        put(out + i, times(code, up), count - i);
+    }
+}
+
+template <bool STOCHASTIC, class T>
+INLINE void encode_stretch(const float* x, T* codes, int64_t count, uint32_t index, Scale down, Format format,
+                           uint64_t seed) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        F code = encode<STOCHASTIC>(load<F>(x + i, count - i), down, format, index + i, seed);
+        store_integers(codes + i, to_field(code, format), count - i);
+    }
+}
+
+template <class T, class Out>
+INLINE void decode_stretch(const T* codes, Out* out, int64_t count, Scale up, Format format) {
+    for (int64_t i = 0; i < count; i += LANES)
+        put(out + i, times(from_field(load_integers(codes + i, count - i), format), up), count - i);
+}
+
+// A stretch of any length that begins on a whole byte of the packed codes.
+template <bool STOCHASTIC, class T>
+void pack_stretch(const float* x, uint8_t* out, int64_t count, uint32_t index, Scale down, Format format,
+                  uint64_t seed) {
+    T codes[CHUNK];
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        int64_t part = smaller(CHUNK, count - start);
+        encode_stretch<STOCHASTIC>(x + start, codes, part, index + start, down, format, seed);
+        write_bits(codes, part, format.bits, out + start / 8 * format.bits);
+    }
+}
+template <class T, class Out>
+void unpack_stretch(const uint8_t* from, Out* out, int64_t count, Scale up, Format format) {
+    T codes[CHUNK];
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        int64_t part = smaller(CHUNK, count - start);
+        read_bits(from + start / 8 * format.bits, part, format.bits, codes);
+        decode_stretch(codes, out + start, part, up, format);
+    }
+}
+
+// LANES boxes of 16 that follow on one another: scales stay in the first-level cache.
+template <bool STOCHASTIC, class Out>
+INLINE void quantize_sixteens(const float* x, Out* out, uint32_t index, Format format, uint64_t seed) {
+    U exponent = exponent_of(largest_of_sixteens(x), format);
+    Scale down = encode_scale(exponent, format.bits), up = decode_scale(exponent, format.bits);
+    alignas(64) float scales[4][LANES];
+    store(scales[0], down.first);
+    store(scales[1], down.second);
+    store(scales[2], up.first);
+    store(scales[3], up.second);
+#pragma GCC unroll 2
+    for (int box = 0; box < LANES; box++)
+        quantize_stretch<STOCHASTIC>(x + 16 * box, out + 16 * box, 16, index + 16 * box,
+                                     {all(scales[0][box]), all(scales[1][box])},
+                                     {all(scales[2][box]), all(scales[3][box])}, format, seed);
+}
+
+// A run: boxes of n values that follow on one another, up to CHUNK values or one box. n = 16 is known when compiling.
+template <bool STOCHASTIC, class Out>
+void quantize_run(const float* x, Out* out, int64_t boxes, int64_t n, uint32_t index, Format format, uint64_t seed) {
+    for (; n == 16 && boxes >= LANES; boxes -= LANES, x += 16 * LANES, out += 16 * LANES, index += 16 * LANES)
+        quantize_sixteens<STOCHASTIC>(x, out, index, format, seed);
+    Exponents exponents;
+    Scales down, up;
+    largest_of_boxes(x, boxes, n, exponents);
+    exponents_of(exponents, boxes, format);
+    fill(down, exponents, boxes, format.bits, encode_scale);
+    fill(up, exponents, boxes, format.bits, decode_scale);
+    auto quantize = [&](int64_t values) __attribute__((always_inline)) {
+        for (int64_t box = 0; box < boxes; box++) {
+            int64_t at = box * values;
+            quantize_stretch<STOCHASTIC>(x + at, out + at, values, index + at, down.of_box(box), up.of_box(box), format,
+                                         seed);
+        }
+    };
+    n == 16 ? quantize(16) : quantize(n);
+}
+
+template <bool STOCHASTIC, class T>
+void pack_run(const float* x, uint8_t* exponent_bytes, uint8_t* out, int64_t boxes, int64_t n, uint32_t index,
+              Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down;
+    largest_of_boxes(x, boxes, n, exponents);
+    exponents_of(exponents, boxes, format);
+    fill(down, exponents, boxes, format.bits, encode_scale);
+    for (int64_t box = 0; box < boxes; box++) exponent_bytes[box] = (uint8_t)exponents[box];
+    if (n == 16) {
+        T codes[CHUNK];
+        for (int64_t box = 0; box < boxes; box++)
+            encode_stretch<STOCHASTIC>(x + 16 * box, codes + 16 * box, 16, index + 16 * box, down.of_box(box), format,
+                                       seed);
+        return write_bits(codes, 16 * boxes, format.bits, out);
+    }
+    for (int64_t box = 0; box < boxes; box++)
+        pack_stretch<STOCHASTIC, T>(x + box * n, out + box * bytes_of(n, format.bits), n, index + box * n,
+                                    down.of_box(box), format, seed);
+}
+
+template <class T, class Out>
+void unpack_run(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, int64_t boxes, int64_t n, Format format) {
+    Exponents exponents;
+    Scales up;
+    read_exponents(exponent_bytes, boxes, exponents);
+    fill(up, exponents, boxes, format.bits, decode_scale);
+    if (n == 16) {
+        T codes[CHUNK];
+        read_bits(from, 16 * boxes, format.bits, codes);
+        for (int64_t box = 0; box < boxes; box++)
+            decode_stretch(codes + 16 * box, out + 16 * box, 16, up.of_box(box), format);
+        return;
+    }
+    for (int64_t box = 0; box < boxes; box++)
+        unpack_stretch<T>(from + box * bytes_of(n, format.bits), out + box * n, n, up.of_box(box), format);
+}
+
+}  // namespace

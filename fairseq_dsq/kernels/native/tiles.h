@@ -1,0 +1,174 @@
+// Boxes along another dimension, worked on in tiles of neighbouring columns: each lane is in a box of its own.
+#pragma once
+
+#include "bits.h"
+#include "encode.h"
+
+namespace {
+
+// A few rows at a time: memory is read ahead row by row, and rows 2^n apart share few sets of the first-level cache.
+// work(row, rows), with rows() known when compiling.
+constexpr int ROWS_AT_ONCE = 4;
+template <int N>
+struct Count {
+    constexpr int operator()() const { return N; }
+};
+template <class Work>
+INLINE void for_rows(int64_t rows, Work work) {
+    int64_t row = 0;
+    for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) work(row, Count<ROWS_AT_ONCE>());
+    for (; row < rows; row++) work(row, Count<1>());
+}
+
+// Full vectors of columns, then the rest: work(column, count).
+template <class Work>
+INLINE void for_columns(int64_t columns, Work work) {
+    int64_t column = 0;
+    for (; column + LANES <= columns; column += LANES) work(column, (int64_t)LANES);
+    if (column < columns) work(column, columns - column);
+}
+
+// Of columns.
+INLINE void largest_of_columns(const float* x, int64_t rows, int64_t stride, int64_t columns, Exponents& largest) {
+    memset(largest, 0, (columns + LANES - 1) / LANES * LANES * sizeof *largest);
+    for_rows(rows, [&](int64_t row, auto rows_here) __attribute__((always_inline)) {
+        for_columns(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            U found = load<U>(largest + column);
+            for (int i = 0; i < rows_here(); i++) found = max(found, magnitude(x + (row + i) * stride + column, count));
+            store(largest + column, found);
+        });
+    });
+}
+
+// A tile: one box of each of up to BOXES neighbouring columns.
+struct Tile {
+    int64_t rows, columns;
+    int64_t stride;  // from row to row
+    uint32_t index;  // the first value's place in the tensor
+};
+
+template <bool STOCHASTIC, class Out>
+void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down, up;
+    largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
+    exponents_of(exponents, tile.columns, format);
+    fill(down, exponents, tile.columns, format.bits, encode_scale);
+    fill(up, exponents, tile.columns, format.bits, decode_scale);
+    for_rows(tile.rows, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+        for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+            Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
+            for (int i = 0; i < rows(); i++) {
+                int64_t at = (row + i) * tile.stride + column;
+                __builtin_prefetch(x + tile.rows * tile.stride + at, 0, 2);  // the next box of the column, to L2
+                F code = encode<STOCHASTIC>(load<F>(x + at, count), down_here, format, tile.index + at, seed);
+                put(out + at, times(code, up_here), count);
+            }
+        });
+    });
+}
+
+// Boxes of 16 codes of a width that divides 16: the codes of a column are WIDTH / 2 whole words of 32 bits.
+template <int WIDTH, bool STOCHASTIC>
+void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
+    constexpr int WORDS = WIDTH / 2;
+    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        U words[WORDS]{};
+        Scale scale = down.of_columns(column);
+#pragma GCC unroll 16
+        for (int row = 0; row < 16; row++) {
+            int64_t at = row * tile.stride + column;
+            F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
+            words[row * WIDTH / 32] |= to_field(code, format) << (row * WIDTH % 32);
+        }
+        interleave<WORDS>(words);
+        memcpy(out + column * WORDS * 4, words, (count == LANES ? LANES : count) * WORDS * 4);
+    });
+}
+template <int WIDTH, class Out>
+void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
+    constexpr int WORDS = WIDTH / 2;
+    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        U words[WORDS]{};
+        memcpy(words, from + column * WORDS * 4, (count == LANES ? LANES : count) * WORDS * 4);
+        separate<WORDS>(words);
+        Scale scale = up.of_columns(column);
+#pragma GCC unroll 16
+        for (int row = 0; row < 16; row++) {
+            U field = words[row * WIDTH / 32] >> (row * WIDTH % 32) & (~0u >> (32 - WIDTH));
+            put(out + row * tile.stride + column, times(from_field(field, format), scale), count);
+        }
+    });
+}
+
+// Any width and box size: codes go through memory, where those of a column lie together.
+constexpr int ROWS = 64;  // a multiple of 8: whole bytes at every width
+
+template <bool STOCHASTIC>
+void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
+    uint32_t codes[LANES][ROWS];
+    int64_t box_bytes = bytes_of(tile.rows, format.bits);
+    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+        Scale scale = down.of_columns(column);
+        for (int64_t start = 0; start < tile.rows; start += ROWS) {
+            int64_t rows = smaller(ROWS, tile.rows - start);
+            for (int64_t row = 0; row < rows; row++) {
+                int64_t at = (start + row) * tile.stride + column;
+                F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
+                U field = to_field(code, format);
+                for (int lane = 0; lane < LANES; lane++) codes[lane][row] = field[lane];
+            }
+            for (int64_t lane = 0; lane < count; lane++)
+                write_bits(codes[lane], rows, format.bits, out + (column + lane) * box_bytes + start / 8 * format.bits);
+        }
+    });
+}
+template <class Out>
+void unpack_codes(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
+    uint32_t codes[LANES][ROWS]{};
+    int64_t box_bytes = bytes_of(tile.rows, format.bits);
+    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+        Scale scale = up.of_columns(column);
+        for (int64_t start = 0; start < tile.rows; start += ROWS) {
+            int64_t rows = smaller(ROWS, tile.rows - start);
+            for (int64_t lane = 0; lane < count; lane++)
+                read_bits(from + (column + lane) * box_bytes + start / 8 * format.bits, rows, format.bits, codes[lane]);
+            for (int64_t row = 0; row < rows; row++) {
+                U field;
+                for (int lane = 0; lane < LANES; lane++) field[lane] = codes[lane][row];
+                put(out + (start + row) * tile.stride + column, times(from_field(field, format), scale), count);
+            }
+        }
+    });
+}
+
+template <bool STOCHASTIC>
+void pack_tile(const float* x, uint8_t* exponent_bytes, uint8_t* out, Tile tile, Format format, uint64_t seed) {
+    Exponents exponents;
+    Scales down;
+    largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
+    exponents_of(exponents, tile.columns, format);
+    fill(down, exponents, tile.columns, format.bits, encode_scale);
+    for (int64_t column = 0; column < tile.columns; column++) exponent_bytes[column] = (uint8_t)exponents[column];
+    bool words = tile.rows == 16;
+    if (words && format.bits == 2) return pack_words<2, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 4) return pack_words<4, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 8) return pack_words<8, STOCHASTIC>(x, out, tile, down, format, seed);
+    if (words && format.bits == 16) return pack_words<16, STOCHASTIC>(x, out, tile, down, format, seed);
+    pack_codes<STOCHASTIC>(x, out, tile, down, format, seed);
+}
+template <class Out>
+void unpack_tile(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, Tile tile, Format format) {
+    Exponents exponents;
+    Scales up;
+    read_exponents(exponent_bytes, tile.columns, exponents);
+    fill(up, exponents, tile.columns, format.bits, decode_scale);
+    bool words = tile.rows == 16;
+    if (words && format.bits == 2) return unpack_words<2>(from, out, tile, up, format);
+    if (words && format.bits == 4) return unpack_words<4>(from, out, tile, up, format);
+    if (words && format.bits == 8) return unpack_words<8>(from, out, tile, up, format);
+    if (words && format.bits == 16) return unpack_words<16>(from, out, tile, up, format);
+    unpack_codes(from, out, tile, up, format);
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+"""What ran: GEMMs and stashes, counted when they run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fairseq_dsq.precision import GemmKind, PrecisionConfig, StashRole
+
+
+class Gemm(NamedTuple):
+    """One (batched) matrix product that ran: ``batch`` times MxK @ KxN => MxN."""
+
+    kind: GemmKind
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.batch * self.m * self.k * self.n
+
+    @property
+    def elements(self) -> int:
+        """Elements of the two operands and the result."""
+        return self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+
+class Stash(NamedTuple):
+    """An operand packed for backward: a GEMM's input, or the second operand of a batched product, its weight."""
+
+    role: StashRole
+    shape: tuple[int, ...]
+    dim: int
+
+    @property
+    def elements(self) -> int:
+        """Elements packed."""
+        return math.prod(self.shape)
+
+
+class LedgerKey(NamedTuple):
+    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
+
+    gemm: Gemm
+    precision: PrecisionConfig
+    training: bool
+    scope: str = ""
+
+
+class StashKey(NamedTuple):
+    """A stash, the precision it was packed at, and the module it served."""
+
+    stash: Stash
+    precision: PrecisionConfig
+    scope: str = ""
+
+
+@dataclass
+class Work:
+    """What ran: GEMMs and stashes with their counts, and the bytes that the stashes really took."""
+
+    gemms: Counter[LedgerKey] = field(default_factory=Counter)
+    stashes: Counter[StashKey] = field(default_factory=Counter)
+    stash_bytes: int = 0
+
+    def at_precision(self, precision: PrecisionConfig) -> Work:
+        """The same GEMMs and stashes at another level; the bytes really taken are not known."""
+        return Work(
+            Counter({key._replace(precision=precision): count for key, count in self.gemms.items()}),
+            Counter({key._replace(precision=precision): count for key, count in self.stashes.items()}),
+        )
+
+
+@dataclass
+class Ledger(Work):
+    """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
+
+    What activation checkpointing repeats is counted as often as it runs.
+
+    Attributes:
+        scope: goes into every key; names the module at work, for whoever wants to tell them apart.
+    """
+
+    scope: str = ""
+
+    def record(
+        self,
+        kind: GemmKind,
+        m: int,
+        k: int,
+        n: int,
+        batch: int,
+        precision: PrecisionConfig,
+        training: bool,
+        scope: str | None = None,
+    ) -> None:
+        """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
+        self.gemms[
+            LedgerKey(Gemm(kind, m, k, n, batch), precision, training, self.scope if scope is None else scope)
+        ] += 1
+
+    def record_stash(
+        self, role: StashRole, shape: tuple[int, ...], dim: int, precision: PrecisionConfig, nbytes: int
+    ) -> None:
+        """Count one stash that took ``nbytes`` bytes."""
+        self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
+        self.stash_bytes += nbytes
+
+    def drain(self) -> Work:
+        """What ran since the last call; starts anew."""
+        work = Work(self.gemms, self.stashes, self.stash_bytes)
+        self.gemms, self.stashes, self.stash_bytes = Counter(), Counter(), 0
+        return work

@@ -1,0 +1,111 @@
+"""Recipes: data files in configs/recipes/ (or anywhere) that say what is trained, and what of it can be chosen."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairseq_dsq import data_files
+
+FOLDER, METHODS = "recipes", "methods"
+PARAMETER = re.compile(r"\{([\w-]+)\}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table: a number format and its levels, the default ones where they are empty."""
+
+    format: str
+    levels: str = ""
+
+
+@dataclass
+class Recipe:
+    """What every recipe holds; numbers and flags are the defaults of the flags of their names.
+
+    Attributes:
+        about: what it trains and where its data comes from.
+        train: flags of fairseq-train.
+        epochs, patience, min_delta, format: the training's length and schedule, the number format.
+        parameters: more flags, integers whose values ``train`` names as {NAME}.
+    """
+
+    about: str
+    train: str
+    epochs: int
+    format: str = "bfp"
+    patience: int = 5
+    min_delta: str = "0"
+    parameters: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            shlex.split(self.train)
+        except ValueError as error:
+            raise ValueError(f"train: {error}") from None
+        for name in PARAMETER.findall(self.train):
+            if name not in self.parameters:
+                raise ValueError(f"train: got {{{name}}}, expected one of the parameters: {', '.join(self.parameters)}")
+
+
+@dataclass
+class Translation(Recipe):
+    """A parallel corpus: prepared, trained, translated, scored with sacreBLEU.
+
+    Attributes:
+        corpus: a name of fairseq_dsq.translation, or plain text below $DSQ_DATA, see
+            :class:`fairseq_dsq.translation.PlainText`.
+        test: what the test set is called.
+        vocab: joint sentence pieces.
+        search: flags of fairseq-generate.
+        methods: the rows that are trained, of a file in configs/methods/; empty: one run.
+    """
+
+    corpus: Any = "???"  # must be given
+    test: str = "test"
+    vocab: int = 4000
+    search: str = "--beam 5"
+    methods: str = ""
+
+    def rows(self) -> dict[str, Method]:
+        """The methods by name, in the table's order.
+
+        Raises:
+            ValueError: not a table of methods; names the file.
+        """
+        if not self.methods:
+            return {}
+        path = data_files.find(METHODS, self.methods)
+        return {str(name): data_files.build(Method, row, path) for name, row in data_files.read(path).items()}
+
+
+@dataclass
+class Glue(Recipe):
+    """A GLUE task: prepared for an encoder, fine-tuned, scored on its development sets.
+
+    Attributes:
+        encoder: the folder of one, or the name of one that is downloaded.
+        lr: the highest learning rate.
+    """
+
+    encoder: str = "roberta.base"
+    lr: str = "1e-5"
+
+
+KINDS: dict[str, type[Recipe]] = {"translation": Translation, "glue": Glue}
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of a name in configs/recipes/, or of the path of a file of one's own.
+
+    Raises:
+        ValueError: no such recipe, or a file that is not one; the message says what is expected.
+    """
+    path = data_files.find(FOLDER, name)
+    config = data_files.read(path)
+    kind = config.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"{path}: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    return data_files.build(KINDS[kind], config, path)

@@ -1,0 +1,105 @@
+"""The commands that a recipe stands for, one after the other."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from fairseq_dsq import data_files
+from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, Method, Translation
+from fairseq_dsq.recipes.training import LOG
+from fairseq_dsq.translation import find_corpus
+
+# Runs ``fairseq-dsq ARGUMENTS`` and prints ``before`` and its output, or returns the latter where ``output`` is true.
+# Any exit code but 0 ends all; ``failure`` is said where it is 1.
+Call = Callable[..., str]
+Options = Mapping[str, str]  # flags without dashes before them: what they were given, or what the recipe says
+LOGGING = ("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "100", "--no-progress-bar")
+
+
+def run_translation(
+    name: str, recipe: Translation, options: Options, rest: Sequence[str], runs: Path, call: Call
+) -> None:
+    """Prepare the corpus, then train, translate and score one run, or every method and print the table.
+
+    Args:
+        name: the recipe's, of a folder in ``runs``, or the path of its file.
+        options: ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``epochs``, ``patience``,
+            ``min-delta``, ``seed``, ``out`` and the recipe's parameters.
+        rest: more flags of fairseq-train.
+        runs: folder of all runs.
+    """
+    home = runs / Path(name).stem
+    described = recipe.corpus if isinstance(recipe.corpus, str) else str(data_files.find(FOLDER, name))
+    corpus = find_corpus(described)
+    prepared = home / f"data-{options['vocab']}"
+    method = Method(options["format"], options["levels"])
+    label = slug(f"{method.format}-{method.levels or 'default'}-seed{options['seed']}")
+    chosen = {Path(options["out"] or home / label): method}
+    table = bool(recipe.methods) and not method.format
+    if table:
+        rows = recipe.rows()
+        folder = Path(options["out"] or home)
+        chosen = {folder / f"{row}-seed{options['seed']}": rows[row] for row in options["methods"].split()}
+    downloads = home / "downloads"
+    call("translation-prepare", described, prepared, "--vocab", options["vocab"], "--downloads", downloads)
+    for folder, method in chosen.items():
+        flags = [prepared / "bin", *_words(recipe.train, options), *_dsq_flags(method, options), *rest]
+        call("run-train", folder, "--", *flags, failure=f"training failed, see {folder / LOG}")
+        call("epochs", folder, before=_heading(method, options))
+        call(
+            "run-translate", "--digits", "2", folder, prepared / f"raw.test.{corpus.target}", "--", prepared / "bin",
+            "--remove-bpe", "sentencepiece", *shlex.split(recipe.search), "--required-batch-size-multiple", "1",
+            before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / 'generate.out'}",
+        )  # fmt: skip
+    if table:
+        call("report", *chosen, before="\n")
+
+
+def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], runs: Path, call: Call) -> None:
+    """Prepare the task for the encoder, fine-tune and score.
+
+    Args:
+        options: ``encoder``, ``data``, ``format``, ``levels``, ``patience``, ``min-delta``, ``epochs``, ``lr``,
+            ``seed``, ``train-rows``, ``group-by-length`` (empty or not), ``prepared``, ``out``.
+        rest: more flags of fairseq-train.
+        runs: folder of all runs.
+    """
+    home = runs / "glue"
+    method = Method(options["format"], options["levels"])
+    label = slug(f"{Path(options['encoder']).name}-{method.format}-{method.levels or 'default'}-seed{options['seed']}")
+    folder = Path(options["out"] or home / slug(task) / label)
+    prepared = Path(options["prepared"] or folder / "data")
+    encoder = ("--encoder", options["encoder"], "--downloads", home / "downloads")
+    own = [part for name in ("data",) if options[name] for part in (f"--{name}", options[name])]
+    own += ["--train-rows", options["train-rows"], *(["--group-by-length"] if options["group-by-length"] else [])]
+    call("glue-prepare", task, prepared, *encoder, *own)
+    words = [*_words(recipe.train, options), "--lr", options["lr"], *_dsq_flags(method, options), *rest]
+    flags = call("glue-flags", *encoder, prepared, "--", *words, output=True)
+    call("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}")
+    call("epochs", folder, before=_heading(method, options))
+    call("glue-evaluate", prepared, folder / "checkpoint_best.pt", "--out", folder / "glue.json")
+
+
+def slug(text: str) -> str:
+    """Text as a part of a file's name; fairseq's options would split paths at colons and commas."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", re.sub(r"\] *\[", "_", text)).strip("-")
+
+
+def _words(flags: str, options: Options) -> list[str]:
+    """Flags in a recipe as words, with the options' values in place of their names in braces."""
+    return shlex.split(PARAMETER.sub(lambda match: options[match[1].replace("_", "-")], flags))
+
+
+def _dsq_flags(method: Method, options: Options) -> list[str]:
+    levels = ["--dsq-levels", method.levels] if method.levels else []
+    return [
+        "--dsq-format", method.format, *levels, "--dsq-patience", options["patience"], "--dsq-min-delta",
+        options["min-delta"], "--max-epoch", options["epochs"], "--seed", options["seed"], *LOGGING,
+    ]  # fmt: skip
+
+
+def _heading(method: Method, options: Options) -> str:
+    return f"format {method.format}, levels {method.levels or 'default'}, seed {options['seed']}\n"

@@ -1,0 +1,76 @@
+"""Translate the test set with a run's best checkpoint and score it with sacreBLEU; what that checkpoint has is kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fairseq_dsq import artefact
+from fairseq_dsq.recipes import fairseq_command
+from fairseq_dsq.recipes.training import identity
+
+BEST, OUTPUT, SCORE = "checkpoint_best.pt", "generate.out", "score.json"
+
+
+def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int = 2) -> float:
+    """Translate with fairseq-generate and ``flags`` (the data first, no --path), unless that is done; returns BLEU.
+
+    Raises:
+        OSError: no checkpoint.
+        ValueError: there are not as many translations as lines in the reference, sacreBLEU failed, or another command
+            is at work there.
+        FailedError: fairseq-generate failed; its output is in ``folder``/generate.out.
+    """
+    best, output, score = (folder / name for name in (BEST, OUTPUT, SCORE))
+    artefact.check_path("RUN", folder)
+    if not best.is_file():
+        raise OSError(f"{best}: does not exist, expected the checkpoint of a run")
+    hypotheses = folder / f"hypotheses{reference.suffix}"
+    settings = {
+        **identity(flags), artefact.CHECKPOINT: artefact.checksum(best), "REFERENCE": artefact.checksum(reference),
+        "--digits": str(digits),
+    }  # fmt: skip
+    with artefact.locked(folder, wait=False) as lock:
+        if not (hypotheses.is_file() and artefact.made_by(score, settings)):
+            for path in (output, score):
+                artefact.stamp(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            own = ["--user-dir", str(fairseq_command.USER_DIR), "--path", str(best.resolve())]
+            fairseq_command.call("fairseq-generate", [*flags, *own], output, pass_fds=[lock])
+            artefact.write(output, settings)
+            _collect(output, hypotheses, reference)
+            _score(reference, hypotheses, digits, score)
+            artefact.write(score, settings)
+    return float(json.loads(score.read_text(encoding="utf-8"))["score"])
+
+
+def _collect(output: Path, hypotheses: Path, reference: Path) -> None:
+    """Write the translations in the order of the test set.
+
+    Raises:
+        ValueError: there are not as many as lines in the reference.
+    """
+    found = {}
+    with open(output, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.startswith("D-"):
+                number, _, text = line.rstrip("\n").split("\t", 2)
+                found[int(number[2:])] = text
+    with open(reference, encoding="utf-8", newline="\n") as file:
+        expected = sum(1 for _ in file)
+    if sorted(found) != list(range(expected)):
+        raise ValueError(f"{output}: got {len(found)} translations, expected the {expected} of {reference}")
+    with artefact.atomic(hypotheses) as partial:
+        partial.write_text("".join(f"{found[number]}\n" for number in range(expected)), encoding="utf-8")
+
+
+def _score(reference: Path, hypotheses: Path, digits: int, score: Path) -> None:
+    command = [sys.executable, "-m", "sacrebleu", str(reference), "-i", str(hypotheses), "-m", "bleu"]
+    done = subprocess.run([*command, "-w", str(digits), "--force"], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sacrebleu: {fairseq_command.last_error(done.stderr) or done.stderr.strip()}")
+    with artefact.atomic(score) as partial:
+        partial.write_text(done.stdout, encoding="utf-8")

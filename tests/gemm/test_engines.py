@@ -1,0 +1,336 @@
+"""Which engine a product runs on, that all of them are exact, and who rounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nn.common import multiply, normal, operand
+
+from fairseq_dsq import gemm
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
+from fairseq_dsq.gemm import Engine, Side, base, float32, int8, plan
+from fairseq_dsq.gemm.cuda import split
+from fairseq_dsq.kernels import native
+from fairseq_dsq.nn import GemmConfig, linear, matmul
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.quantized import fake_quantize
+
+HAS_KERNEL = native.kernels is not None and native.kernels.has_gemm
+TAKES_VALUES = native.kernels is not None and native.kernels.gemm_takes_values
+needs_kernel = pytest.mark.skipif(not HAS_KERNEL, reason="no GEMM kernel for this CPU")
+KERNEL_OF_VALUES = "native" if TAKES_VALUES else "float32"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def planned_anew():
+    yield
+    plan.cache_clear()
+
+
+def engines(a, b, mode="auto", along=True, dtype=torch.float32):
+    """The engines of the product of two formats, but for int8, which declines what is small."""
+    planned = plan(Side(parse(a), along), Side(parse(b), along), CPU, dtype, mode).engines
+    return [engine.name for engine in planned if engine.name != "int8"]
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("bfp2", "bfp9", "native"),
+        ("bfp16", "bfp4", "native"),
+        ("bfp4", "bfp16", "float32"),
+        ("bfp16", "bfp16", "float32"),
+        ("bfp17", "bfp2", "float32"),
+        ("fixed8", "fixed8", KERNEL_OF_VALUES),
+        ("bfp4/32", "bfp4/32", KERNEL_OF_VALUES),
+        ("float32", "float32", "float32"),
+        ("bfp4", "float32", "float32"),
+    ],
+)
+def test_a_cpu_takes_the_kernel_where_it_is_exact(a, b, expected):
+    assert engines(a, b)[0] == expected
+    assert engines(a, b, along=False)[0] == (expected if TAKES_VALUES else "float32")
+    assert engines(a, b, "float32") == ["float32"]
+    assert engines(a, b, "native")[0] == expected
+    assert engines(a, b, dtype=torch.bfloat16) == ["float32"]
+
+
+def test_without_the_kernel_products_are_float32(monkeypatch):
+    monkeypatch.setattr(native, "kernels", None)
+    plan.cache_clear()
+    assert engines("bfp2", "bfp2") == ["float32"]
+    with pytest.raises(ValueError, match="got native, which does not run here: "):
+        gemm.check_mode("native")
+
+
+@pytest.mark.parametrize("mode", ["auto", "float32"])
+@pytest.mark.parametrize(
+    ("a_fmt", "b_fmt"), [("bfp4", "bfp8"), ("bfp16", "bfp2"), ("fixed12", "fixed9"), ("bfp9/8", "bfp4/32")]
+)
+@pytest.mark.parametrize("reductions", [(-1, -1), (-1, -2), (-2, -2), (-2, -1)], ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_every_arithmetic_multiplies_exactly(mode, a_fmt, b_fmt, reductions, batched):
+    a_fmt, b_fmt = parse(a_fmt), parse(b_fmt)
+    m, n, k = 13, 35, 53
+    shapes = [(m, k) if reductions[0] == -1 else (k, m), (n, k) if reductions[1] == -1 else (k, n)]
+    tensors = [
+        fake_quantize(normal(*((2,) if batched else ()), *shape, seed=seed), fmt, reduction)
+        for seed, (shape, fmt, reduction) in enumerate(zip(shapes, (a_fmt, b_fmt), reductions, strict=True))
+    ]
+    a, b = (
+        operand(tensor, fmt, reduction)
+        for tensor, fmt, reduction in zip(tensors, (a_fmt, b_fmt), reductions, strict=True)
+    )
+    bias, before = normal(n, seed=7), normal(*((2,) if batched else ()), m, n, seed=8)
+    exact = a.rows.double() @ b.rows.double().mT
+    for bias_or_none, add_to in ((None, None), (bias, None), (None, before.clone())):
+        expected = exact if bias_or_none is None else exact + bias
+        expected = expected if add_to is None else expected + before
+        actual = multiply(a, b, mode, bias_or_none, add_to)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-4 * exact.abs().max().item() / 10)
+        assert add_to is None or actual is add_to
+
+
+def test_two_bfloat16_terms_hold_sixteen_bits():
+    x = fake_quantize(normal(64, 64) * 100, BlockFloat(16))
+    x[0, 0], x[0, 1], x[0, 2] = torch.inf, -torch.inf, torch.nan
+    high, low = split(x)
+    for term in (high, low):
+        assert torch.equal(term.bfloat16().float().nan_to_num(), term.nan_to_num())
+    assert torch.equal((high + low).nan_to_num(), x.nan_to_num())
+    assert (low != 0).any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("box_dim", ["reduction", "last"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("fmt", ["bfp", "fixed"])
+@pytest.mark.parametrize("q", [(2, 2, 2, 16), (16, 4, 4, 16), (8, 8, 8, 8), (4, 16, 16, 4), (9, 10, 3, 12)], ids=str)
+def test_a_step_is_the_same_on_either_arithmetic(q, fmt, rounding, box_dim):
+    results = []
+    for mode in ("auto", "float32"):
+        config = GemmConfig(PrecisionConfig(q, fmt), rounding, box_dim, mode)
+        torch.manual_seed(5)
+        x, weight, bias = normal(37, 21, seed=1).requires_grad_(), normal(18, 21, seed=2).requires_grad_(), normal(18)
+        y = linear(x, weight, bias, config)
+        y.backward(normal(37, 18, seed=3))
+        a, b = normal(3, 33, 20, seed=4).requires_grad_(), normal(3, 20, 17, seed=5).requires_grad_()
+        z = matmul(a, b, config)
+        z.backward(normal(3, 33, 17, seed=6))
+        results.append([y, z, x.grad, weight.grad, a.grad, b.grad])
+    for auto, plain in zip(*results, strict=True):
+        torch.testing.assert_close(auto, plain, rtol=1e-5, atol=2e-5)
+
+
+def test_formats_of_more_bits_than_two_terms_are_left_to_float32():
+    bits = [Float32().significand_bits, *(FixedPoint(bits).significand_bits for bits in (9, 10, 16, 17))]
+    assert [base.terms(each) for each in bits] == [None, 1, 2, 2, None]
+
+
+@pytest.mark.parametrize(("a_fmt", "b_fmt"), [("fixed8", "fixed8"), ("fixed3", "fixed8"), ("fixed8.4", "fixed6.3")])
+@pytest.mark.parametrize("reductions", [(-1, -1), (-2, -2)], ids=str)
+def test_integers_give_what_float32_gives(a_fmt, b_fmt, reductions):
+    sizes = (130, 150, 200)
+    tensors = [
+        fake_quantize(normal(*((rows, 200) if reduction == -1 else (200, rows)), seed=rows) * 3, parse(fmt), reduction)
+        for rows, fmt, reduction in zip(sizes, (a_fmt, b_fmt), reductions, strict=False)
+    ]
+    a, b = (
+        operand(tensor, parse(fmt), reduction)
+        for tensor, fmt, reduction in zip(tensors, (a_fmt, b_fmt), reductions, strict=True)
+    )
+    product = int8.Int8Engine().multiply(a, b, None, None)
+    # Sums of so few 8-bit products are integers that a float32 holds.
+    assert torch.equal(product, (a.rows.double() @ b.rows.double().mT).float())
+    assert torch.equal(multiply(a, b, "auto", add_to=product.clone()), 2 * product)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_integers_do_not_hide_inf_and_nan(value):
+    fmt = FixedPoint(8)
+    x = torch.ones(128, 128)
+    x[3, 5] = value
+    x = fake_quantize(x, fmt)
+    product = multiply(operand(x, fmt, -1), operand(torch.ones(128, 128), fmt, -1), "auto")
+    assert product.isnan().all()  # fixed point with one scale: all of it is NaN
+
+
+def test_the_code_that_two_s_complement_has_on_one_side_alone_survives():
+    fmt = FixedPoint(8, 4)
+    x = torch.full((128, 128), -8.0)  # code -128
+    product = multiply(operand(x, fmt, -1), operand(x, fmt, -1), "auto")
+    assert torch.equal(product, torch.full((128, 128), 64.0 * 128))
+
+
+def test_zeros_have_a_scale_too():
+    fmt = FixedPoint(8)
+    zeros = torch.zeros(128, 128)
+    assert torch.equal(multiply(operand(zeros, fmt, -1), operand(zeros, fmt, -1), "auto"), zeros)
+
+
+@pytest.mark.parametrize("mode", ["auto", "float32"])
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        (torch.zeros(3, 20), torch.zeros(8, 24), None),
+        (torch.zeros(3, 24), torch.zeros(8, 24).bfloat16(), None),
+        (torch.zeros(3, 24).bfloat16(), torch.zeros(8, 24), None),
+        (torch.zeros(3, 24), torch.zeros(8, 24), torch.zeros(5)),
+    ],
+    ids=["width", "weight's dtype", "input's dtype", "bias's shape"],
+)
+def test_operands_that_do_not_fit_are_refused_as_torch_refuses_them(mode, x, weight, bias):
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.linear(x, weight, bias)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, bias, GemmConfig(PrecisionConfig((4, 4, 4, 16)), gemm=mode))
+
+
+def test_batched_operands_that_do_not_fit_are_refused():
+    config = GemmConfig(PrecisionConfig((4, 4, 4, 16)))
+    with pytest.raises(RuntimeError):
+        matmul(torch.zeros(2, 3, 4), torch.zeros(2, 4, 5).bfloat16(), config)
+
+
+@pytest.mark.parametrize("bias", [torch.arange(16.0)[::2], torch.ones(1).expand(8)], ids=["strided", "expanded"])
+def test_a_bias_may_lie_in_memory_as_it_likes(bias):
+    x, weight = normal(3, 24), normal(8, 24)
+    config = GemmConfig(PrecisionConfig((4, 4, 4, 16)))
+    assert torch.equal(linear(x, weight, bias, config), linear(x, weight, bias.clone(), config))
+
+
+@pytest.mark.parametrize("extremes", [(1.0, -1.0), (1.0, -0.5), (0.5, -1.0), (1.0, 0.0), (0.0, -1.0)], ids=str)
+@pytest.mark.parametrize("fmt", [*(f"fixed{bits}" for bits in range(2, 9)), "fixed8.4", "fixed4.4", "fixed2.0"])
+def test_integers_keep_the_largest_values_of_either_sign(fmt, extremes):
+    fmt = parse(fmt)
+    x = (normal(256, 192, seed=1) / 8).clamp(extremes[1], extremes[0])
+    x[3, 5], x[200, 100] = extremes
+    x, w = fake_quantize(x * 4, fmt), fake_quantize(normal(130, 192, seed=2), fmt)
+    a, b = operand(x, fmt, -1), operand(w, fmt, -1)
+    product = int8.Int8Engine().multiply(a, b, None, None)
+    assert product is not None
+    assert torch.equal(product, (x.double() @ w.double().mT).float())
+    assert torch.equal(multiply(a, b, "auto"), product)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 16, 512), (129, 128, 131), (256, 256, 256), (300, 700, 260)], ids=str)
+@pytest.mark.parametrize("fmt", ["bfp2", "bfp8", "bfp9", "bfp16", "bfp32", "fixed4", "fixed8", "fixed16", "fixed8/row"])
+def test_every_engine_is_exact_at_sizes_and_extremes_that_reach_it(threads, fmt, sizes, number):
+    threads(number)
+    m, k, n = sizes
+    fmt, weight_fmt = parse(fmt), parse("bfp4" if fmt.startswith("bfp") else "fixed4")
+    x, w = normal(m, k, seed=1) * 2.0 ** (normal(m, 1, seed=2) * 20).round(), normal(n, k, seed=3)
+    x[0, 0], x[-1, -1], w[0, 0], w[-1, -1] = 2.0**20, -(2.0**20), 4.0, -4.0
+    x, w = fake_quantize(x, fmt), fake_quantize(w, weight_fmt)
+    exact = x.double() @ w.double().mT
+    bound = k * 2.0**-22 * (x.double().abs() @ w.double().abs().mT)
+    for mode in ("auto", "float32"):
+        product = multiply(operand(x, fmt, -1), operand(w, weight_fmt, -1), mode)
+        assert ((product - exact).abs() <= bound).all(), mode
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_setting_of_torch_cuts_the_operands(precision):
+    fmt = parse("bfp16")
+    x, w = fake_quantize(normal(200, 300, seed=1), fmt), fake_quantize(normal(200, 300, seed=2), fmt)
+    a, b = operand(x, fmt, -1), operand(w, fmt, -1)
+    float32._say_float64.cache_clear()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.warns(UserWarning, match="multiplied in float64"):
+            product = multiply(a, b, "float32")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(product, (x.double() @ w.double().mT).float())
+
+
+class Trusting(Engine):
+    """Says that it rounds, and does not."""
+
+    name = "trusting"
+
+    def __init__(self, fuses):
+        self.fuses = fuses
+
+    def accepts(self, a, b, device, dtype):
+        return True
+
+    def fuses_rounding(self, fmt):
+        return self.fuses
+
+    def multiply(self, a, b, bias, add_to):
+        return a.rows @ b.rows.mT
+
+
+@pytest.fixture
+def first_engine():
+    def put(fuses):
+        gemm.register(Trusting(fuses), first=True)
+        return plan(Side(BlockFloat(4), True), Side(BlockFloat(4), True), CPU, torch.float32)
+
+    yield put
+    gemm.unregister("trusting")
+
+
+def test_an_operand_that_nobody_rounded_is_refused_and_not_multiplied(first_engine):
+    """One engine is asked who rounds, another one multiplies: what the plan is there to prevent."""
+    fusing = first_engine(True)
+    assert fusing.fused == (True, True)
+    left_to_it = operand(normal(3, 16), BlockFloat(4))._replace(rounded=False)
+    assert fusing.multiply(left_to_it, left_to_it).shape == (3, 3)
+    gemm.unregister("trusting")
+    other = first_engine(False)
+    rounded = operand(fake_quantize(normal(3, 16), BlockFloat(4)), BlockFloat(4))
+    assert other.multiply(rounded, rounded).shape == (3, 3)
+    for operands in ((left_to_it, rounded), (rounded, left_to_it)):
+        with pytest.raises(RuntimeError, match=r"[ab]: not rounded to bfp4, and .*trusting.* does not round it"):
+            other.multiply(*operands)
+
+
+def test_an_operand_of_another_format_than_planned_is_refused(first_engine):
+    planned = first_engine(True)
+    x = operand(fake_quantize(normal(3, 16), BlockFloat(8)), BlockFloat(8))
+    with pytest.raises(RuntimeError, match=r"a: got .*expected .*which the product was planned for"):
+        planned.multiply(x, x)
+
+
+def test_engines_of_one_plan_round_the_same(first_engine):
+    planned = first_engine(True)
+    assert {engine.fuses_rounding(BlockFloat(4)) for engine in planned.engines} == {True}
+
+
+def test_a_name_is_registered_once(first_engine):
+    first_engine(True)
+    with pytest.raises(ValueError, match="engine 'trusting' is registered already"):
+        gemm.register(Trusting(True))
+
+
+@pytest.mark.parametrize("mode", ["auto", "int8", "native", "float32"])
+@pytest.mark.parametrize("a_fmt", ["int8/row", "int8/tensor", "int4/row", "int8/32", "bfp4"])
+@pytest.mark.parametrize("b_fmt", ["int8/row", "int2/tensor"])
+@pytest.mark.parametrize("sizes", [(5, 24, 7), (130, 160, 150)], ids=str)
+def test_scales_of_rows_factor_out_and_codes_multiply_exactly(mode, a_fmt, b_fmt, sizes):
+    if mode != "auto" and gemm.base._ENGINES[gemm.names().index(mode)].unavailable():
+        pytest.skip(f"no {mode} engine here")
+    m, k, n = sizes
+    a_fmt, b_fmt = parse(a_fmt), parse(b_fmt)
+    x, weight = normal(m, k, seed=1) * torch.arange(1, m + 1)[:, None], normal(n, k, seed=2)
+    config = GemmConfig(PrecisionConfig((f"{a_fmt}|{b_fmt}", 32, 32, 32)), gemm=mode)
+    y = linear(x, weight, None, config)
+    wanted = fake_quantize(x, a_fmt).double() @ fake_quantize(weight, b_fmt).double().mT
+    magnitudes = fake_quantize(x, a_fmt).double().abs() @ fake_quantize(weight, b_fmt).double().abs().mT
+    assert ((y - wanted).abs() <= k * 2.0**-22 * magnitudes).all()
+    if mode == "int8" and a_fmt.outer_scale and min(sizes) >= int8.LEAST:
+        side = Side(a_fmt, True)
+        assert plan(side, Side(b_fmt, True), CPU, torch.float32, mode).engines[0].name == "int8"

@@ -1,0 +1,63 @@
+"""How to add a number format: one file, used here through the real command lines."""
+
+import subprocess
+import sys
+
+PLUGIN = '''
+from dataclasses import dataclass
+
+import torch
+
+from fairseq_dsq import formats
+from fairseq_dsq.formats.integer import Integer
+
+
+@dataclass(frozen=True)
+class Logarithmic(Integer):
+    """Signed powers of two below the largest magnitude of a row: log4 has 0 and +-max * 2^-k, k = 0 to 6."""
+
+    family = "log"
+
+    def scale_of(self, groups):
+        return super().scale_of(groups) * self.max_code
+
+    def encode(self, groups, scale, noise):
+        exponents = torch.log2((groups / scale).abs()).round().nan_to_num(-999.0)
+        exponents = exponents.where(exponents >= 1 - self.max_code, -999.0)
+        return torch.exp2(exponents) * groups.sign()
+
+    def to_codes(self, elements):
+        magnitudes = (self.max_code + torch.log2(elements.abs())).clamp(min=0).to(torch.int32)
+        return magnitudes | (elements < 0).to(torch.int32) << (self.bits - 1)
+
+    def from_codes(self, codes):
+        magnitudes = (codes & self.max_code).to(torch.float32)
+        values = torch.where(magnitudes > 0, torch.exp2(magnitudes - self.max_code), 0.0)
+        return torch.where(codes > self.max_code, -values, values)
+
+    def __str__(self):
+        return f"log{self.bits}"
+
+
+formats.register("log", lambda q, options: Logarithmic(options.bits(q)))
+'''
+
+
+def test_a_format_of_ones_own(cli, tmp_path):
+    (tmp_path / "logarithmic.py").write_text(PLUGIN)
+    (tmp_path / "__init__.py").write_text("import fairseq_dsq\nfrom . import logarithmic\n")
+    log = cli.train(
+        tmp_path / "run", "--user-dir", tmp_path, "--dsq-format", "log", "--dsq-levels", "[6,4,6,8]", "--max-epoch", 1
+    )
+    assert "done training" in log
+    check = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch, logarithmic
+from fairseq_dsq import formats
+from fairseq_dsq.quantized import fake_quantize, pack
+fmt, x = formats.parse("log4"), torch.tensor([[8.0, -3.9, 0.05, 0.9, 0.0]])
+assert fake_quantize(x, fmt).tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
+assert pack(x, fmt).dequantize().tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
+assert pack(x, fmt).nbytes == fmt.nbytes(x.shape) == 4 + 3
+"""
+    subprocess.run([sys.executable, "-c", check], check=True)

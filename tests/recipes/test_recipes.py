@@ -1,0 +1,70 @@
+"""Recipes: which commands they stand for, and what of them is refused."""
+
+import shlex
+
+import pytest
+
+from fairseq_dsq.cli import main
+from fairseq_dsq.recipes.run import slug
+
+
+def commands(capsys, *arguments):
+    assert main(["run", *arguments]) == 0
+    return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_dry_run_prints_the_commands_and_runs_none(tmp_path, capsys):
+    given = ("multi30k", "--runs", str(tmp_path), "--levels", "[4,4,4,16] [16,4,4,16]", "--dim", "64", "--dry-run")
+    found = commands(capsys, *given, "--", "--lr", "1e-3")
+    assert [command[0] for command in found] == ["translation-prepare", "run-train", "epochs", "run-translate"]
+    assert found[1][1] == str(tmp_path / "multi30k/bfp-4-4-4-16_16-4-4-16-seed1")
+    flags = found[1][3:]
+    assert flags[flags.index("--encoder-embed-dim") + 1] == "64" and flags[-2:] == ["--lr", "1e-3"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_has_a_run_a_method_and_then_the_report(tmp_path, capsys):
+    found = commands(capsys, "wmt14", "--methods", "float32 dsq", "--out", str(tmp_path), "--seed", "3", "--dry-run")
+    runs = [str(tmp_path / "float32-seed3"), str(tmp_path / "dsq-seed3")]
+    assert [command[1] for command in found if command[0] == "run-train"] == runs
+    assert found[-1] == ["report", *runs]
+
+
+def test_glue_is_prepared_fine_tuned_and_scored(tmp_path, capsys):
+    given = ("RTE", "--encoder", "an/encoder", "--group-by-length", "--runs", str(tmp_path), "--dry-run")
+    found = commands(capsys, "glue", *given)
+    names = ["glue-prepare", "glue-flags", "run-train", "epochs", "glue-evaluate"]
+    assert [command[0] for command in found] == names
+    assert found[0][:3] == ["glue-prepare", "RTE", str(tmp_path / "glue/RTE/encoder-bfp-default-seed1/data")]
+    assert found[0][-3:] == ["--train-rows", "0", "--group-by-length"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: speech\n", "kind: got 'speech', expected one of translation, glue"),
+        ("kind: translation\nabout: a\ntrain: b\nepochs: 1\n", "corpus: missing"),
+        ("kind: glue\nabout: a\ntrain: b\nepochs: soon\n", "epochs"),
+        (
+            "kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: latin\n",
+            "got 'latin', expected iwslt17, multi30k",
+        ),
+        ("kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: {source: la}\n", "target"),
+        ("kind: translation\nabout: a\ntrain: --x {size}\nepochs: 1\ncorpus: wmt14\n", "{size}"),
+        ("kind: translation\nabout: a\ntrain: --x 'y\nepochs: 1\ncorpus: wmt14\n", "train: No closing quotation"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, expected):
+    (tmp_path / "own.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "own.yaml"), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fairseq-dsq run: error: ") and expected in line
+
+
+def test_no_such_recipe(capsys):
+    assert main(["run", "latin"]) == 2
+    assert "RECIPE: got 'latin', expected glue, iwslt17, multi30k, wmt14 or the path" in capsys.readouterr().err
+
+
+def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
+    assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
