@@ -36,11 +36,11 @@ ARROWS = {
     "__init__": {"criterions", "errors", "models", "optim", "plugin"},
     "models": {"plugin"},
     "criterions": {"plugin"},
-    "glue": {"artefact", "download", "plugin", "text"},
+    "glue": {"artefact", "data_files", "download", "plugin", "text"},
     "recipes": {"artefact", "data_files", "translation"},
     "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
-    "bench": {"criterions", "formats", "nn", "plugin", "precision", "quantized"},
+    "bench": {"formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
         *("ledger", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules", "text"),

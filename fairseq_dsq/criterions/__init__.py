@@ -5,7 +5,8 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq_dsq.plugin.config import CRITERION_PREFIX
 from fairseq_dsq.plugin.criterion import dsq_criterion
 
-_OWN = [name for name in CRITERION_DATACLASS_REGISTRY if not name.startswith(CRITERION_PREFIX)]
-TWINS = {name: dsq_criterion(name) for name in _OWN}
+TWINS = {
+    name: dsq_criterion(name) for name in list(CRITERION_DATACLASS_REGISTRY) if not name.startswith(CRITERION_PREFIX)
+}
 
 __all__ = ["TWINS"]
