@@ -21,7 +21,7 @@ def test_the_report_puts_a_plain_run_beside_a_recorded_one(cli, tmp_path, capsys
     line = next(line for line in out.splitlines() if line.startswith("Generate test"))
     bleu = line.split("BLEU4 = ")[1].split(",")[0]
     (epoch,) = read_run(plain).epochs
-    assert epoch.updates == 6 and epoch.train_loss > epoch.valid_loss > 1 and epoch.arithmetic is None
+    assert epoch.updates > 3 and epoch.train_loss > epoch.valid_loss > 1 and epoch.arithmetic is None
     assert read_run(plain).incomplete == ""
     assert main(["report", str(plain), str(dsq), str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 0
     text, err = capsys.readouterr()

