@@ -224,7 +224,8 @@ def plan(a: Side, b: Side, device: torch.device, dtype: torch.dtype, mode: str =
         device, dtype: of both.
         mode: ``auto``, or the name of an engine: products that it does not accept run on ``float32``.
     """
-    engines = [engine for engine in _ENGINES if mode in (AUTO, engine.name) or engine.name == "float32"]
+    by_name = {engine.name: engine for engine in _ENGINES}
+    engines = _ENGINES if mode == AUTO else [by_name[name] for name in dict.fromkeys((mode, "float32"))]
     accepted = [engine for engine in engines if engine.accepts(a, b, device, dtype)]
 
     def fused(engine: Engine) -> tuple[bool, bool]:

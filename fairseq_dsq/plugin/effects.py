@@ -180,7 +180,8 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
         if lower.formats == higher.formats:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
-    used = {held for level in levels for pair in level.formats for held in pair}
+    ruled = [level for rule in rules_of(args, len(levels)) for level in rule.levels]
+    used = {held for level in [*levels, *ruled] for pair in level.formats for held in pair}
     if used <= {formats.Float32()}:
         for line in given(*(name for name in own if name not in (*THE_LEVELS, *defaults(DSQConfig, "schedule")))):
             yield f"{line} with --dsq-format float32, which rounds nothing"

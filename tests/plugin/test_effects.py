@@ -54,7 +54,13 @@ def test_every_flag_without_effect_in_float32_is_named():
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
     others |= {"value_boxes": "feature", "scale": "fit", "schedule": "cyclic", "raise_at": "5", "cycle": 2}
     others |= {"callback": "a:b", "raise_on_divergence": True, "box_size": "32"}
-    assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(("dsq_format", "dsq_levels"))
+    assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(
+        ("dsq_format", "dsq_levels", "dsq_rules")
+    )
+
+
+def test_a_flag_has_an_effect_where_a_rule_s_modules_are_quantized():
+    assert list(idle(format="float32", rules="head=bfp4", rounding="stochastic", gemm="float32")) == []
 
 
 PAPERS = Plateau(2, patience=5)
