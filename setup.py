@@ -149,7 +149,7 @@ setup(
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "report": ["matplotlib", "jinja2"],
-        "glue": ["transformers", "tokenizers", "safetensors", "scikit-learn", "scipy"],
+        "glue": ["tokenizers", "safetensors", "scikit-learn", "scipy"],
     },
     entry_points={"console_scripts": ["fairseq-dsq = fairseq_dsq.cli:main"]},
 )

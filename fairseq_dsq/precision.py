@@ -76,6 +76,14 @@ class PrecisionConfig:
                 except ValueError as error:
                     raise ValueError(f"q{index} = {q}: {error}") from None
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.q, self.format_name, self.options))
+
+    def __hash__(self) -> int:
+        """Made once: every GEMM that runs is counted under its precision."""
+        return self._hash
+
     def _format(self, member: Q) -> Format:
         if isinstance(member, int):
             return formats.make_format(self.format_name, member, self.options)

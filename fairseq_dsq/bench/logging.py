@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from fairseq_dsq.bench.timing import Row, interleave
 from fairseq_dsq.bench.train_step import criterion_of
-from fairseq_dsq.criterions.dsq_criterion import PREFIX
 from fairseq_dsq.plugin import probe
+from fairseq_dsq.plugin.config import CRITERION_PREFIX
 
 ROUNDS = 15
 
@@ -22,4 +22,4 @@ def run(rounds: int) -> list[Row]:
         criterion = criterion_of(name)
         return lambda: criterion(model, sample)[0].backward()
 
-    return interleave({f"{PREFIX}{name}": step(PREFIX + name)}, step(name), name, rounds)
+    return interleave({f"{CRITERION_PREFIX}{name}": step(CRITERION_PREFIX + name)}, step(name), name, rounds)

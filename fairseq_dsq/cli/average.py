@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fairseq_dsq import artefact
-from fairseq_dsq.plugin.config import DSQConfig, defaults, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fairseq_dsq.plugin.state import Record
-
-PREFIX = "dsq."
+from fairseq_dsq.plugin.averaging import average
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,111 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    import torch
-
-    if not args.output.parent.is_dir():
-        raise OSError(f"{args.output}: its folder does not exist")
-    first, *others = args.checkpoints
-    document = _read(first)
-    record, parameters = _record(first, document), _parameters(document)
-    sums = {name: value.double() if value.is_floating_point() else value for name, value in parameters.items()}
-    for path in others:
-        state = _read(path)
-        _compare_flags(path, first, state["cfg"]["model"], document["cfg"]["model"])
-        record = _join(path, first, _record(path, state), record)
-        _compare_parameters(path, first, _parameters(state), parameters)
-        for name, value in _parameters(state).items():
-            if value.is_floating_point():
-                sums[name] += value.double()
-            elif not torch.equal(value, sums[name]):
-                raise ValueError(f"{path}: {name} is not that of {first}, and integers have no average")
-    count = len(args.checkpoints)
-    document["model"] = {
-        name: (sums[name] / count).to(value.dtype) if value.is_floating_point() else value
-        for name, value in parameters.items()
-    }
-    if record is not None:
-        document["model"] |= {PREFIX + name: value for name, value in record.entries().items()}
-    # They belong to the parameters of one of the checkpoints.
-    document.pop("last_optimizer_state", None)
-    for name in ("ema", "ema_fp32_params"):
-        document["extra_state"].pop(name, None)
-    with artefact.atomic(args.output) as partial:
-        torch.save(document, partial)
+    record = average(args.output, args.checkpoints)
     at = "" if record is None else f", at precision level {record.in_force}, {record.levels[record.in_force]}"
-    print(f"wrote {args.output}: the average of {count} checkpoints{at}")
+    print(f"wrote {args.output}: the average of {len(args.checkpoints)} checkpoints{at}")
     return 0
-
-
-def _parameters(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's entries but the schedule's."""
-    return {name: value for name, value in state["model"].items() if not name.startswith(PREFIX)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from fairseq import checkpoint_utils
-
-    if not path.is_file():
-        raise OSError(f"{path}: does not exist, expected a checkpoint")
-    try:
-        state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-        _ = state["model"].items(), state["cfg"]["model"], state["extra_state"]
-    except Exception as error:  # torch and fairseq raise whatever comes first
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(f"{path}: expected a checkpoint of fairseq-train ({type(error).__name__}: {reason})") from None
-    return state
-
-
-def _record(path: Path, state: Mapping[str, Any]) -> Record | None:
-    """What a checkpoint says of the schedule; None for one of a float model."""
-    from fairseq_dsq import schedules
-    from fairseq_dsq.plugin.effects import levels_of
-    from fairseq_dsq.plugin.state import Record
-
-    entries = {name.removeprefix(PREFIX): value for name, value in state["model"].items() if name.startswith(PREFIX)}
-    if not entries:
-        return None
-    flags: Any = DSQConfig.of(state["cfg"]["model"])
-    try:
-        levels = tuple(level.by_value for level in levels_of(flags))
-    except ValueError as error:
-        raise ValueError(f"{path}: --dsq-levels: {error}") from None
-    try:
-        start = schedules.make(flags.dsq_schedule, len(levels), flags).start()
-    except ValueError as error:
-        raise ValueError(f"{path}: dsq_{error}") from None
-    record = Record.of(entries, start)
-    return record if record.levels else replace(record, levels=levels)
-
-
-def _join(path: Path, first: Path, own: Record | None, other: Record | None) -> Record | None:
-    """The higher of two levels. No loss of the average is known, so that none is the best."""
-    if own is None or other is None:
-        if own is not other:
-            raise ValueError(f"{path}: expected checkpoints with DSQ layers or without, as {first}")
-        return None
-    if own.levels != other.levels:
-        raise ValueError(
-            f"{path}: got the levels {' '.join(own.levels)}, expected {' '.join(other.levels)}, those of {first}"
-        )
-    level = max(own.schedule.level, other.schedule.level)
-    fresh: dict[str, Any] = {field.name: field.default for field in fields(own.schedule)}
-    in_force = max(own.in_force, other.in_force)
-    return replace(
-        own, in_force=in_force, schedule=replace(own.schedule, **{**fresh, "level": level}), counted_update=-1
-    )
-
-
-def _compare_flags(path: Path, first: Path, own: Any, other: Any) -> None:
-    # The other flags change nothing that a model computes in evaluation, or are part of the levels by value.
-    for name, default in {"arch": None, **defaults(DSQConfig, "evaluation")}.items():
-        got, expected = (getattr(model, name, default) for model in (own, other))
-        if got != expected:
-            raise ValueError(f"{path}: {option(name)}: got {got!r}, expected {expected!r}, that of {first}")
-
-
-def _compare_parameters(path: Path, first: Path, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    for name in dict.fromkeys([*other, *own]):
-        got, expected = (tuple(model[name].shape) if name in model else None for model in (own, other))
-        if got != expected:
-            raise ValueError(f"{path}: {name}: got {got or 'none'}, expected {expected or 'none'}, that of {first}")

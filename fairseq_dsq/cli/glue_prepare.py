@@ -42,15 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from fairseq_dsq.glue.sentence_prediction import binarise
-
     with blame("TASK"):
         task = find_task(args.task)
     if args.train_rows < 0:
         raise ValueError(f"--train-rows: got {args.train_rows}, expected an integer >= 1, or 0 for all")
     encoder = find(args.encoder, args.downloads)
     prepared, written = prepare(
-        task, args.folder, encoder, args.downloads, binarise, args.data, args.train_rows, args.group_by_length
+        task, args.folder, encoder, args.downloads, args.data, args.train_rows, args.group_by_length
     )
     for split, count in prepared.skipped.items():
         print(

@@ -1,5 +1,12 @@
-"""``dsq_<name>`` for every criterion that fairseq registers with a dataclass."""
+"""Criteria that fairseq registers: ``dsq_<criterion>`` for each of its own that has a dataclass."""
 
-from fairseq_dsq.criterions import dsq_criterion
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 
-__all__ = ["dsq_criterion"]
+from fairseq_dsq.plugin.config import CRITERION_PREFIX
+from fairseq_dsq.plugin.criterion import dsq_criterion
+
+TWINS = {
+    name: dsq_criterion(name) for name in list(CRITERION_DATACLASS_REGISTRY) if not name.startswith(CRITERION_PREFIX)
+}
+
+__all__ = ["TWINS"]

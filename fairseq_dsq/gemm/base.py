@@ -140,14 +140,8 @@ class Plan:
             RuntimeError: an operand that is not rounded and that no engine of the plan rounds, or one that the plan was
                 not made for.
         """
-        for name, operand, side, fused in zip("ab", (a, b), self.sides, self.fused, strict=True):
-            if operand.side is not side and operand.side != side:
-                raise RuntimeError(f"{name}: got {operand.side}, expected {side}, which the product was planned for")
-            if not operand.rounded and not fused:
-                names = ", ".join(engine.name for engine in self.engines)
-                raise RuntimeError(
-                    f"{name}: not rounded to {side.fmt}, and {names} does not round it: nothing multiplied"
-                )
+        self._check("a", a, self.sides[0], self.fused[0])
+        self._check("b", b, self.sides[1], self.fused[1])
         if a.scale is None and b.scale is None:
             return self._product(a, b, bias, add_to)
         product = self._product(a, b, None, None)
@@ -156,6 +150,13 @@ class Plan:
         if b.scale is not None:
             product = product * b.scale.mT
         return finish(product, bias, add_to)
+
+    def _check(self, name: str, operand: Operand, side: Side, fused: bool) -> None:
+        if operand.side is not side and operand.side != side:
+            raise RuntimeError(f"{name}: got {operand.side}, expected {side}, which the product was planned for")
+        if not operand.rounded and not fused:
+            names = ", ".join(engine.name for engine in self.engines)
+            raise RuntimeError(f"{name}: not rounded to {side.fmt}, and {names} does not round it: nothing multiplied")
 
     def _product(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
         for engine in self.engines:
@@ -166,6 +167,8 @@ class Plan:
 
 
 _ENGINES: list[Engine] = []
+# Counts the changes of the list: plans that somebody holds are of one.
+generation = 0
 
 
 def register(engine: Engine, first: bool = False) -> None:
@@ -177,12 +180,18 @@ def register(engine: Engine, first: bool = False) -> None:
     if engine.name in names():
         raise ValueError(f"engine {engine.name!r} is registered already")
     _ENGINES.insert(0 if first else len(_ENGINES), engine)
-    plan.cache_clear()
+    _forget_plans()
 
 
 def unregister(name: str) -> None:
     """Undo :func:`register`."""
     _ENGINES[:] = [engine for engine in _ENGINES if engine.name != name]
+    _forget_plans()
+
+
+def _forget_plans() -> None:
+    global generation
+    generation += 1
     plan.cache_clear()
 
 

@@ -6,6 +6,8 @@ AVX512-BF16, values in any format, of one bfloat16 term times one or two.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ class NativeEngine(Engine):
         return kernels.gemm_takes_values or all(side.along and self.fuses_rounding(side.fmt) for side in (a, b))
 
     def fuses_rounding(self, fmt: Format) -> bool:
-        return fmt == BlockFloat(fmt.bits) and fmt.group == DEFAULT_BOX_SIZE
+        spec = fmt.spec
+        return spec is not None and spec.box_size == DEFAULT_BOX_SIZE and spec == BlockFloat(spec.bits).spec
 
     def multiply(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
         rows, columns = a.rows, b.rows
@@ -43,11 +46,17 @@ class NativeEngine(Engine):
             out if batched else out[None],
             rows if batched else rows[None],
             columns if batched else columns[None],
-            self._bits(a), self._bits(b), terms(a.side.significand_bits) or 1, bias, add_to is not None,
+            *_numbers(a.side, b.side), bias, add_to is not None,
         )  # fmt: skip
         return out
 
-    def _bits(self, operand: Operand) -> int:
-        """What to round to. Once more changes nothing, and tells the kernel the boxes' scales."""
-        side = operand.side
-        return side.fmt.bits if side.along and self.fuses_rounding(side.fmt) else 0
+
+@cache
+def _numbers(a: Side, b: Side) -> tuple[int, int, int]:
+    """The widths that the kernel rounds to, 0 for values as they are, and the bfloat16 terms of ``a``.
+
+    It rounds what is rounded already too: once more changes nothing, and tells it the boxes' scales.
+    """
+    fuses = NativeEngine().fuses_rounding
+    bits = (side.fmt.bits if side.along and fuses(side.fmt) else 0 for side in (a, b))
+    return *bits, terms(a.significand_bits) or 1  # type: ignore[return-value]

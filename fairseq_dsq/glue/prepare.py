@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,7 +89,6 @@ def prepare(
     folder: Path,
     pretrained: Encoder,
     downloads: Path,
-    binarise: Callable[[Path, str, Path, list[str]], None],
     data: Path | None = None,
     train_rows: int = 0,
     group_by_length: bool = False,
@@ -101,7 +100,6 @@ def prepare(
         folder: to write to; made whole or not at all.
         pretrained: the encoder to prepare for.
         downloads: where downloaded files are kept.
-        binarise: :func:`fairseq_dsq.glue.sentence_prediction.binarise`.
         data: the folder of the task's TSV files; see :func:`fairseq_dsq.glue.files.find`.
         train_rows: cut the training set to so many rows, drawn with a fixed seed; 0 for all.
         group_by_length: order the rows of every split by their number of tokens, so that a batch holds rows of like
@@ -131,7 +129,7 @@ def prepare(
             raise OSError(f"{folder}: holds something else, expected a new or empty folder")
         with artefact.atomic(folder) as partial:
             partial.mkdir()
-            prepared = _make(task, partial, tokenizer, dictionary, binarise, paths, train_rows, group_by_length)
+            prepared = _make(task, partial, tokenizer, dictionary, paths, train_rows, group_by_length)
             artefact.write(partial, settings)
     return prepared, True
 
@@ -155,12 +153,13 @@ def _make(
     folder: Path,
     tokenizer: Tokenizer,
     dictionary: Path,
-    binarise: Callable[[Path, str, Path, list[str]], None],
     paths: files.Files,
     train_rows: int,
     group_by_length: bool,
 ) -> Prepared:
     """Write everything but the stamp into an empty folder."""
+    from fairseq_dsq.glue.sentence_prediction import binarise
+
     tables = {TRAIN: tsv.read(task, paths.train)}
     for number, path in enumerate(paths.dev.values()):
         tables[valid_split(number)] = tsv.read(task, path)

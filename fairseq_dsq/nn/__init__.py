@@ -1,7 +1,7 @@
 """Quantized layers for any torch model, and :func:`convert`, which puts them in."""
 
 from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
-from fairseq_dsq.nn.attention import DSQMultiheadAttention
+from fairseq_dsq.nn.attention import DSQAttention
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     STASH_SCOPES,
@@ -11,11 +11,18 @@ from fairseq_dsq.nn.context import (
     GemmConfig,
     StashScope,
 )
-from fairseq_dsq.nn.convert import convert, left_float, matching_patterns, warn_of_float
+from fairseq_dsq.nn.convert import (
+    convert,
+    left_float,
+    matching_patterns,
+    register_dropout,
+    register_twin,
+    warn_of_float,
+)
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
-from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm
+from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, register_elementwise
 from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
@@ -24,12 +31,12 @@ __all__ = [
     "STASH_SCOPES",
     "VALUE_BOXES",
     "BoxDim",
+    "DSQAttention",
     "DSQContext",
     "DSQConv1D",
     "DSQDropout",
     "DSQLayerNorm",
     "DSQLinear",
-    "DSQMultiheadAttention",
     "GemmConfig",
     "Ledger",
     "LedgerKey",
@@ -43,5 +50,8 @@ __all__ = [
     "log_softmax",
     "matching_patterns",
     "matmul",
+    "register_dropout",
+    "register_elementwise",
+    "register_twin",
     "warn_of_float",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.functional import matmul
 from fairseq_dsq.nn.linear import DSQLinear, forward_group
 from fairseq_dsq.nn.saved import softmax
-
-IncrementalState = dict[str, dict[str, Tensor | None]]
 
 
 class _TakeRows(torch.autograd.Function):
@@ -59,30 +56,8 @@ def _in_order(x: Tensor, order: Tensor) -> Tensor:
     return _TakeRows.apply(rows, index.flatten()).view(x.shape)  # type: ignore[no-any-return]
 
 
-def _extend(
-    saved: dict[str, Tensor | None], k: Tensor | None, v: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """This step's k, v (B x heads x S x head_dim) and mask (B x S) after the saved ones."""
-    prev_key, prev_value, prev_mask = (saved.get(name) for name in ("prev_key", "prev_value", "prev_key_padding_mask"))
-    if prev_key is None or prev_value is None:
-        return k, v, mask
-    assert k is not None and v is not None
-    new = k.shape[2]
-    k, v = torch.cat([prev_key, k], dim=2), torch.cat([prev_value, v], dim=2)
-    if prev_mask is not None or mask is not None:
-        # A step without a mask has no padding.
-        before = prev_mask if prev_mask is not None else k.new_zeros(len(k), k.shape[2] - new)
-        now = mask if mask is not None else k.new_zeros(len(k), new)
-        mask = torch.cat([before.bool(), now.bool()], dim=1)
-    return k, v, mask
-
-
-class DSQMultiheadAttention(nn.Module):
-    """Attention with fairseq's ``MultiheadAttention`` interface, parameter names and incremental state.
-
-    fairseq's own training path hands raw weights to ``F.multi_head_attention_forward``, so swapped projections would
-    never be called; this module runs its own path. q, k and v projections of one input share one stash. Softmax and
-    dropout compute in float32.
+class DSQAttention(nn.Module):
+    """Multi-head attention; the projections of one input share one stash. Softmax and dropout compute in float32.
 
     The weighted sum runs over keys: no two keys' values share an exponent (:func:`matmul`'s ``apart``), so that no
     position sees a later one; and the weights' boxes, which lie along the keys, are counted from a sentence's own first
@@ -95,8 +70,6 @@ class DSQMultiheadAttention(nn.Module):
         kdim, vdim: C of keys and values; None takes ``embed_dim``.
         dropout: probability on attention weights, or a module that applies it.
         bias: give the projections a bias.
-        self_attention: keys and values are the queries.
-        encoder_decoder_attention: values are the keys.
     """
 
     products_are_quantized = True
@@ -110,8 +83,6 @@ class DSQMultiheadAttention(nn.Module):
         vdim: int | None = None,
         dropout: float | nn.Module = 0.0,
         bias: bool = True,
-        self_attention: bool = False,
-        encoder_decoder_attention: bool = False,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -120,44 +91,12 @@ class DSQMultiheadAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.scaling = self.head_dim**-0.5
-        self.self_attention = self_attention
-        self.encoder_decoder_attention = encoder_decoder_attention
         self.context = context
-        self.beam_size = 1
         self.dropout_module = dropout if isinstance(dropout, nn.Module) else nn.Dropout(dropout)
         self.k_proj = DSQLinear(kdim or embed_dim, embed_dim, context, bias)
         self.v_proj = DSQLinear(vdim or embed_dim, embed_dim, context, bias)
         self.q_proj = DSQLinear(embed_dim, embed_dim, context, bias)
         self.out_proj = DSQLinear(embed_dim, embed_dim, context, bias)
-        self._state_key = f"{uuid.uuid4()}.attn_state"
-
-    @classmethod
-    def from_float(cls, module: Any, context: DSQContext) -> DSQMultiheadAttention:
-        """The twin of a fairseq ``MultiheadAttention``, holding its very parameters.
-
-        Raises:
-            ValueError: an option that has no quantized path (bias_kv, zero_attn, xformers).
-        """
-        for option, unsupported in (
-            ("add_bias_kv", module.bias_k is not None),
-            ("add_zero_attn", module.add_zero_attn),
-            ("xformers", module.use_xformers),
-        ):
-            if unsupported:
-                raise ValueError(f"attention with {option} cannot be converted, expected it off")
-        twin = cls(
-            module.embed_dim,
-            module.num_heads,
-            context,
-            module.kdim,
-            module.vdim,
-            module.dropout_module,
-            self_attention=module.self_attention,
-            encoder_decoder_attention=module.encoder_decoder_attention,
-        )
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            setattr(twin, name, DSQLinear.from_float(getattr(module, name), context))
-        return twin.train(module.training)
 
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
@@ -185,74 +124,59 @@ class DSQMultiheadAttention(nn.Module):
         group = self.context.config.precision.operands("output")[0].group
         return self.context.attention_matmul and isinstance(group, int) and 1 < group < keys
 
+    def _split(self, x: Tensor | None) -> Tensor | None:
+        """T x B x C to B x heads x T x head_dim."""
+        return None if x is None else x.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+
+    def _ordered(
+        self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """k, v and their mask with each sentence's padding last, and the order (B x S) where it is not as it was."""
+        if key_padding_mask is None or not self._counts_keys(k.shape[2]):
+            return k, v, key_padding_mask, None
+        key_padding_mask = key_padding_mask.bool()
+        order = _order(key_padding_mask)
+        if order is None:
+            return k, v, key_padding_mask, None
+        return _in_order(k, order), _in_order(v, order), key_padding_mask.gather(1, order), order
+
     def forward(
         self,
         query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
+        key: Tensor,
+        value: Tensor,
         key_padding_mask: Tensor | None = None,
-        incremental_state: IncrementalState | None = None,
-        need_weights: bool = True,
-        static_kv: bool = False,
+        *,
         attn_mask: Tensor | None = None,
-        before_softmax: bool = False,
+        need_weights: bool = True,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             query: T x B x C.
-            key, value: S x B x C; None where the incremental state holds them.
+            key, value: S x B x C.
             key_padding_mask: B x S, nonzero where a key is padding.
-            incremental_state: fairseq's decoding state; holds the keys and values of earlier steps.
-            need_weights: return the attention weights, averaged over heads.
-            static_kv: keys and values do not change between steps (encoder-decoder attention).
             attn_mask: T x S, added to the scores.
-            before_softmax: return the scores and v instead.
+            need_weights: return the attention weights, averaged over heads.
             need_head_weights: return the weights of each head.
 
         Returns:
             T x B x C, and the weights: B x T x S, heads x B x T x S with ``need_head_weights``, or None.
         """
-        tgt_len, batch, _ = query.shape
-        saved = self._get_input_buffer(incremental_state)
-        if static_kv and "prev_key" in saved:
-            key = value = None
-        elif self.self_attention:
-            key = value = query
-        elif self.encoder_decoder_attention and key is not None:
-            if self.beam_size > 1 and batch == key.shape[1]:
-                # The hypotheses of a beam share their source: T x (B * beam) x C to T x B x C.
-                key = key.unflatten(1, (-1, self.beam_size))[:, :, 0]
-                if key_padding_mask is not None:
-                    key_padding_mask = key_padding_mask.unflatten(0, (-1, self.beam_size))[:, 0]
-            value = key
         q, k, v = self._project(query, key, value)
-        # B x heads x S x head_dim
-        k = None if k is None else k.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
-        v = None if v is None else v.unflatten(2, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
-        if static_kv and "prev_key" in saved:
-            k, v = saved["prev_key"], saved["prev_value"]
-            key_padding_mask, order = saved["prev_key_padding_mask"], saved["key_order"]
-        else:
-            if not static_kv:
-                k, v, key_padding_mask = _extend(saved, k, v, key_padding_mask)
-            assert k is not None and v is not None
-            # What further keys will be appended to stays as it came.
-            buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask}
-            order = None
-            if key_padding_mask is not None and self._counts_keys(k.shape[2]) and not before_softmax:
-                key_padding_mask = key_padding_mask.bool()
-                order = _order(key_padding_mask)
-            if order is not None and key_padding_mask is not None:
-                k, v, key_padding_mask = _in_order(k, order), _in_order(v, order), key_padding_mask.gather(1, order)
-            if static_kv:
-                buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask, "key_order": order}
-            if incremental_state is not None:
-                self._set_input_buffer(incremental_state, buffer)
+        k, v = self._split(k), self._split(v)
         assert k is not None and v is not None
-        kv_batch, _, src_len, _ = k.shape
+        k, v, key_padding_mask, order = self._ordered(k, v, key_padding_mask)
+        scores = self._scores(q, k, key_padding_mask, attn_mask, order)
+        return self._weigh(scores, v, order, need_weights, need_head_weights)
 
+    def _scores(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, order: Tensor | None
+    ) -> Tensor:
+        """q T x (B * beam) x C and k B x heads x S x head_dim to B x heads x beam x T x S, masked."""
+        tgt_len, batch, _ = q.shape
+        kv_batch, _, src_len, _ = k.shape
         # With shared sources the beam's queries are rows of one product: (B * heads) x (beam * T) x head_dim.
         beam = batch // max(1, kv_batch)
         q = q.view(tgt_len, kv_batch, beam, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
@@ -264,8 +188,14 @@ class DSQMultiheadAttention(nn.Module):
             scores = scores + (attn_mask if order is None else attn_mask[:, order].transpose(0, 1)[:, None, None])
         if key_padding_mask is not None:
             scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], float("-inf"))
-        if before_softmax:
-            return scores.transpose(1, 2).reshape(-1, tgt_len, src_len), v.flatten(0, 1)
+        return scores
+
+    def _weigh(
+        self, scores: Tensor, v: Tensor, order: Tensor | None, need_weights: bool, need_head_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and the weights of scores B x heads x beam x T x S and v B x heads x S x head_dim."""
+        kv_batch, _, beam, tgt_len, src_len = scores.shape
+        batch = kv_batch * beam
         weights = softmax(scores, self.context)
         probs = self.dropout_module(weights.to(scores.dtype))
         heads = self._matmul(probs.view(kv_batch * self.num_heads, beam * tgt_len, src_len), v.flatten(0, 1))
@@ -278,39 +208,3 @@ class DSQMultiheadAttention(nn.Module):
             weights = weights.new_zeros(weights.shape).scatter(-1, places, weights)
         per_head = weights.permute(1, 0, 2, 3, 4).reshape(self.num_heads, batch, tgt_len, src_len)
         return out, per_head if need_head_weights else per_head.mean(0)
-
-    def _get_input_buffer(self, incremental_state: IncrementalState | None) -> dict[str, Tensor | None]:
-        return {} if incremental_state is None else incremental_state.get(self._state_key, {})
-
-    def _set_input_buffer(self, incremental_state: IncrementalState, buffer: dict[str, Tensor | None]) -> None:
-        incremental_state[self._state_key] = buffer
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """Split the joint in_proj_weight and in_proj_bias of old fairseq checkpoints."""
-        for kind in ("weight", "bias"):
-            joint = state_dict.pop(f"{name}.in_proj_{kind}", None)
-            if joint is not None:
-                for projection, part in zip(("q_proj", "k_proj", "v_proj"), joint.chunk(3), strict=True):
-                    state_dict[f"{name}.{projection}.{kind}"] = part
-
-    def set_beam_size(self, beam_size: int) -> None:
-        """Called by fairseq's generator: hypotheses that share one source sentence."""
-        self.beam_size = beam_size
-
-    def reorder_incremental_state(
-        self, incremental_state: IncrementalState | None, new_order: Tensor
-    ) -> IncrementalState | None:
-        """Follow a beam search that reordered or dropped its hypotheses; ``new_order`` holds their old indices."""
-        if incremental_state is None:
-            return None
-        buffer = self._get_input_buffer(incremental_state)
-        for name, tensor in buffer.items():
-            if tensor is None:
-                continue
-            order = new_order
-            if self.encoder_decoder_attention and self.beam_size > 1:
-                if len(tensor) * self.beam_size == len(new_order):
-                    return incremental_state
-                order = new_order.view(-1, self.beam_size)[:, 0] // self.beam_size
-            buffer[name] = tensor.index_select(0, order)
-        return incremental_state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from fairseq_dsq import gemm
 from fairseq_dsq.ledger import Ledger
@@ -37,6 +38,11 @@ class GemmConfig:
     box_dim: BoxDim = "reduction"
     gemm: str = gemm.AUTO
     value_boxes: ValueBoxes = "row"
+
+    @cached_property
+    def plans(self) -> dict[Any, Any]:
+        """What multiplies in the GEMMs of calls like those before, see :mod:`fairseq_dsq.nn.functional`."""
+        return {}
 
     def dim(self, reduction_dim: int) -> int:
         """The dimension along which the boxes of an operand lie."""

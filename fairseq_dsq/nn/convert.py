@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_dsq.nn.attention import DSQMultiheadAttention
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, is_known_activation
 
+# Makes the twin of a float module in a context, holding its very parameters; raises ValueError for what it cannot be.
+Make = Callable[[Any, DSQContext], nn.Module]
+_TWINS: dict[type, Make] = {nn.Linear: DSQLinear.from_float}
+_DROPOUTS: set[type] = {nn.Dropout}
 
-def _is_fairseq_attention(module: nn.Module) -> bool:
-    """By name, since only the registrations import fairseq; a subclass may have a path of its own."""
+
+def register_twin(kind: type[nn.Module], make: Make) -> None:
+    """Have :func:`convert` replace modules of ``kind`` by what ``make`` makes of them.
+
+    A subclass may have a path of its own, and is left alone. Layers of the twin are quantized by themselves where a
+    skip pattern names them: its children that are :class:`DSQLinear`.
+    """
+    _TWINS[kind] = make
+
+
+def register_dropout(kind: type[nn.Module]) -> None:
+    """Have the stash scope ``all`` draw masks of modules of ``kind`` again; :class:`DSQDropout` says what it reads."""
+    _DROPOUTS.add(kind)
+
+
+def _maker(module: nn.Module) -> Make | None:
     kind = type(module)
-    return (kind.__module__, kind.__qualname__) == ("fairseq.modules.multihead_attention", "MultiheadAttention")
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind is nn.Dropout or (kind.__module__, kind.__qualname__) == (
-        "fairseq.modules.fairseq_dropout",
-        "FairseqDropout",
-    )
-
-
-def _linear_twin(module: nn.Module) -> type[DSQLinear] | None:
-    """The class that takes the place of a linear layer; by name where that is not torch's."""
-    kind = type(module)
-    if kind is nn.Linear:
-        return DSQLinear
+    # By name, since transformers need not be installed.
     hugging_face = ("transformers.pytorch_utils", "transformers.modeling_utils")
-    return DSQConv1D if kind.__module__ in hugging_face and kind.__qualname__ == "Conv1D" else None
+    if kind.__module__ in hugging_face and kind.__qualname__ == "Conv1D":
+        return DSQConv1D.from_float
+    return _TWINS.get(kind)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -66,7 +70,7 @@ def _convertible(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modul
         if child is None:
             continue
         name = f"{prefix}{attribute}"
-        if _linear_twin(child) or _is_fairseq_attention(child):
+        if _maker(child):
             yield module, attribute, name
         elif not (_is_other_attention(child) or isinstance(child, nn.Linear)):
             yield from _convertible(child, f"{name}.")
@@ -142,7 +146,7 @@ def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
         if child is None or isinstance(child, DSQDropout):
             continue
         name = f"{prefix}{attribute}"
-        if type(child) is nn.LayerNorm or _is_dropout(child):
+        if type(child) is nn.LayerNorm or type(child) in _DROPOUTS:
             if not _has_hooks(child):
                 yield module, attribute, name
         else:
@@ -172,14 +176,14 @@ def convert(
     optional: Iterable[str] = (),
     warn: bool = True,
 ) -> nn.Module:
-    """Replace every nn.Linear, Hugging Face Conv1D and fairseq attention of ``model`` by its quantized twin.
+    """Replace every nn.Linear, Hugging Face Conv1D and layer of :func:`register_twin` by its quantized twin.
 
     Under the stash scope ``all``, every nn.LayerNorm and dropout too; activation functions between fairseq's fc1 and
     fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
     already. One warning names whatever else multiplies, see :func:`left_float`; a pattern of ``skip`` silences it.
 
     Args:
-        model: any torch module, changed in place; itself an nn.Linear or attention, its twin is returned.
+        model: any torch module, changed in place; itself a layer that has a twin, that is returned.
         context: precision, rounding, box direction and ledger that the layers share.
         skip: shell-style patterns; a module whose name, or a containing module's name, matches stays float32 (its
             GEMMs are still counted, as float32).
@@ -193,7 +197,7 @@ def convert(
         ValueError: a pattern that matches no layer, a layer with hooks (quant noise), or an attention
             option that has no quantized path; the message names it. The model is left as it was.
     """
-    if _linear_twin(model) or _is_fairseq_attention(model):
+    if _maker(model):
         holder = nn.Sequential(model)
         convert(holder, context, skip, optional)
         return holder[0]
@@ -207,21 +211,20 @@ def convert(
         matching = matching_patterns(skip, name)
         unused -= matching
         own = float_context if matching else context
-        if linear := _linear_twin(module):
-            twins.append((parent, attribute, linear.from_float(module, own)))
-            continue
+        make = _maker(module)
+        assert make is not None
         try:
-            attention = DSQMultiheadAttention.from_float(module, own)
+            twin = make(module, own)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        for projection, layer in attention.named_children():
+        for part, layer in twin.named_children():
             if not isinstance(layer, DSQLinear):
                 continue
-            matching = _matching(skip, [f"{name}.{projection}"])
+            matching = _matching(skip, [f"{name}.{part}"])
             unused -= matching
             if matching:
                 layer.context = float_context
-        twins.append((parent, attribute, attention))
+        twins.append((parent, attribute, twin))
     if context.stash_scope == "all":
         for _, _, name in _keepers(model):
             unused -= matching_patterns(skip, name)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_dsq.formats import Float32
-from fairseq_dsq.gemm import Operand, Plan, Side, plan
+from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.precision import GemmKind, StashRole
@@ -69,20 +69,22 @@ def _plans(config: GemmConfig, x: Tensor, n_dim: int) -> dict[GemmKind, Plan]:
     Args:
         n_dim: where N lies in the second operand as it is stored, -1 or -2; -2 for a layer's weight.
     """
-    k_dim = -3 - n_dim
-    reductions: dict[GemmKind, tuple[int, int]] = {
-        "output": (-1, k_dim),
-        "grad_input": (-1, n_dim),
-        "grad_weight": (-2, -2),
-    }
-    plans = {}
-    for kind, dims in reductions.items():
-        operands = zip(config.precision.operands(kind), dims, strict=True)
-        first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in operands)
-        # grad_weight is multiplied as its transpose, NxM @ MxK => NxK.
-        sides = (second, first) if kind == "grad_weight" else (first, second)
-        plans[kind] = plan(*sides, x.device, x.dtype, config.gemm)
-    return plans
+    key = x.device, x.dtype, n_dim, base.generation
+    found: dict[GemmKind, Plan] | None = config.plans.get(key)
+    if found is None:
+        reductions: dict[GemmKind, tuple[int, int]] = {
+            "output": (-1, -3 - n_dim),
+            "grad_input": (-1, n_dim),
+            "grad_weight": (-2, -2),
+        }
+        found = config.plans[key] = {}
+        for kind, dims in reductions.items():
+            operands = zip(config.precision.operands(kind), dims, strict=True)
+            first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in operands)
+            # grad_weight is multiplied as its transpose, NxM @ MxK => NxK.
+            sides = (second, first) if kind == "grad_weight" else (first, second)
+            found[kind] = plan(*sides, x.device, x.dtype, config.gemm)
+    return found
 
 
 class _Quantizer:
@@ -120,6 +122,8 @@ class _Quantizer:
     ) -> Operand:
         if fused and generator is None:
             return Operand(x, side, reduction, rounded=False)
+        if isinstance(side.fmt, Float32):
+            return Operand(x, side, reduction)
         dim, rounding = self.config.dim(reduction), self.config.rounding
         if side.factored and x.numel():
             elements, scale = factorize(x, side.fmt, dim, rounding, generator)

@@ -248,19 +248,17 @@ class Activation:
 
 
 _RELU = (nn.functional.relu, torch.relu)
-_ELEMENTWISE = (nn.functional.gelu, nn.functional.silu, nn.functional.sigmoid, torch.tanh, nn.functional.tanh)
-# By name, since only the registrations import fairseq.
-_FAIRSEQ_ELEMENTWISE = {
-    ("fairseq.modules.gelu", "gelu"),
-    ("fairseq.modules.gelu", "gelu_accurate"),
-    ("fairseq.utils", "relu_squared"),
-}
+_ELEMENTWISE = [nn.functional.gelu, nn.functional.silu, nn.functional.sigmoid, torch.tanh, nn.functional.tanh]
+
+
+def register_elementwise(*functions: Callable[[Tensor], Tensor]) -> None:
+    """Have :class:`Activation` take the place of functions of single values."""
+    _ELEMENTWISE.extend(functions)
 
 
 def is_known_activation(function: Any) -> TypeGuard[Callable[[Tensor], Tensor]]:
     """Whether :class:`Activation` may take the place of ``function``."""
-    name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return function in (*_RELU, *_ELEMENTWISE) or name in _FAIRSEQ_ELEMENTWISE
+    return function in (*_RELU, *_ELEMENTWISE)
 
 
 class DSQLayerNorm(nn.LayerNorm):

@@ -14,8 +14,8 @@ from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of
-from fairseq_dsq.plugin.heads import convert_heads
 from fairseq_dsq.plugin.hooks import hang_on_training
+from fairseq_dsq.plugin.layers import convert_heads
 from fairseq_dsq.plugin.state import DSQState, refuse_field
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.schedules import Policy

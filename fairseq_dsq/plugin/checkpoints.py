@@ -17,7 +17,7 @@ def shape_to_str(shape: Shape) -> str:
 def misfit(own: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> tuple[str, Shape, Shape] | None:
     """(name, shape in the checkpoint, shape in the model) of the first tensor that differs; those that both have first.
 
-    The schedule's entries fit whatever they are, see :class:`fairseq_dsq.plugin.state.Record`.
+    The schedule's entries fit whatever they are, see :class:`fairseq_dsq.plugin.state.SavedSchedule`.
     """
     names = [name for name in dict.fromkeys([*own, *checkpoint]) if not name.startswith("dsq.")]
     for name in sorted(names, key=lambda name: name not in own or name not in checkpoint):

@@ -29,6 +29,8 @@ from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quantized import ROUNDINGS
 from fairseq_dsq.text import quoted
 
+CRITERION_PREFIX = "dsq_"  # of the name of fairseq's criterion that it is made from
+
 
 def _levels(value: Any) -> str:
     if not isinstance(value, str):

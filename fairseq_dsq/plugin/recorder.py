@@ -46,7 +46,7 @@ class Recorder:
         self.path = Path(flag_of(args, "save_dir")) / record.NAME
         self.subsets = str(flag_of(args, "valid_subset") or "valid").split(",")
         self.begun = time.monotonic()
-        self.valid: dict[str, dict[str, float]] = {}
+        self.valid: list[dict[str, float]] = []
         source, stopped = _source(args, updates)
         said = record.begin(self.path, _start(args, model, epoch, updates if source else 0), source, stopped)
         if said:
@@ -54,7 +54,7 @@ class Recorder:
 
     def validated(self, stats: Mapping[str, Any], meters: Mapping[str, Any]) -> bool:
         """Take in a validation of the next of the subsets, as fairseq logs it; returns whether it was the last one."""
-        self.valid[self.subsets[len(self.valid)]] = _numbers(stats, meters)
+        self.valid.append(_numbers(stats, meters))
         return len(self.valid) == len(self.subsets)
 
     def add(self, state: DSQState, epoch: int, ended: bool, counts: bool) -> None:
@@ -70,10 +70,10 @@ class Recorder:
             level=level,
             precision=state.levels[level].by_value,
             train=numbers,
-            valid=self.valid,
+            valid=dict(zip(self.subsets, self.valid, strict=False)),
             wall_s=round(time.monotonic() - self.begun, 3),
         )
-        self.valid = {}
+        self.valid = []
         record.append(self.path, point)
 
 
@@ -105,7 +105,7 @@ def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
 
 
 def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
-    criterion = flag_of(args, "criterion")
+    criterion = args._get_root()["criterion"]["_name"] if isinstance(args, DictConfig) else args.criterion
     first = next(model.parameters())
     machine = {
         "processor": processor(),
@@ -119,7 +119,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         epoch=epoch,
         version=artefact.version(),
         arch=str(getattr(args, "arch", None) or getattr(args, "_name", "")),
-        criterion=str(criterion["_name"] if isinstance(criterion, DictConfig) else criterion),
+        criterion=str(criterion),
         cost_profile=str(flag_of(args, "dsq_cost_profile") or DSQCriterionConfig.dsq_cost_profile),
         levels=tuple(level.by_value for level in model.dsq.levels),  # type: ignore[union-attr]
         flags={name: _flag(flag_of(args, name)) for name in (*defaults(DSQConfig), *FAIRSEQ_FLAGS)},

@@ -26,7 +26,7 @@ _IN_FORCE = re.compile(r"in_force (\d+) of ((?:\[[^\[\]]*\] ?)+)")
 
 
 @dataclass(frozen=True)
-class Record:
+class SavedSchedule:
     """What a checkpoint's model entries say of the schedule.
 
     fairseq's checkpoints carry nothing of a plugin but the model's state dict, and fairseq does arithmetic with every
@@ -54,7 +54,7 @@ class Record:
         return {**entries, f"in_force {self.in_force} of {' '.join(self.levels)}": torch.zeros(1)}
 
     @classmethod
-    def of(cls, entries: Mapping[str, Tensor], start: State) -> Record:
+    def of(cls, entries: Mapping[str, Tensor], start: State) -> SavedSchedule:
         """The inverse of :meth:`entries`; what is missing is as in ``start``, before the first validation.
 
         Of an average of states, counters are rounded down, and no loss is the best.
@@ -199,7 +199,7 @@ class DSQState(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        record = Record(self._values, self.level_in_force, self.state, self.counted_update)
+        record = SavedSchedule(self._values, self.level_in_force, self.state, self.counted_update)
         destination.update({prefix + name: value for name, value in record.entries().items()})
 
     def _load_from_state_dict(
@@ -214,11 +214,11 @@ class DSQState(nn.Module):
     ) -> None:
         """Nothing is missing from the float model's checkpoints: they say nothing of a schedule."""
         own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        unexpected_keys += [prefix + name for name in own if not Record.is_entry(name)]
+        unexpected_keys += [prefix + name for name in own if not SavedSchedule.is_entry(name)]
         self._loaded = strict
         if not own:
             return
-        record = Record.of(own, self.schedule.start())
+        record = SavedSchedule.of(own, self.schedule.start())
         self._problems = {}
         level = self._find(record, record.schedule.level, training=True)
         in_force = self._find(record, record.in_force, training=False)
@@ -227,7 +227,7 @@ class DSQState(nn.Module):
         if not self._problems.get(False):
             self._put_in_force(in_force)
 
-    def _find(self, record: Record, level: int, training: bool) -> int:
+    def _find(self, record: SavedSchedule, level: int, training: bool) -> int:
         """The own index of a record's level; where there is none, its index there, and a problem."""
         if not record.levels:  # of before the levels were kept: an index is all it has
             if 0 <= level < len(self.levels):

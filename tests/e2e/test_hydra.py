@@ -3,7 +3,7 @@
 import torch
 from e2e.conftest import ROOT
 
-import fairseq_dsq  # noqa: F401  (allow-lists what checkpoints hold)
+from fairseq_dsq import record
 
 DECODER = {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 48, "attention_heads": 2}
 TINY = {
@@ -57,6 +57,9 @@ def test_a_translation_trains_to_the_bits_of_the_command_line(cli, tmp_path):
         "--dsq-attention-matmul", "off", "--dsq-rounding", "stochastic",
     )  # fmt: skip
     assert_equal(parameters(tmp_path / "yaml"), parameters(tmp_path / "flags"))
+    starts, points = zip(*(record.read(tmp_path / name / record.NAME) for name in ("yaml", "flags")), strict=True)
+    assert (starts[0].arch, starts[0].criterion) == (starts[1].arch, starts[1].criterion)
+    assert (points[0].train, points[0].valid) == (points[1].train, points[1].valid)
 
 
 def test_a_language_model_trains_to_the_bits_of_the_command_line_and_is_scored(cli, lm_data, tmp_path):

@@ -31,13 +31,13 @@ from report import samples
 
 from fairseq_dsq import data_files, formats, record
 from fairseq_dsq.cli import cost as cost_command
-from fairseq_dsq.cli import export_float
 from fairseq_dsq.cost.hardware import load_hardware
 from fairseq_dsq.cost.profiles import load_profile
 from fairseq_dsq.formats import BlockFloat, FixedPoint, FormatOptions, definition
 from fairseq_dsq.glue import TASKS, hf_vocabulary, tsv
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.config import DSQConfig, add_args, defaults
+from fairseq_dsq.plugin.export import export_float
 from fairseq_dsq.precision import parse_levels, parse_q
 from fairseq_dsq.report.runs import epoch_table, read_run
 from fairseq_dsq.report.scores import judged_by, scores
@@ -284,7 +284,7 @@ def run_vocabulary(case: tuple[str, str]) -> None:
 def run_checkpoint(data: bytes) -> None:
     path = FOLDER.write("checkpoint.pt", data)
     with contextlib.redirect_stdout(io.StringIO()):
-        export_float.main(argparse.Namespace(checkpoint=path, output=FOLDER.path / "exported.pt"))
+        export_float(path, FOLDER.path / "exported.pt")
 
 
 def checkpoint() -> bytes:

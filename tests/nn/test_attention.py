@@ -30,12 +30,13 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.nn import (
     FLOAT32,
+    DSQAttention,
     DSQContext,
-    DSQMultiheadAttention,
     GemmConfig,
     LedgerKey,
     convert,
 )
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
 
 EMBED_DIM, HEADS, BATCH = 24, 2, 6
 TGT_LEN, SRC_LEN = 5, 7
@@ -223,6 +224,17 @@ def test_a_fairseq_built_twin_and_a_built_one_are_alike():
     assert_same_step(step(built, inputs), step(attention, inputs))
     with pytest.raises(ValueError, match="num_heads: got 5, expected a divisor of embed_dim 24"):
         DSQMultiheadAttention(EMBED_DIM, 5, context())
+
+
+def test_attention_without_fairseqs_interface_is_the_same():
+    torch.manual_seed(0)
+    plain = DSQAttention(EMBED_DIM, HEADS, context(), kdim=20, vdim=12)
+    twin = DSQMultiheadAttention(EMBED_DIM, HEADS, context(), kdim=20, vdim=12)
+    twin.load_state_dict(plain.state_dict())
+    query, key, value = (torch.randn(length, BATCH, size) for length, size in ((5, EMBED_DIM), (7, 20), (7, 12)))
+    options = {"key_padding_mask": torch.rand(BATCH, 7) > 0.7, "attn_mask": torch.randn(5, 7)}
+    for own, others in zip(plain(query, key, value, **options), twin(query, key, value, **options), strict=True):
+        assert torch.equal(own, others)
 
 
 def test_old_checkpoints_load_as_into_fairseqs():

@@ -41,13 +41,13 @@ from fairseq_dsq.nn import (
     DSQContext,
     DSQConv1D,
     DSQLinear,
-    DSQMultiheadAttention,
     GemmConfig,
     LedgerKey,
     convert,
     left_float,
     linear,
 )
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
 from fairseq_dsq.precision import PrecisionConfig
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"

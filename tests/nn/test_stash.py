@@ -30,12 +30,12 @@ from fairseq_dsq.nn import (
     FLOAT32,
     DSQContext,
     DSQLinear,
-    DSQMultiheadAttention,
     GemmConfig,
     convert,
     linear,
     matmul,
 )
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
 from fairseq_dsq.precision import PrecisionConfig
 
 Q1, Q2 = BlockFloat(BFP_MIXED.q[1]), BlockFloat(BFP_MIXED.q[2])

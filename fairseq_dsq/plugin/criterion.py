@@ -13,9 +13,7 @@ from torch.autograd import Variable
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
 from fairseq_dsq.errors import flag_error
-from fairseq_dsq.plugin.config import DSQCriterionConfig
-
-PREFIX = "dsq_"
+from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQCriterionConfig
 
 
 class DSQCriterionMixin:
@@ -46,8 +44,8 @@ class DSQCriterionMixin:
         if state is None:
             flag_error(
                 "--criterion",
-                f"got {PREFIX}* with {type(model).__name__}, which has no DSQ layers, expected an --arch that ends in "
-                "_dsq or contains _dsq_",
+                f"got {CRITERION_PREFIX}* with {type(model).__name__}, which has no DSQ layers, expected an --arch "
+                "that ends in _dsq or contains _dsq_",
             )
         ledger = state.context.ledger
         ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
@@ -98,24 +96,16 @@ class DSQCriterionMixin:
 
 def _metrics(fields: list[tuple[str, float]]) -> dict[str, float]:
     """A Cost's fields under their metrics' names."""
-    return {PREFIX + name: value for name, value in fields}
+    return {CRITERION_PREFIX + name: value for name, value in fields}
 
 
-def _with_profile(base: type) -> type:
-    """A criterion's configuration with ``--dsq-cost-profile``."""
-    return dataclasses.make_dataclass(f"DSQ{base.__name__}", [], bases=(DSQCriterionConfig, base))
-
-
-def _wrap_all() -> None:
-    for name, dataclass in list(CRITERION_DATACLASS_REGISTRY.items()):
-        if name.startswith(PREFIX):
-            continue
-        base = CRITERION_REGISTRY[name]
-        wrapped = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
-        register_criterion(PREFIX + name, dataclass=_with_profile(dataclass))(wrapped)
-        # fairseq takes up a checkpoint's optimizer state only under a criterion of the same class name: this one
-        # computes the same loss, so either goes on from the other. (Set last: fairseq registers no name twice.)
-        wrapped.__name__ = base.__name__
-
-
-_wrap_all()
+def dsq_criterion(name: str) -> type:
+    """Register ``dsq_<name>``, a registered criterion with a dataclass that also logs ``dsq_*`` metrics."""
+    base, dataclass = CRITERION_REGISTRY[name], CRITERION_DATACLASS_REGISTRY[name]
+    config = dataclasses.make_dataclass(f"DSQ{dataclass.__name__}", [], bases=(DSQCriterionConfig, dataclass))
+    twin: type = type(f"DSQ{base.__name__}", (DSQCriterionMixin, base), {"__doc__": base.__doc__})
+    register_criterion(CRITERION_PREFIX + name, dataclass=config)(twin)
+    # fairseq takes up a checkpoint's optimizer state only under a criterion of the same class name: this one computes
+    # the same loss, so either goes on from the other. (Set last: fairseq registers no name twice.)
+    twin.__name__ = base.__name__
+    return twin

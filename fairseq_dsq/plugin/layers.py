@@ -1,14 +1,29 @@
-"""Quantized twins of fairseq heads that multiply by a raw weight, and what runs between a head's GEMMs."""
+"""fairseq's layers that :func:`fairseq_dsq.nn.convert` puts twins of, and heads that multiply by a raw weight."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fairseq.models.bart.model import BARTClassificationHead
 from fairseq.models.roberta.model import RobertaClassificationHead, RobertaLMHead
+from fairseq.modules import FairseqDropout, MultiheadAttention, gelu, gelu_accurate
+from fairseq.utils import relu_squared
 from torch import Tensor, nn
 
-from fairseq_dsq.nn import DSQLinear, linear
+from fairseq_dsq.nn import (
+    DSQLinear,
+    linear,
+    register_dropout,
+    register_elementwise,
+    register_twin,
+)
 from fairseq_dsq.nn.saved import Activation, is_known_activation
+from fairseq_dsq.plugin.attention import DSQMultiheadAttention
+
+register_twin(MultiheadAttention, DSQMultiheadAttention.from_float)
+register_dropout(FairseqDropout)
+register_elementwise(gelu, gelu_accurate, relu_squared)
+_HEADS = (RobertaLMHead, RobertaClassificationHead, BARTClassificationHead)
 
 
 class DSQRobertaLMHead(RobertaLMHead):
@@ -32,9 +47,7 @@ def convert_heads(model: nn.Module) -> None:
     stash scope says.
     """
     for module in model.modules():
-        if not isinstance(module, (RobertaLMHead, RobertaClassificationHead)) or not isinstance(
-            module.dense, DSQLinear
-        ):
+        if not isinstance(module, _HEADS) or not isinstance(module.dense, DSQLinear):
             continue
         if type(module) is RobertaLMHead:
             module.__class__ = DSQRobertaLMHead
