@@ -61,6 +61,7 @@ class DSQContext:
             functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
         layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
         parent: of whom this one follows the levels, see :meth:`ruled`.
+        level: the number of the level in force.
     """
 
     config: GemmConfig
@@ -69,7 +70,8 @@ class DSQContext:
     stash_scope: StashScope = "gemm"
     layers: int = 0
     parent: DSQContext | None = None
-    _ruled: list[tuple[DSQContext, tuple[PrecisionConfig, ...]]] = field(default_factory=list)
+    level: int = 0
+    _ruled: dict[tuple[PrecisionConfig, ...], DSQContext] = field(default_factory=dict)
 
     def number_layer(self) -> int:
         """The number of one more layer, from 0."""
@@ -90,8 +92,8 @@ class DSQContext:
 
     def set_precision(self, precision: PrecisionConfig, level: int = 0) -> None:
         """Put a level in force; ``level`` is its number, by which modules with a rule find theirs."""
-        self.config = replace(self.config, precision=precision)
-        for context, levels in self._ruled:
+        self.config, self.level = replace(self.config, precision=precision), level
+        for levels, context in self._ruled.items():
             context.set_precision(levels[min(level, len(levels) - 1)])
 
     def for_mode(self, training: bool) -> GemmConfig:
@@ -110,9 +112,8 @@ class DSQContext:
         Args:
             levels: one for each level of the schedule, or one for all.
         """
-        if not any(level.rounds for level in levels):
-            return self.float32()
-        config = replace(self.config, precision=levels[0])
-        context = DSQContext(config, self.attention_matmul, self.ledger, self.stash_scope, parent=self)
-        self._ruled.append((context, levels))
-        return context
+        if levels not in self._ruled:
+            config = replace(self.config, precision=levels[min(self.level, len(levels) - 1)])
+            scope = self.attention_matmul, self.ledger, self.stash_scope
+            self._ruled[levels] = DSQContext(config, *scope, parent=self)
+        return self._ruled[levels]

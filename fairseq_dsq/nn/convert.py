@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, is_known_activation
+from fairseq_dsq.precision import Rule
 
 # Makes the twin of a float module in a context, holding its very parameters; raises ValueError for what it cannot be.
 Make = Callable[[Any, DSQContext], nn.Module]
@@ -153,14 +154,15 @@ def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
             yield from _keepers(child, f"{name}.")
 
 
-def _keep_less(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> None:
-    """Have what runs between a converted model's GEMMs keep what the context's stash scope says."""
+def _keep_less(model: nn.Module, context: DSQContext, choose: Callable[[str], DSQContext | None]) -> None:
+    """Have what runs between a converted model's GEMMs keep what the stash scope says, unless ``choose`` gives none."""
     if context.stash_scope == "all":
         for parent, attribute, name in list(_keepers(model)):
-            if not matching_patterns(skip, name):
+            own = choose(name)
+            if own is not None:
                 child = parent.get_submodule(attribute)
-                twin = DSQLayerNorm.from_float(child, context) if isinstance(child, nn.LayerNorm) else None
-                setattr(parent, attribute, twin or DSQDropout(child, context))
+                twin = DSQLayerNorm.from_float(child, own) if isinstance(child, nn.LayerNorm) else None
+                setattr(parent, attribute, twin or DSQDropout(child, own))
     module: Any
     for module in model.modules():
         # fairseq's layers call their activation between fc1 and fc2, which packs the same values for its own gradient.
@@ -175,6 +177,7 @@ def convert(
     skip: Sequence[str] = (),
     optional: Iterable[str] = (),
     warn: bool = True,
+    rules: Sequence[Rule] = (),
 ) -> nn.Module:
     """Replace every nn.Linear, Hugging Face Conv1D and layer of :func:`register_twin` by its quantized twin.
 
@@ -189,6 +192,7 @@ def convert(
             GEMMs are still counted, as float32).
         optional: the patterns that need not match a layer.
         warn: say what stays float; who converts more calls :func:`warn_of_float` after that.
+        rules: levels of their own for the modules that match; ``skip`` goes before them, and the first match wins.
 
     Returns:
         The converted model.
@@ -199,46 +203,52 @@ def convert(
     """
     if _maker(model):
         holder = nn.Sequential(model)
-        convert(holder, context, skip, optional)
+        convert(holder, context, skip, optional, warn, rules)
         return holder[0]
     float_context = context.float32()
-    unused = set(skip) - set(optional)
+    choices = dict.fromkeys(skip, float_context)
+    for rule in rules:
+        own = context.ruled(rule.levels) if any(level.rounds for level in rule.levels) else float_context
+        choices.setdefault(rule.pattern, own)
+    left_out = [pattern for pattern, own in choices.items() if own is float_context]
+    unused = set(choices) - set(optional)
+
+    def choose(name: str) -> DSQContext:
+        """The context of a module: the first pattern's that matches it or what contains it."""
+        matching = matching_patterns(list(choices), name)
+        unused.difference_update(matching)
+        return next((own for pattern, own in choices.items() if pattern in matching), context)
+
     twins: list[tuple[nn.Module, str, nn.Module]] = []
     for parent, attribute, name in _convertible(model):
         module = parent.get_submodule(attribute)
         if any(_has_hooks(part) for part in module.modules()):
             raise ValueError(f"{name}: has hooks, which conversion would lose (is quant noise or spectral norm on?)")
-        matching = matching_patterns(skip, name)
-        unused -= matching
-        own = float_context if matching else context
         make = _maker(module)
         assert make is not None
         try:
-            twin = make(module, own)
+            twin = make(module, choose(name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         for part, layer in twin.named_children():
-            if not isinstance(layer, DSQLinear):
-                continue
-            matching = _matching(skip, [f"{name}.{part}"])
-            unused -= matching
-            if matching:
-                layer.context = float_context
+            if isinstance(layer, DSQLinear):
+                layer.context = choose(f"{name}.{part}")
         twins.append((parent, attribute, twin))
     if context.stash_scope == "all":
         for _, _, name in _keepers(model):
-            unused -= matching_patterns(skip, name)
+            choose(name)
     for name in left_float(model):
-        unused -= matching_patterns(skip, name)
+        unused -= matching_patterns(left_out, name)
     if unused:
+        kind = "skip" if unused <= set(skip) else "rule"
         patterns = ", ".join(sorted(map(repr, unused)))
-        raise ValueError(f"skip pattern {patterns} matches no layer, expected such as decoder.output_projection")
+        raise ValueError(f"{kind} pattern {patterns} matches no layer, expected such as decoder.output_projection")
     for parent, attribute, twin in twins:
         setattr(parent, attribute, twin)
-    _keep_less(model, context, skip)
+    _keep_less(model, context, lambda name: None if (own := choose(name)) is float_context else own)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
     if warn:
-        warn_of_float(model, skip)
+        warn_of_float(model, left_out)
     return model

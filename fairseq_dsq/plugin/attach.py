@@ -13,11 +13,11 @@ from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
-from fairseq_dsq.plugin.effects import levels_of
+from fairseq_dsq.plugin.effects import levels_of, rules_of
 from fairseq_dsq.plugin.hooks import hang_on_training
 from fairseq_dsq.plugin.layers import convert_heads
 from fairseq_dsq.plugin.state import DSQState, refuse_field
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.precision import PrecisionConfig, Rule
 from fairseq_dsq.schedules import Policy
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,17 @@ logger = logging.getLogger(__name__)
 SAFE_GRAD_BITS = 16
 
 
-def quantize(model: nn.Module, context: DSQContext, skip: Sequence[str] = (), optional: Iterable[str] = ()) -> None:
+def quantize(
+    model: nn.Module,
+    context: DSQContext,
+    skip: Sequence[str] = (),
+    optional: Iterable[str] = (),
+    rules: Sequence[Rule] = (),
+) -> None:
     """:func:`fairseq_dsq.nn.convert`, and fairseq's heads that it does not know; arguments and errors are its own."""
-    convert(model, context, skip, optional, warn=False)
+    convert(model, context, skip, optional, warn=False, rules=rules)
     convert_heads(model)
-    warn_of_float(model, skip)
+    warn_of_float(model, [*skip, *(rule.pattern for rule in rules if not any(level.rounds for level in rule.levels))])
 
 
 def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) -> None:
@@ -73,11 +79,14 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         stash_scope=flags.dsq_stash_scope,
     )
     schedule = _schedule(flags, levels)
-    skip = shlex.split(flags.dsq_skip)
+    skip, rules = shlex.split(flags.dsq_skip), _rules(flags, len(levels), schedule)
+    patterns = [*skip, *(rule.pattern for rule in rules)]
+    optional = {pattern for name in later for pattern in matching_patterns(patterns, name)}
     try:
-        quantize(model, context, skip, {pattern for name in later for pattern in matching_patterns(skip, name)})
+        quantize(model, context, skip, optional, rules)
     except ValueError as error:
-        flag_error("--dsq-skip" if "skip pattern" in str(error) else "--arch", str(error))
+        kind = str(error).partition(" pattern ")[0]
+        flag_error({"skip": "--dsq-skip", "rule": "--dsq-rules"}.get(kind, "--arch"), str(error))
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
 
@@ -99,6 +108,21 @@ def _schedule(flags: Any, levels: Sequence[PrecisionConfig]) -> Policy[Any]:
     return policy
 
 
+def _rules(flags: Any, levels: int, policy: Policy[Any]) -> tuple[Rule, ...]:
+    """The rules that the flags name.
+
+    Raises:
+        DSQError: they are malformed, or the policy does not take their levels.
+    """
+    try:
+        rules = rules_of(flags, levels)
+        for rule in rules:
+            policy.check(rule.levels)
+    except ValueError as error:
+        flag_error("--dsq-rules", str(error))
+    return rules
+
+
 def convert_added(model: nn.Module, args: Any, name: str) -> None:
     """Convert the module ``name``, which ``model`` was given after :func:`attach`; it shares the model's level.
 
@@ -111,8 +135,8 @@ def convert_added(model: nn.Module, args: Any, name: str) -> None:
     tree = model.get_submodule(name)
     for part in reversed(name.split(".")):
         tree = nn.ModuleDict({part: tree})
-    skip = shlex.split(args.dsq_skip)
+    skip, rules = shlex.split(args.dsq_skip), rules_of(args, len(state.levels))
     try:
-        quantize(tree, state.context, skip, optional=skip)
+        quantize(tree, state.context, skip, [*skip, *(rule.pattern for rule in rules)], rules)
     except ValueError as error:
         flag_error("--arch", str(error))

@@ -53,6 +53,12 @@ def _gemm(value: Any) -> str:
     return value
 
 
+def _rules(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"got {quoted(value)}, expected rules such as '*.fc2=[4,4,4,16]; decoder.*=float32'")
+    return value
+
+
 def _box_size(value: Any) -> str:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not re.fullmatch("[1-9][0-9]{0,8}|row|tensor|", text):
@@ -167,6 +173,13 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         _patterns,
         "PATTERNS",
         "space-separated shell-style patterns of module names whose GEMMs stay float32",
+    )
+    dsq_rules: str = flag(
+        "",
+        _rules,
+        "RULES",
+        "levels of modules by name, as in 'decoder.output_projection=float32; *.fc2=[4,4,4,16] [16,4,4,16]': one, or "
+        "as many as --dsq-levels; the first pattern that matches wins, --dsq-skip's before all",
     )
     dsq_gemm: str = flag(
         gemm.AUTO,

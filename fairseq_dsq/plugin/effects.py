@@ -12,7 +12,7 @@ from fairseq_dsq import formats
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
-from fairseq_dsq.precision import PrecisionConfig, parse_levels
+from fairseq_dsq.precision import PrecisionConfig, Rule, parse_levels, parse_rules
 from fairseq_dsq.schedules import Policy, own_flags
 from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 from fairseq_dsq.schedules.updates import Updates
@@ -81,9 +81,22 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
         ValueError: levels that are malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
+    return parse_levels(flags.dsq_levels, flags.dsq_format, _options(flags))
+
+
+def rules_of(args: Any, levels: int) -> tuple[Rule, ...]:
+    """The rules that the flags in ``args`` stand for, beside so many levels.
+
+    Raises:
+        ValueError: a rule that is malformed or not of the format.
+    """
+    flags: Any = DSQConfig.of(args)
+    return parse_rules(flags.dsq_rules, levels, flags.dsq_format, _options(flags))
+
+
+def _options(flags: Any) -> FormatOptions:
     box_size = int(flags.dsq_box_size) if flags.dsq_box_size.isdigit() else flags.dsq_box_size or None
-    options = FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale, box_size)
-    return parse_levels(flags.dsq_levels, flags.dsq_format, options)
+    return FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale, box_size)
 
 
 def schedule_warnings(

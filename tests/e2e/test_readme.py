@@ -31,7 +31,6 @@ NOT_RUN = {
     r"pip3? install .*": "needs a package index",
     r"scripts/(test|readme|sanitize|soak|fuzz|distributed|avx512)\.sh.*": "runs tests, this one too, or for long",
     r"python3? -m pytest.*": "runs tests",
-    r"fairseq-hydra-train": "a mention; tests/e2e/test_checkpoints.py trains by a YAML",
     r"(torchrun|srun) .*": "needs GPUs",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }

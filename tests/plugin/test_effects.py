@@ -53,7 +53,7 @@ def test_every_flag_without_effect_in_float32_is_named():
     others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
     others |= {"value_boxes": "feature", "scale": "fit", "schedule": "cyclic", "raise_at": "5", "cycle": 2}
-    others |= {"callback": "a:b", "raise_on_divergence": True}
+    others |= {"callback": "a:b", "raise_on_divergence": True, "box_size": "32"}
     assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(("dsq_format", "dsq_levels"))
 
 
