@@ -19,6 +19,7 @@ def test_an_installed_package_finds_its_data_files(tmp_path):
     assert configs == {
         path.relative_to(installed / "fairseq_dsq") for path in (installed / "fairseq_dsq/configs").rglob("*.*")
     }
+    assert not list(installed.rglob("README.md"))  # the rooms' are for a clone: they link to what lies outside
     templates = {path.name for path in (ROOT / "fairseq_dsq/report").glob("*.jinja")}
     assert templates == {path.name for path in (installed / "fairseq_dsq/report").glob("*.jinja")} != set()
 

@@ -1,6 +1,6 @@
 """The flags of every DSQ architecture: the one list of their names, defaults, checks and help.
 
-argparse's flags, a YAML file's entries, ``--model-overrides`` and Python's keywords, README's table, and what other
+argparse's flags, a YAML file's entries, ``--model-overrides`` and Python's keywords, this room's README, and what other
 modules know of a flag derive from :class:`DSQConfig`.
 """
 

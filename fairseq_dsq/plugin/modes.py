@@ -1,4 +1,4 @@
-"""fairseq's training modes that a DSQ model cannot have are refused at the start; README lists what the others do."""
+"""fairseq's training modes that a DSQ model cannot have are refused at the start; this room's README has the others."""
 
 from __future__ import annotations
 

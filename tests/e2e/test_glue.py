@@ -76,8 +76,10 @@ def write_toy(folder, task, files, rows, seed=1):
             second = [*rng.choices(FILLERS, k=4), CLUES[label]]
             rng.shuffle(second)
             value = {"neutral": "2.500", "entailment": "5.000", "contradiction": "0.000"}[label]
+            if not task.is_regression:
+                value = label if label in task.labels else task.labels[-1]
             first = rng.choices(FILLERS, k=LONG if index == count - 1 else 5)
-            fields = [" ".join(first), " ".join(second), value if task.is_regression else label]
+            fields = [" ".join(first), " ".join(second), value]
             lines.append("\t".join([str(index), *fields]))
         (folder / name).write_text("\n".join(lines) + "\n")
     return folder

@@ -31,7 +31,6 @@ NOT_RUN = {
     r"pip3? install .*": "needs a package index",
     r"scripts/(test|readme|sanitize|soak|fuzz|distributed|avx512)\.sh.*": "runs tests, this one too, or for long",
     r"python3? -m pytest.*": "runs tests",
-    r"fairseq-hydra-train": "a mention; tests/e2e/test_hydra.py trains by a YAML",
     r"(torchrun|srun) .*": "needs GPUs",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }
@@ -90,7 +89,14 @@ def variants(argv):
     return [argv]
 
 
-def report(argv, fixture):
+def a_recipe_s_help(argv, fixture):
+    with pytest.raises(SystemExit) as stop:
+        main(argv[1:])
+    assert stop.value.code == 0
+
+
+def of_runs(argv, fixture):
+    """A command on runs, which are made here."""
     runs = [word for word in argv[2:] if "/" in word or word.startswith("RUN")]
     for number, name in enumerate(runs):
         Path(name).mkdir(parents=True)
@@ -113,6 +119,7 @@ def average(argv, fixture):
 
 
 def export_float(argv, fixture):
+    Path(argv[2]).parent.mkdir(exist_ok=True)
     shutil.copy(fixture("trained") / "checkpoint_best.pt", argv[2])
     assert main(argv[1:]) == 0
 
@@ -122,6 +129,33 @@ def a_fairseq_command(argv, fixture):
     cli = fixture("cli")
     argv = [str(cli.data) if word == "DATA" else word for word in argv if word != "..."]
     cli.run(*argv, *shlex.split(TINY), "--optimizer", "adam", "--max-epoch", "1", "--no-save")
+
+
+def a_language_model(argv, fixture):
+    """``LM_DATA`` is the tiny corpus of one language."""
+    cli = fixture("cli")
+    argv = [str(word).replace("LM_DATA", str(fixture("lm_data"))) for word in argv]
+    if argv[0] == "fairseq-hydra-train":
+        cli.run(*tiny_hydra(*argv))
+    else:
+        small = ("--gen-subset", "valid", "--max-tokens", 1024, "--cpu")
+        out, err = cli.run(*argv, "--path", fixture("trained_lm"), *small)
+        assert "Perplexity: " in out + err
+
+
+def tiny_hydra(*argv):
+    """fairseq-hydra-train in the clone's configs/, on a small model and a CPU."""
+    shape = {"layers": 1, "embed_dim": 16, "ffn_embed_dim": 16, "attention_heads": 2}
+    argv = [str(ROOT / word) if word.startswith("configs/") else word for word in argv]
+    tiny = [f"model.decoder_{name}={value}" for name, value in shape.items()]
+    return [*argv, *tiny, "common.cpu=true", "optimization.max_epoch=1"]
+
+
+@pytest.fixture(scope="module")
+def trained_lm(cli, lm_data):
+    where = ("--config-dir", "configs/hydra", "--config-name", "transformer_lm_dsq")
+    cli.run(*tiny_hydra("fairseq-hydra-train", *where, f"task.data={lm_data}", "checkpoint.save_dir=readme_lm"))
+    return cli.folder / "readme_lm/checkpoint_best.pt"
 
 
 @pytest.fixture(scope="module")
@@ -197,11 +231,13 @@ def copy(clone):
 # The first that fits runs it.
 RUN = {
     r"fairseq-dsq( [\w|-]+)?( --help)?": its_help,
-    r"fairseq-dsq report .*": report,
+    r"fairseq-dsq run \S+ --help": a_recipe_s_help,
+    r"fairseq-dsq (report|epochs) .*": of_runs,
     r"fairseq-dsq convert-hf \S+ \S+": convert_hf,
     r"fairseq-dsq export-float \S+ \S+": export_float,
     r"fairseq-dsq average .*": average,
     r"fairseq-dsq (cost|roofline) .*": a_dsq_command,
+    r"fairseq-(hydra-train|eval-lm) .*LM_DATA.*": a_language_model,
     r"fairseq-(train|hydra-train|generate|validate) .*": a_fairseq_command,
     r"python3? -c .*": python,
     r"scripts/quickstart\.sh.*": quickstart,
@@ -209,7 +245,22 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("path", readme.files(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 100] == []
+
+
+READMES = pytest.mark.parametrize("path", readme.files(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@READMES
+def test_what_a_readme_links_to_is_there(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target.split("#")[0]).exists(), target
+
+
+@READMES
 def test_the_python_of_a_readme_runs(path):
     from torch import nn
 

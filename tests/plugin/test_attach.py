@@ -3,22 +3,24 @@
 import argparse
 import copy
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
-from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_INV_REGISTRY
 from torch import nn
 
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.models import TWINS
 from fairseq_dsq.nn import DSQLinear
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.attach import attach
 from fairseq_dsq.plugin.config import flag_table, set_defaults
 from fairseq_dsq.schedules.plateau import PlateauState
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[2] / "fairseq_dsq/plugin/README.md"
 
 
 class Task:
@@ -219,8 +221,10 @@ def test_every_criterion_with_a_dataclass_has_a_dsq_twin():
         assert issubclass(CRITERION_DATACLASS_REGISTRY[f"dsq_{name}"], CRITERION_DATACLASS_REGISTRY[name])
 
 
-def test_the_architectures_are_registered():
-    assert {"transformer_dsq", "transformer_dsq_iwslt_de_en", "transformer_dsq_wmt_en_de"} <= set(ARCH_MODEL_REGISTRY)
+def test_the_readme_s_architectures_are_those_that_are_registered():
+    text = README.read_text(encoding="utf-8").split("## Architectures")[1].split("\n\n")[2]
+    listed = {model: set(re.findall(r"`(\w+)`", names)) for model, names in re.findall(r"- `(\w+)`:([^-]+)", text)}
+    assert listed == {model: set(ARCH_MODEL_INV_REGISTRY[f"{model}_dsq"]) for model in TWINS}
 
 
 def test_the_readme_s_flag_table_is_the_code_s():
