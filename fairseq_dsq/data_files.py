@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -119,3 +120,17 @@ def load(cls: type[T], kind: str, name: str) -> T:
     """An instance of a dataclass from the data file of a name or path; errors as :func:`find` and :func:`build`."""
     path = find(kind, name)
     return build(cls, read(path), path)
+
+
+def load_kind(kinds: Mapping[str, type[T]], folder: str, name: str) -> T:
+    """The same of a file whose ``kind`` names the dataclass.
+
+    Raises:
+        ValueError: besides, a kind that is none of ``kinds``; names the file.
+    """
+    path = find(folder, name)
+    config = read(path)
+    kind = config.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"{path}: kind: got {kind!r}, expected one of {', '.join(kinds)}")
+    return build(kinds[kind], config, path)

@@ -192,12 +192,7 @@ def load_profile(name: str) -> CostProfile:
     Raises:
         ValueError: no such profile, or a file that is not one; the message says what is expected.
     """
-    path = data_files.find(FOLDER, name)
-    config = data_files.read(path)
-    kind = config.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"{path}: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    return data_files.build(KINDS[kind], config, path)
+    return data_files.load_kind(KINDS, FOLDER, name)
 
 
 def total_cost(

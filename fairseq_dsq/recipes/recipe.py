@@ -103,9 +103,4 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ValueError: no such recipe, or a file that is not one; the message says what is expected.
     """
-    path = data_files.find(FOLDER, name)
-    config = data_files.read(path)
-    kind = config.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"{path}: kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    return data_files.build(KINDS[kind], config, path)
+    return data_files.load_kind(KINDS, FOLDER, name)
