@@ -84,7 +84,7 @@ def test_a_language_model_trains_to_the_bits_of_the_command_line_and_is_scored(c
 def test_a_value_or_a_name_that_is_no_flag_s_is_refused_in_one_line(cli, lm_data, tmp_path):
     for override, line in (
         ("model.dsq_patience=0", "argument --dsq-patience: got 0, expected an integer >= 1"),
-        ("+model.dsq_gemm=fast", "argument --dsq-gemm: got 'fast', expected one of auto, float32"),
+        ("+model.dsq_gemm=fast", "argument --dsq-gemm: got 'fast', expected one of auto, int8, native, cuda, float32"),
         ("+model.dsq_patince=3", "dsq_patince: no such flag, expected dsq_patience"),
     ):
         _, err = cli.run(*hydra("transformer_lm_dsq", lm_data, tmp_path, override), code=1)
