@@ -22,7 +22,7 @@ from fairseq_dsq.nn.convert import (
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
-from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, register_elementwise
+from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, DSQRMSNorm, register_elementwise
 from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "DSQDropout",
     "DSQLayerNorm",
     "DSQLinear",
+    "DSQRMSNorm",
     "GemmConfig",
     "Ledger",
     "LedgerKey",

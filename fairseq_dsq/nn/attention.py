@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,6 +57,34 @@ def _in_order(x: Tensor, order: Tensor) -> Tensor:
     return _TakeRows.apply(rows, index.flatten()).view(x.shape)  # type: ignore[no-any-return]
 
 
+def rotary_angles(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
+    """What :func:`rotate` turns pairs of features by: position times ``base ** (-2 i / head_dim)`` for pair i.
+
+    Args:
+        positions: T x B.
+        head_dim: D, even.
+
+    Returns:
+        Cosines and sines, 2 x T x B x 1 x D/2, float32.
+    """
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[:, :, None, None].float() * base ** (-pair / head_dim)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): turns each head's pairs of features (i, i + D/2), in float32.
+
+    Args:
+        x: T x B x (heads * D).
+        rotary: of :func:`rotary_angles`.
+    """
+    cos, sin = rotary
+    first, second = x.float().unflatten(-1, (-1, 2 * rotary.shape[-1])).chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.flatten(2).to(x.dtype)
+
+
 class DSQAttention(nn.Module):
     """Multi-head attention; the projections of one input share one stash. Softmax and dropout compute in float32.
 
@@ -99,9 +128,9 @@ class DSQAttention(nn.Module):
         self.out_proj = DSQLinear(embed_dim, embed_dim, context, bias)
 
     def _project(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, rotary: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scaled q, k and v; layers of one context on one input go together."""
+        """Scaled q, k and v, q and k rotated; layers of one context on one input go together."""
         wanted = [(self.q_proj, query)]
         if key is not None and value is not None:
             wanted += [(self.k_proj, key), (self.v_proj, value)]
@@ -111,13 +140,19 @@ class DSQAttention(nn.Module):
                 continue
             group = [other for other, y in wanted if y is x and other.context is layer.context]
             outputs.update(zip(group, forward_group(x, group), strict=True))
-        q = outputs[self.q_proj] * self.scaling
-        return q, outputs.get(self.k_proj), outputs.get(self.v_proj)
+        q, k = outputs[self.q_proj] * self.scaling, outputs.get(self.k_proj)
+        if rotary is not None:
+            q, k = rotate(q, rotary), None if k is None else rotate(k, rotary)
+        return q, k, outputs.get(self.v_proj)
 
     def _matmul(self, a: Tensor, b: Tensor, transpose_b: bool = False) -> Tensor:
         context = self.context if self.context.attention_matmul else self.context.float32()
         config = context.for_mode(self.training)
         return matmul(a, b, config, context.ledger, transpose_b, apart=not transpose_b)
+
+    def _score_of_padding(self, dtype: torch.dtype) -> float:
+        """What hides a padded key."""
+        return -math.inf
 
     def _counts_keys(self, keys: int) -> bool:
         """Whether it matters which of so many keys is a sentence's first: the weights' boxes are shorter."""
@@ -150,6 +185,7 @@ class DSQAttention(nn.Module):
         attn_mask: Tensor | None = None,
         need_weights: bool = True,
         need_head_weights: bool = False,
+        rotary: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -160,11 +196,12 @@ class DSQAttention(nn.Module):
             attn_mask: T x S, added to the scores.
             need_weights: return the attention weights, averaged over heads.
             need_head_weights: return the weights of each head.
+            rotary: of :func:`rotary_angles`; queries and keys, at the same positions, are rotated.
 
         Returns:
             T x B x C, and the weights: B x T x S, heads x B x T x S with ``need_head_weights``, or None.
         """
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(query, key, value, rotary)
         k, v = self._split(k), self._split(v)
         assert k is not None and v is not None
         k, v, key_padding_mask, order = self._ordered(k, v, key_padding_mask)
@@ -187,7 +224,8 @@ class DSQAttention(nn.Module):
             # T x S, or B x 1 x 1 x T x S with the keys in each sentence's order.
             scores = scores + (attn_mask if order is None else attn_mask[:, order].transpose(0, 1)[:, None, None])
         if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], float("-inf"))
+            hidden = self._score_of_padding(scores.dtype)
+            scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], hidden)
         return scores
 
     def _weigh(

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fairseq_dsq.nn.context import DSQContext
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
-from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, is_known_activation
+from fairseq_dsq.nn.saved import Activation, DSQDropout, DSQLayerNorm, DSQRMSNorm, is_known_activation
 from fairseq_dsq.precision import Rule
 
 # Makes the twin of a float module in a context, holding its very parameters; raises ValueError for what it cannot be.
 Make = Callable[[Any, DSQContext], nn.Module]
 _TWINS: dict[type, Make] = {nn.Linear: DSQLinear.from_float}
 _DROPOUTS: set[type] = {nn.Dropout}
+_NORMS: dict[type, Make] = {nn.LayerNorm: DSQLayerNorm.from_float, nn.RMSNorm: DSQRMSNorm.from_float}
 
 
 def register_twin(kind: type[nn.Module], make: Make) -> None:
@@ -147,7 +148,7 @@ def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
         if child is None or isinstance(child, DSQDropout):
             continue
         name = f"{prefix}{attribute}"
-        if type(child) is nn.LayerNorm or type(child) in _DROPOUTS:
+        if type(child) in _NORMS or type(child) in _DROPOUTS:
             if not _has_hooks(child):
                 yield module, attribute, name
         else:
@@ -161,8 +162,7 @@ def _keep_less(model: nn.Module, context: DSQContext, choose: Callable[[str], DS
             own = choose(name)
             if own is not None:
                 child = parent.get_submodule(attribute)
-                twin = DSQLayerNorm.from_float(child, own) if isinstance(child, nn.LayerNorm) else None
-                setattr(parent, attribute, twin or DSQDropout(child, own))
+                setattr(parent, attribute, _NORMS.get(type(child), DSQDropout)(child, own))
     module: Any
     for module in model.modules():
         # fairseq's layers call their activation between fc1 and fc2, which packs the same values for its own gradient.
@@ -181,8 +181,8 @@ def convert(
 ) -> nn.Module:
     """Replace every nn.Linear, Hugging Face Conv1D and layer of :func:`register_twin` by its quantized twin.
 
-    Under the stash scope ``all``, every nn.LayerNorm and dropout too; activation functions between fairseq's fc1 and
-    fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
+    Under the stash scope ``all``, every LayerNorm, RMSNorm and dropout too; activation functions between fairseq's fc1
+    and fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
     already. One warning names whatever else multiplies, see :func:`left_float`; a pattern of ``skip`` silences it.
 
     Args:

@@ -7,7 +7,8 @@ operation          kept                                             gradient
 =================  ===============================================  ===================
 ReLU               one bit per value                                exact
 other activations  the derivative at 8 bits                         of these
-LayerNorm          the normalized input at 8 bits, and 1/deviation  of these
+LayerNorm, RMSNorm the normalized input at 8 bits, and 1/deviation  of these
+gated activation   both derivatives of the product at 8 bits        of these
 softmax            the probabilities at 8 bits but for the largest  of these, scaled to
                    of each row                                      a sum of 1 again
 dropout            a seed                                           exact
@@ -15,7 +16,7 @@ dropout            a seed                                           exact
 
 What is rounded is what the gradient is multiplied with, after every subtraction that cancels: an input far from zero
 would lose in rounding what its normalized value and its derivative are made of. A derivative that is not finite comes
-back as NaN and touches no other value. A row of LayerNorm or softmax that holds Inf or NaN is NaN throughout, as
+back as NaN and touches no other value. A row of a norm or softmax that holds Inf or NaN is NaN throughout, as
 torch's is.
 
 Eight bits are block floating point with boxes along the last dimension, rounded to nearest: 17 bytes for 16 values.
@@ -135,6 +136,36 @@ class _Elementwise(torch.autograd.Function):
         return None, grad_x
 
 
+class _Gated(torch.autograd.Function):
+    """``function(gate) * up``; keeps its derivatives by either."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+        kept = []
+        for gates, ups in zip(pieces(gate), pieces(up), strict=True):
+            kept += [_pack_apart(_derivatives(function, gates) * ups), _pack_apart(function(gates))]
+        ctx.save_for_backward(*(packed.data for packed in kept))
+        ctx.specs, ctx.dtypes = [packed.spec for packed in kept], (gate.dtype, up.dtype)
+        return function(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        grads = [torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format) for dtype in ctx.dtypes]
+        kept = [QuantizedTensor(data, *spec) for data, spec in zip(ctx.saved_tensors, ctx.specs, strict=True)]
+        for index, target in enumerate(grads):
+            for rows, source, packed in zip(pieces(target), pieces(grad), kept[index::2], strict=True):
+                rows.copy_(_unpack_apart(packed).mul_(source))
+        return None, *grads  # type: ignore[return-value]
+
+
+def gated(function: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, context: DSQContext) -> Tensor:
+    """``function(gate) * up``, as SwiGLU has it of SiLU; ``function`` is one of single values."""
+    if keeps_less(context, gate, up):
+        return _Gated.apply(function, gate, up)  # type: ignore[no-any-return]
+    return function(gate) * up
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -162,6 +193,40 @@ class _LayerNorm(torch.autograd.Function):
         arguments = grad, normalized, ctx.shape, torch.zeros_like(rstd), torch.ones_like(rstd), weight, bias
         grad_x, *grads = torch.ops.aten.native_layer_norm_backward(*arguments, ctx.needs_input_grad[2:])
         return None, None, None if grad_x is None else grad_x.mul_(rstd), *grads
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``y = n * weight`` with ``n = x * rstd`` and ``rstd = (mean(x^2) + eps)^-1/2``."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], eps: float | None, x: Tensor, weight: Tensor | None) -> Tensor:
+        kept, deviations = [], []
+        for rows in pieces(x, math.prod(shape)):
+            rows = rows.float()
+            mean = rows.square().mean(-1, keepdim=True)
+            deviations.append(mean.add_(torch.finfo(x.dtype).eps if eps is None else eps).rsqrt_())
+            kept.append(pack(rows * deviations[-1], KEPT))
+        ctx.save_for_backward(torch.cat(deviations), weight, *(packed.data for packed in kept))
+        ctx.specs, ctx.shape = [packed.spec for packed in kept], shape
+        return nn.functional.rms_norm(x, shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor | None]:
+        rstd, weight, *kept = ctx.saved_tensors
+        length = math.prod(ctx.shape)
+        grad_x = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        grad_weight = None if weight is None else torch.zeros(length, device=grad.device)
+        parts = zip(pieces(grad_x, length), pieces(grad, length), rstd.split(_rows_per_piece(length)), strict=True)
+        for (target, source, deviation), data, spec in zip(parts, kept, ctx.specs, strict=True):
+            normalized, source = QuantizedTensor(data, *spec).dequantize().float(), source.float()
+            if grad_weight is not None:
+                grad_weight += (source * normalized).sum(0)
+                source = source * weight.view(-1)
+            # dx = rstd * (dn - n * mean(dn * n))
+            source = source - normalized * (source * normalized).mean(-1, keepdim=True)
+            target.copy_(source.mul_(deviation))
+        return None, None, grad_x, None if grad_weight is None else grad_weight.view(ctx.shape).to(weight.dtype)
 
 
 def pack_probabilities(probabilities: Tensor) -> tuple[QuantizedTensor, Tensor, Tensor]:
@@ -282,6 +347,26 @@ class DSQLayerNorm(nn.LayerNorm):
         if autocast or not keeps_less(self.context, *tensors):
             return super().forward(input)
         return _LayerNorm.apply(self.normalized_shape, self.eps, *tensors)  # type: ignore[no-any-return]
+
+
+class DSQRMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` (same parameter, same name) that keeps its normalized input at 8 bits."""
+
+    context: DSQContext
+
+    @classmethod
+    def from_float(cls, module: nn.RMSNorm, context: DSQContext) -> DSQRMSNorm:
+        """The twin of ``module``, holding its very parameter."""
+        twin = cls(module.normalized_shape, module.eps, elementwise_affine=False)
+        twin.elementwise_affine = module.elementwise_affine
+        twin.weight = module.weight
+        twin.context = context
+        return twin.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(autocast_device(x)) or not keeps_less(self.context, x, self.weight):
+            return super().forward(x)
+        return _RMSNorm.apply(self.normalized_shape, self.eps, x, self.weight)  # type: ignore[no-any-return]
 
 
 class DSQDropout(nn.Module):

@@ -13,7 +13,7 @@ from fairseq_dsq.nn import DSQAttention, DSQContext, DSQLinear
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
 
-def _extend(
+def extend(
     saved: dict[str, Tensor | None], k: Tensor | None, v: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """This step's k, v (B x heads x S x head_dim) and mask (B x S) after the saved ones."""
@@ -99,6 +99,7 @@ class DSQMultiheadAttention(DSQAttention):
         attn_mask: Tensor | None = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
+        rotary: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
@@ -112,6 +113,7 @@ class DSQMultiheadAttention(DSQAttention):
             attn_mask: T x S, added to the scores.
             before_softmax: return the scores and v instead.
             need_head_weights: return the weights of each head.
+            rotary: of :func:`fairseq_dsq.nn.attention.rotary_angles`, for the queries' positions; with self-attention.
 
         Returns:
             T x B x C, and the weights: B x T x S, heads x B x T x S with ``need_head_weights``, or None.
@@ -128,14 +130,14 @@ class DSQMultiheadAttention(DSQAttention):
                 if key_padding_mask is not None:
                     key_padding_mask = key_padding_mask.unflatten(0, (-1, self.beam_size))[:, 0]
             value = key
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(query, key, value, rotary)
         k, v = self._split(k), self._split(v)
         if static_kv and "prev_key" in saved:
             k, v = saved["prev_key"], saved["prev_value"]
             key_padding_mask, order = saved["prev_key_padding_mask"], saved["key_order"]
         else:
             if not static_kv:
-                k, v, key_padding_mask = _extend(saved, k, v, key_padding_mask)
+                k, v, key_padding_mask = extend(saved, k, v, key_padding_mask)
             assert k is not None and v is not None
             # What further keys will be appended to stays as it came.
             buffer = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": key_padding_mask}

@@ -9,6 +9,7 @@ DECODER = {"layers": 1, "embed_dim": 32, "ffn_embed_dim": 48, "attention_heads":
 TINY = {
     "transformer_dsq": [f"model.{side}_{name}={n}" for side in ("encoder", "decoder") for name, n in DECODER.items()],
     "transformer_lm_dsq": [f"model.decoder_{name}={n}" for name, n in DECODER.items()],
+    "llama_dsq": [f"model.decoder_{name}={n}" for name, n in DECODER.items()],
 }  # fmt: skip
 
 
@@ -79,6 +80,16 @@ def test_a_language_model_trains_to_the_bits_of_the_command_line_and_is_scored(c
         "--gen-subset", "valid", "--tokens-per-sample", 32, "--max-tokens", 256,
     )  # fmt: skip
     assert "Loss (base 2)" in out + err
+
+
+def test_a_llama_trains_to_the_bits_of_the_command_line(cli, lm_data, tmp_path):
+    cli.run(*hydra("llama_dsq", lm_data, tmp_path / "yaml", "task.tokens_per_sample=32", "+model.rotary_base=500"))
+    cli.run(
+        "fairseq-train", lm_data, "--task", "language_modeling", "--tokens-per-sample", 32, "--arch", "llama_dsq",
+        *shape("decoder"), "--criterion", "dsq_cross_entropy", "--weight-decay", 0.1, *flags(tmp_path / "flags"),
+        "--adam-betas", "(0.9, 0.95)", "--required-batch-size-multiple", 1, "--rotary-base", 500,
+    )  # fmt: skip
+    assert_equal(parameters(tmp_path / "yaml"), parameters(tmp_path / "flags"))
 
 
 def test_a_value_or_a_name_that_is_no_flag_s_is_refused_in_one_line(cli, lm_data, tmp_path):

@@ -65,7 +65,7 @@ for name in fairseq_dsq.models.TWINS:
 def test_a_twin_has_every_flag_of_its_model():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FLAGS_OF], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "transformer True", "transformer_lm True", "bart True",
+        "transformer True", "transformer_lm True", "bart True", "llama True",
         "roberta True head_from_pooler layer_norm_eps token_types",
     ]  # fmt: skip
 

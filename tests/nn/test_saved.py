@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_dsq.formats import BlockFloat
-from fairseq_dsq.nn import DSQDropout, DSQLayerNorm, convert, log_softmax
+from fairseq_dsq.nn import DSQDropout, DSQLayerNorm, DSQRMSNorm, convert, log_softmax
 from fairseq_dsq.nn.log_softmax import _LogProbabilities
-from fairseq_dsq.nn.saved import VALUES_PER_PIECE, Activation, dropout, softmax
+from fairseq_dsq.nn.saved import VALUES_PER_PIECE, Activation, dropout, gated, softmax
 from fairseq_dsq.quantized import fake_quantize
 
 EIGHT = BlockFloat(8)
@@ -175,6 +175,59 @@ def test_a_frozen_layer_norm_still_passes_the_gradient():
     _, (grad,), _ = gradients(twin, normal(7, 40))
     _, (expected,), _ = gradients(nn.LayerNorm(40), normal(7, 40))
     assert difference(grad, expected) < 0.01 and twin.weight.grad is None
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_rms_norm_keeps_eight_bits_of_its_normalized_input(affine, eps):
+    layer = nn.RMSNorm(40, eps, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(layer.weight)
+    twin = DSQRMSNorm.from_float(layer, everything(*LEVEL))
+    assert twin.weight is layer.weight
+    x = (0.3 * (normal(3, 64, 40) + 1)).requires_grad_()
+    with saved_tensors() as saved:
+        y = twin(x)
+    assert held_bytes(saved, twin.parameters()) == {torch.uint8: 3 * 64 * (2 * 17 + 9), torch.float32: 4 * 3 * 64}
+    wanted = [x, *layer.parameters()]
+    grad = normal(*y.shape, seed=4)
+    actual = torch.autograd.grad(y, wanted, grad)
+    plain = layer(x)
+    assert torch.equal(y, plain)
+    for ours, theirs in zip(actual, torch.autograd.grad(plain, wanted, grad), strict=True):
+        assert 0 < difference(ours, theirs) < 0.008
+    # In float64, of the normalized input that was kept.
+    rstd = (x.detach().double().square().mean(-1, keepdim=True) + (layer.eps or torch.finfo(x.dtype).eps)).rsqrt()
+    kept = fake_quantize((x.detach() * rstd).float(), EIGHT).double()
+    scaled = grad * layer.weight if affine else grad
+    assert difference(actual[0], (rstd * (scaled - kept * (scaled * kept).mean(-1, keepdim=True))).float()) < 1e-5
+    if affine:
+        assert difference(actual[1], (grad * kept).sum((0, 1)).float()) < 1e-5
+
+
+def test_an_rms_norm_of_many_rows_one_of_which_is_not_finite():
+    layer = nn.RMSNorm(40)
+    x = normal(VALUES_PER_PIECE // 40 + 3, 40)
+    x[2, 7] = math.inf
+    y, (grad,), _ = gradients(DSQRMSNorm.from_float(layer, everything(*LEVEL)), x)
+    expected, (expected_grad,), _ = gradients(layer, x)
+    others = torch.arange(len(x)) != 2
+    assert torch.equal(y[others], expected[others]) and torch.equal(grad.isfinite(), expected_grad.isfinite())
+    assert difference(grad[others], expected_grad[others]) < 0.01
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu, torch.sigmoid])
+def test_a_gated_activation_keeps_eight_bits_of_its_two_derivatives(function):
+    gate, up = normal(64, 40), normal(64, 40, seed=1)
+    y, grads, held = gradients(lambda a, b: gated(function, a, b, everything(*LEVEL)), gate, up)
+    expected, float_grads, _ = gradients(lambda a, b: function(a) * b, gate, up)
+    assert torch.equal(y, expected)
+    assert held == {torch.uint8: 2 * 64 * (2 * 17 + 9)}
+    grad_y = normal(64, 40, seed=9)
+    derivative = torch.autograd.functional.jvp(function, gate, torch.ones_like(gate))[1]
+    assert torch.equal(grads[0], fake_quantize(derivative * up, EIGHT) * grad_y)
+    assert torch.equal(grads[1], fake_quantize(function(gate), EIGHT) * grad_y)
+    assert all(0 < difference(*pair) < 0.01 for pair in zip(grads, float_grads, strict=True))
 
 
 def test_softmax_keeps_eight_bits_of_the_probabilities():
@@ -554,9 +607,10 @@ def test_under_autocast_dtypes_are_those_of_torchs_operations():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_modules_keep_their_dtype(dtype):
     how = everything(*LEVEL)
-    norm = nn.LayerNorm(40).to(dtype)
+    norm, root = nn.LayerNorm(40).to(dtype), nn.RMSNorm(40).to(dtype)
     for plain, ours in (
         (norm, DSQLayerNorm.from_float(norm, how)),
+        (root, DSQRMSNorm.from_float(root, how)),
         (F.gelu, Activation(F.gelu, how)),
         (gelu, Activation(gelu, how)),
     ):

@@ -21,6 +21,8 @@ SMALL = {
     "encoder": probe.ModelSpec("roberta_base", "--encoder-layers 2", 97, 21, 63),
     "decoder": probe.ModelSpec("transformer_lm", "--decoder-layers 2 --decoder-embed-dim 64 --decoder-input-dim 64 "
                                "--decoder-output-dim 64 --decoder-attention-heads 4", 97, 18, 54),
+    "llama": probe.ModelSpec("llama", "--decoder-layers 2 --decoder-embed-dim 64 --decoder-ffn-embed-dim 96 "
+                             "--decoder-attention-heads 4", 97, 18, 54),
 }  # fmt: skip
 
 
@@ -28,7 +30,7 @@ def macs(work):
     return sum(key.gemm.macs * count for key, count in work.gemms.items())
 
 
-@pytest.mark.parametrize("name", ["transformer_iwslt_de_en", "roberta-base", "opt-1.3b"])
+@pytest.mark.parametrize("name", ["transformer_iwslt_de_en", "roberta-base", "opt-1.3b", "llama_130m"])
 @pytest.mark.parametrize("training", [True, False], ids=["forward and backward", "forward"])
 def test_macs_are_half_of_torch_s_flops_on_the_float_twin(name, training):
     spec = probe.find_model(name)
