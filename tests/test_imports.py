@@ -23,6 +23,7 @@ ARROWS = {
     "quantized": {"formats", "kernels"},
     "gemm": {"formats", "kernels"},
     "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized"},
+    "adam": {"formats", "quantized"},
     "data_files": {"text"},
     "cost": {"data_files", "formats", "ledger", "precision"},
     # What knows fairseq, and what is made of it.
@@ -30,12 +31,13 @@ ARROWS = {
     "download": {"artefact"},
     "record": {"artefact", "text"},
     "plugin": {
-        *("artefact", "cost", "data_files", "errors", "flags", "formats", "gemm", "ledger", "nn", "precision"),
-        *("quantized", "record", "schedules", "text"),
+        *("adam", "artefact", "cost", "data_files", "errors", "flags", "formats", "gemm", "ledger", "nn"),
+        *("precision", "quantized", "record", "schedules", "text"),
     },
     "__init__": {"criterions", "errors", "models", "optim", "plugin"},
     "models": {"plugin"},
     "criterions": {"plugin"},
+    "optim": {"plugin"},
     "glue": {"artefact", "data_files", "download", "plugin", "text"},
     "recipes": {"artefact", "data_files", "translation"},
     "translation": {"artefact", "data_files", "download"},

@@ -72,6 +72,8 @@ class Format(ABC):
     bits: int
 
     family: ClassVar[str]
+    # Whether it holds zero and negative values, as an operand does; those that do not are for second moments.
+    signed: ClassVar[bool] = True
     # Bytes of a stored scale, and what it is stored as.
     scale_bytes: ClassVar[int] = 1
     scale_dtype: ClassVar[torch.dtype] = torch.uint8
@@ -260,7 +262,7 @@ Parse = Callable[[str], Format | None]
 
 
 class _Family(NamedTuple):
-    make: Make
+    make: Make | None
     parse: Parse
     example: str
 
@@ -268,12 +270,12 @@ class _Family(NamedTuple):
 _FAMILIES: dict[str, _Family] = {}
 
 
-def register(name: str, make: Make, parse: Parse | None = None, example: str = "") -> None:
+def register(name: str, make: Make | None, parse: Parse | None = None, example: str = "") -> None:
     """Make ``name`` a value of ``--dsq-format``.
 
     Args:
         name: the family's.
-        make: gives the format of one q.
+        make: gives the format of one q; None for a family that no q stands for, which is no value of the flag.
         parse: gives the format of a text, or None for one of another family; left out, a text is the name and q.
         example: a text or several, for messages.
 
@@ -285,7 +287,7 @@ def register(name: str, make: Make, parse: Parse | None = None, example: str = "
 
     def parse_bits(text: str) -> Format | None:
         match = re.fullmatch(rf"{name}([0-9]+)", text)
-        return make(int(match[1]), FormatOptions()) if match else None
+        return make(int(match[1]), FormatOptions()) if match and make else None
 
     _FAMILIES[name] = _Family(make, parse or parse_bits, example)
     _parsed.cache_clear()
@@ -298,8 +300,8 @@ def unregister(name: str) -> None:
 
 
 def names() -> list[str]:
-    """The registered families, sorted: the choices of ``--dsq-format``."""
-    return sorted(_FAMILIES)
+    """The registered families that a q stands for, sorted: the choices of ``--dsq-format``."""
+    return sorted(name for name, family in _FAMILIES.items() if family.make)
 
 
 def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> Format:
@@ -309,13 +311,15 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
         ValueError: an unknown name, or a q outside the format's widths.
         TypeError: a q that is not an integer.
     """
-    if name not in _FAMILIES:
+    make = _FAMILIES[name].make if name in _FAMILIES else None
+    if make is None:
         raise ValueError(f"format: got {name!r}, expected one of {', '.join(names())}")
-    return _FAMILIES[name].make(q, options)
+    return make(q, options)
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``.
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``,
+    ``log8/row``.
 
     Raises:
         ValueError: text that names no format.
