@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from e2e.conftest import ROOT
+from e2e.test_distributed import train as train_ranks
 from fairseq import checkpoint_utils
 
 import fairseq_dsq  # noqa: F401  (registers the names that checkpoints refer to)
@@ -115,3 +117,30 @@ def test_a_float_model_and_bfloat16_train_with_it(cli, train, tmp_path):
             log = train(tmp_path / name, *ADAM, *flags, "--max-epoch", epochs, **options)
         assert "dsq_state_bytes" in log
         assert torch.uint8 in {held.dtype for held in moments(load(tmp_path / name)).values() if torch.is_tensor(held)}
+
+
+# Two workers' batches differ in length, and so does what dropout draws.
+RANKS = ("--user-dir", ROOT / "tests/e2e/ranks", "--task", "translation_of_ranks", *ADAM, "--dropout", 0.1)
+
+
+def of_ranks(cli, folder, epochs, **environment):
+    """The parameters of both workers after training to that epoch."""
+    folder.mkdir(exist_ok=True)
+    train_ranks(cli, 2, folder / "run", *RANKS, "--max-epoch", epochs, RANKS=str(folder), **environment)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def equal(ranks):
+    return all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+
+
+def test_two_workers_stay_equal_and_resume_to_what_they_train_in_one_go(cli, tmp_path):
+    assert equal(of_ranks(cli, tmp_path / "whole", 2))
+    for epochs in (1, 2):
+        ranks = of_ranks(cli, tmp_path / "parts", epochs)
+    assert equal(ranks)
+    assert_equal_trainings(load(tmp_path / "parts/run"), load(tmp_path / "whole/run"))
+
+
+def test_workers_with_noise_of_their_own_drift_apart(cli, tmp_path):
+    assert not equal(of_ranks(cli, tmp_path / "lone", 1, LONE_NOISE="1"))
