@@ -79,8 +79,8 @@ class Moments:
         first, second = self.formats(m.shape)
         held_v = self._pack(v, second, seeds[1])
         if self.of_ratio and first == self.first:
-            root = _dequantize(held_v, second, v.shape).sqrt_()
-            m = torch.where(root == 0, 0.0, m / root)
+            # No root of a float32 lies below 2^-75 but 0, where m is 0 or next to it.
+            m = m / _dequantize(held_v, second, v.shape).sqrt_().clamp_(min=2.0**-75)
         return self._pack(m, first, seeds[0]), held_v
 
     def decode(self, exp_avg: Tensor, exp_avg_sq: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

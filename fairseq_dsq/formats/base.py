@@ -37,6 +37,8 @@ MAX_BOX_SIZE = 2**31 - 1
 # Values that share a scale: so many, all of a fibre along the reduction (a token's, a channel's), or all of a tensor.
 Group = int | Literal["row", "tensor"]
 ScaleRule = Literal["floor", "fit"]
+# Kernels that pack rows of 8-bit codes, each row with a float32 scale in front of all codes.
+RowKernel = Literal["int8", "log8"]
 SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
 
 
@@ -132,6 +134,11 @@ class Format(ABC):
 
     def kernel_spec(self) -> KernelSpec | None:
         """What C++ and Triton need to run the format; None where its definition runs."""
+        return None
+
+    @property
+    def row_kernel(self) -> RowKernel | None:
+        """The kernel that packs and unpacks the format on the CPU where a row is contiguous; None where none does."""
         return None
 
     @cached_property

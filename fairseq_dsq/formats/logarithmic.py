@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, Group, check_bits, check_box_size, register
+from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, Group, RowKernel, check_bits, check_box_size, register
 
 MOST_BITS = 16
 # From a group's largest value down to its smallest code, in powers of two.
@@ -64,8 +64,12 @@ class Logarithmic(Format):
     def significand_bits(self) -> int:
         return SIGNIFICAND_BITS
 
+    @property
+    def row_kernel(self) -> RowKernel | None:
+        return "log8" if (self.bits, self.group_size) == (8, "row") else None
+
     def scale_of(self, groups: Tensor) -> Tensor:
-        largest = groups.amax(dim=-1, keepdim=True)
+        largest = groups.abs().amax(dim=-1, keepdim=True)
         sound = largest.isfinite() & (groups.amin(dim=-1, keepdim=True) >= 0)
         return torch.where(sound, largest, math.nan)
 
