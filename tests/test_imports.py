@@ -42,7 +42,7 @@ ARROWS = {
     "recipes": {"artefact", "data_files", "translation"},
     "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
-    "bench": {"formats", "nn", "plugin", "precision", "quantized"},
+    "bench": {"adam", "formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
         *("ledger", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules", "text"),
