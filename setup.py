@@ -80,7 +80,7 @@ class BuildKernels(build_ext):
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
             isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
-            for source in ("quantize.cpp", "masks.cpp"):
+            for source in ("quantize.cpp", "rows.cpp", "masks.cpp"):
                 objects += self._compile(source, isa, isa_flags)
             try:
                 objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])

@@ -27,9 +27,9 @@ compat.mend_numpy()
 compat.keep_archives_inside()
 __path__ = compat.Folders(__path__)
 
-from fairseq_dsq import criterions, models  # noqa: E402
+from fairseq_dsq import criterions, models, optim  # noqa: E402
 from fairseq_dsq.plugin import loading  # noqa: E402
 
 loading.guard_checkpoints()
 
-__all__ = ["criterions", "models"]
+__all__ = ["criterions", "models", "optim"]

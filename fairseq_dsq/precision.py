@@ -87,7 +87,10 @@ class PrecisionConfig:
     def _format(self, member: Q) -> Format:
         if isinstance(member, int):
             return formats.make_format(self.format_name, member, self.options)
-        return formats.parse(member)
+        fmt = formats.parse(member)
+        if not fmt.signed:
+            raise ValueError("expected a format with negative values: this one holds second moments")
+        return fmt
 
     @cached_property
     def _members(self) -> tuple[tuple[tuple[Q, Format], tuple[Q, Format]], ...]:

@@ -17,6 +17,8 @@ from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
+# What a call's seed comes from: a generator, None for torch's default, or it is given.
+Draw = torch.Generator | int | None
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ class QuantizedTensor:
         """The same values with groups along another dimension, rounded to nearest once more."""
         return pack(self.dequantize(), self.fmt, dim)
 
-    def copy_(
-        self, values: Tensor, rounding: Rounding = "nearest", generator: torch.Generator | None = None
-    ) -> QuantizedTensor:
+    def copy_(self, values: Tensor, rounding: Rounding = "nearest", generator: Draw = None) -> QuantizedTensor:
         """Quantize ``values`` into the bytes that are held.
 
         Raises:
@@ -108,10 +108,12 @@ def _without_grad(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-def _seed(rounding: Rounding, generator: torch.Generator | None) -> int | None:
+def _seed(rounding: Rounding, generator: Draw) -> int | None:
     """The one draw of a call; None where nothing is drawn."""
     if rounding == "nearest":
         return None
+    if isinstance(generator, int):
+        return generator
     return int(torch.randint(checks.SEEDS, (), generator=generator, device=generator.device if generator else None))
 
 
@@ -120,7 +122,7 @@ def fake_quantize(
     fmt: Format,
     dim: int = -1,
     rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
+    generator: Draw = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Round ``x`` to the values that ``fmt`` can hold.
@@ -132,7 +134,8 @@ def fake_quantize(
         rounding: ``nearest`` (ties to even) or ``stochastic``: up or down, the expected value being the value itself.
             That holds for values that do not clip: none does in a format whose ``scale`` is ``fit``, nor from 25 bits
             on; under ``floor`` those above the largest code's value do, which shrinks a Gaussian by 8 % at 2 bits.
-        generator: draws one seed a call for stochastic rounding; None takes torch's default.
+        generator: draws one seed a call for stochastic rounding; None takes torch's default; an integer, 0 to
+            2^62 - 1, is the seed.
         dtype: of the result; None takes ``x``'s. float32, or bfloat16 for formats of up to 8 significant bits, whose
             values it holds exactly.
 
@@ -160,7 +163,7 @@ def fake_quantize(
 
 
 def factorize(
-    x: Tensor, fmt: Format, dim: int = -1, rounding: Rounding = "nearest", generator: torch.Generator | None = None
+    x: Tensor, fmt: Format, dim: int = -1, rounding: Rounding = "nearest", generator: Draw = None
 ) -> tuple[Tensor, Tensor]:
     """``fake_quantize(x, fmt, dim, ...)`` as elements times a scale, of formats with one for each row or the tensor.
 
@@ -187,7 +190,7 @@ def pack(
     fmt: Format,
     dim: int = -1,
     rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
+    generator: Draw = None,
 ) -> QuantizedTensor:
     """Quantize ``x`` and hold it in ``fmt.nbytes(x.shape, dim)`` bytes.
 

@@ -7,6 +7,7 @@ BENCHES = {
     "quantize": "kernels over clone",
     "linear": "a layer's forward and backward over float32",
     "train-step": "transformer_iwslt_de_en, 2048 tokens, over float32",
+    "optimizer": "a step and a whole update with low-bit Adam over fairseq's Adam",
     "memory": "bytes kept for backward, and peak resident memory, over float32",
     "logging": "a step with the dsq_ criterion over the plain one",
 }

@@ -27,7 +27,9 @@ def criterion_of(name: str, **settings: Any) -> Any:
     return CRITERION_REGISTRY[name].build_criterion(config, Task())
 
 
-def training_step(flags: str | None, tokens: int) -> tuple[Callable[[], object], nn.Module]:
+def training_step(
+    flags: str | None, tokens: int, make_optimizer: Callable[..., Any] = torch.optim.Adam
+) -> tuple[Callable[[], object], nn.Module]:
     """A training step of the model: forward with its criterion, backward, clipping, Adam; float32 without flags."""
     torch.manual_seed(0)
     prefix = "" if flags is None else "dsq_"
@@ -36,7 +38,7 @@ def training_step(flags: str | None, tokens: int) -> tuple[Callable[[], object],
     model = probe.build(spec, "cpu")
     sample = probe.sample(model, spec)
     criterion = criterion_of(f"{prefix}label_smoothed_cross_entropy", label_smoothing=0.1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    optimizer = make_optimizer(model.parameters(), lr=1e-6)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -1,8 +1,8 @@
-"""The names under which the criteria log levels and costs, and reports find them."""
+"""The names under which criteria and optimizers log levels and costs, and reports find them."""
 
 from __future__ import annotations
 
-LEVEL, STASH_BYTES = "dsq_level", "dsq_stash_bytes"
+LEVEL, STASH_BYTES, STATE_BYTES = "dsq_level", "dsq_stash_bytes", "dsq_state_bytes"
 # relative metric: (absolute, the same GEMMs in 32-bit fixed point), both summed over an epoch
 RELATIVE = {
     "dsq_arithmetic_relative": ("dsq_arithmetic", "dsq_arithmetic_baseline"),

@@ -26,6 +26,7 @@ from fairseq_dsq.formats.bfp import BlockFloat
 from fairseq_dsq.formats.fixed import FixedPoint
 from fairseq_dsq.formats.float32 import Float32
 from fairseq_dsq.formats.integer import Integer
+from fairseq_dsq.formats.logarithmic import Logarithmic
 
 __all__ = [
     "DEFAULT_BOX_SIZE",
@@ -43,6 +44,7 @@ __all__ = [
     "Group",
     "Integer",
     "KernelSpec",
+    "Logarithmic",
     "ScaleRule",
     "make_format",
     "names",

@@ -37,6 +37,8 @@ MAX_BOX_SIZE = 2**31 - 1
 # Values that share a scale: so many, all of a fibre along the reduction (a token's, a channel's), or all of a tensor.
 Group = int | Literal["row", "tensor"]
 ScaleRule = Literal["floor", "fit"]
+# Kernels that pack rows of 8-bit codes, each row with a float32 scale in front of all codes.
+RowKernel = Literal["int8", "log8"]
 SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
 
 
@@ -72,6 +74,8 @@ class Format(ABC):
     bits: int
 
     family: ClassVar[str]
+    # Whether it holds zero and negative values, as an operand does; those that do not are for second moments.
+    signed: ClassVar[bool] = True
     # Bytes of a stored scale, and what it is stored as.
     scale_bytes: ClassVar[int] = 1
     scale_dtype: ClassVar[torch.dtype] = torch.uint8
@@ -130,6 +134,11 @@ class Format(ABC):
 
     def kernel_spec(self) -> KernelSpec | None:
         """What C++ and Triton need to run the format; None where its definition runs."""
+        return None
+
+    @property
+    def row_kernel(self) -> RowKernel | None:
+        """The kernel that packs and unpacks the format on the CPU where a row is contiguous; None where none does."""
         return None
 
     @cached_property
@@ -260,7 +269,7 @@ Parse = Callable[[str], Format | None]
 
 
 class _Family(NamedTuple):
-    make: Make
+    make: Make | None
     parse: Parse
     example: str
 
@@ -268,12 +277,12 @@ class _Family(NamedTuple):
 _FAMILIES: dict[str, _Family] = {}
 
 
-def register(name: str, make: Make, parse: Parse | None = None, example: str = "") -> None:
+def register(name: str, make: Make | None, parse: Parse | None = None, example: str = "") -> None:
     """Make ``name`` a value of ``--dsq-format``.
 
     Args:
         name: the family's.
-        make: gives the format of one q.
+        make: gives the format of one q; None for a family that no q stands for, which is no value of the flag.
         parse: gives the format of a text, or None for one of another family; left out, a text is the name and q.
         example: a text or several, for messages.
 
@@ -285,7 +294,7 @@ def register(name: str, make: Make, parse: Parse | None = None, example: str = "
 
     def parse_bits(text: str) -> Format | None:
         match = re.fullmatch(rf"{name}([0-9]+)", text)
-        return make(int(match[1]), FormatOptions()) if match else None
+        return make(int(match[1]), FormatOptions()) if match and make else None
 
     _FAMILIES[name] = _Family(make, parse or parse_bits, example)
     _parsed.cache_clear()
@@ -298,8 +307,8 @@ def unregister(name: str) -> None:
 
 
 def names() -> list[str]:
-    """The registered families, sorted: the choices of ``--dsq-format``."""
-    return sorted(_FAMILIES)
+    """The registered families that a q stands for, sorted: the choices of ``--dsq-format``."""
+    return sorted(name for name, family in _FAMILIES.items() if family.make)
 
 
 def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> Format:
@@ -309,13 +318,15 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
         ValueError: an unknown name, or a q outside the format's widths.
         TypeError: a q that is not an integer.
     """
-    if name not in _FAMILIES:
+    make = _FAMILIES[name].make if name in _FAMILIES else None
+    if make is None:
         raise ValueError(f"format: got {name!r}, expected one of {', '.join(names())}")
-    return _FAMILIES[name].make(q, options)
+    return make(q, options)
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``.
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``,
+    ``log8/row``.
 
     Raises:
         ValueError: text that names no format.

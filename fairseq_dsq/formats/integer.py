@@ -14,6 +14,7 @@ from fairseq_dsq.formats.base import (
     Format,
     FormatOptions,
     Group,
+    RowKernel,
     check_bits,
     check_box_size,
     register,
@@ -72,6 +73,10 @@ class Integer(Format):
 
     def by_row(self) -> Integer:
         return replace(self, group_size="row")
+
+    @property
+    def row_kernel(self) -> RowKernel | None:
+        return "int8" if (self.bits, self.group_size) == (8, "row") else None
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

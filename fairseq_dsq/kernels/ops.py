@@ -78,6 +78,12 @@ def _kernels_for(x: Tensor, fmt: Format) -> Any:
     return kernels if kernels.covers(fmt.spec) else None
 
 
+def _row_kernels(device: torch.device, shape: Sequence[int], dim: int, fmt: Format) -> native.Kernels | None:
+    """The kernels that pack and unpack ``fmt`` row by row; None where its definition is to, or no row is contiguous."""
+    along_rows = len(shape) > 0 and dim in (-1, len(shape) - 1) and math.prod(shape) > 0
+    return native.kernels if fmt.row_kernel and along_rows and device.type == "cpu" else None
+
+
 @cache
 def _say_slow(fmt: str) -> None:
     warnings.warn(f"{fmt}: no kernels run this format; it is quantized in plain torch, which is slower", stacklevel=2)
@@ -111,6 +117,10 @@ def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor,
 def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
     checks.quantize(x, dim, seed, torch.float32)
     parsed = formats.parse(fmt)
+    if row_kernels := _row_kernels(x.device, x.shape, dim, parsed):
+        data = torch.empty(parsed.nbytes(x.shape, dim), dtype=torch.uint8)
+        row_kernels.pack_rows(x.float().contiguous(), data, parsed, seed)
+        return data
     kernels = _kernels_for(x, parsed)
     if kernels is None:
         return definition.pack(x, parsed, dim, seed)
@@ -123,6 +133,10 @@ def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
 def _unpack(data: Tensor, shape: Sequence[int], dim: int, fmt: str, dtype: torch.dtype) -> Tensor:
     parsed = formats.parse(fmt)
     checks.packed(data, shape, dim, parsed, dtype)
+    if row_kernels := _row_kernels(data.device, shape, dim, parsed):
+        values = torch.empty(shape)
+        row_kernels.unpack_rows(data.contiguous(), values, parsed)
+        return values.to(dtype)
     kernels = _kernels_for(data, parsed)
     if kernels is None:
         return definition.unpack(data, shape, parsed, dim, dtype)

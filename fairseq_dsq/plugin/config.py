@@ -233,6 +233,23 @@ class DSQCriterionConfig:
     )
 
 
+@dataclass
+class DSQOptimizerConfig:
+    """The flags that ``--optimizer dsq_adam`` has beside those of fairseq's Adam."""
+
+    dsq_moment1: str = dataclasses.field(
+        default="int8/row",
+        metadata={"help": "format of Adam's first moment, such as int8/row, int8/128, float32; small tensors: float32"},
+    )
+    dsq_moment2: str = dataclasses.field(
+        default="log8/row",
+        metadata={"help": "format of Adam's second moment; beside a logarithmic one the first is held as m/sqrt(v)"},
+    )
+    dsq_moment_rounding: str = dataclasses.field(
+        default="stochastic", metadata={"help": "rounding of the moments: " + ", ".join(ROUNDINGS)}
+    )
+
+
 def defaults(config: type, *roles: Role) -> dict[str, Any]:
     """Names and defaults of a configuration's flags, of some roles alone if any are given."""
     fields = dataclasses.fields(config)
@@ -291,7 +308,7 @@ def refuse_unknown(names: Iterable[Any]) -> None:
     Raises:
         DSQError: names the first, and the flags that it may stand for.
     """
-    flags = (name for config in (DSQConfig, DSQCriterionConfig) for name in defaults(config))
+    flags = (name for config in (DSQConfig, DSQCriterionConfig, DSQOptimizerConfig) for name in defaults(config))
     known = {name.removeprefix("dsq_"): name for name in flags}
     for name in names:
         spelling = str(name).lower().replace("-", "_")

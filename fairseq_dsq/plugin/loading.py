@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.plugin.config import refuse_unknown
+from fairseq_dsq.plugin.optimizer import refuse_foreign_states
 
 # Paths and free text, which fairseq never evaluates and which may look like anything.
 FREE_TEXT = frozenset(
@@ -248,6 +249,8 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
             given = None
         if given and not PathManager.isfile(given[1]):  # fairseq would train from the beginning, and say so in its log
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
-        return load(cfg, trainer, **passthrough_args)
+        found = load(cfg, trainer, **passthrough_args)
+        refuse_foreign_states(trainer.optimizer)
+        return found
 
     return load_checkpoint

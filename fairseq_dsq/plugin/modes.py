@@ -58,6 +58,9 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
     def given(name: str) -> Any:
         return flag_of(args, name)
 
+    flattens = given("fp16") and not given("fp16_no_flatten_grads") and not given("memory_efficient_fp16")
+    if flattens and _optimizer(args) == "dsq_adam":
+        yield "fp16", "expected --fp16-no-flatten-grads beside --optimizer dsq_adam, which cuts each tensor into rows"
     if given("tpu"):
         yield "tpu", "expected none: there is no quantized path for TPUs"
     if given("fp16") and not torch.cuda.is_available():
@@ -86,6 +89,14 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
             "write_checkpoints_asynchronously",
             "expected none: iopath is not installed, and fairseq would end without training, with exit code 0",
         )
+
+
+def _optimizer(args: Any) -> Any:
+    """The optimizer's name; OmegaConf's hangs in a section of its own."""
+    if isinstance(args, DictConfig):
+        section = cast(DictConfig, args._get_root()).get("optimizer")
+        return section.get("_name") if isinstance(section, DictConfig) else section
+    return getattr(args, "optimizer", None)
 
 
 def _workers(given: Any) -> int:

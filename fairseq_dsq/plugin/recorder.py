@@ -16,7 +16,7 @@ from torch import nn
 
 from fairseq_dsq import artefact, record
 from fairseq_dsq.cost.hardware import processor
-from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, DSQOptimizerConfig, defaults
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.record import Point, Start
@@ -113,6 +113,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         "torch": torch.__version__,
         "workers": str(get_global_world_size()),
     }
+    flags = (*defaults(DSQConfig), *defaults(DSQOptimizerConfig), *FAIRSEQ_FLAGS)
     return Start(
         schema=record.SCHEMA,
         update=update,
@@ -122,7 +123,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         criterion=str(criterion),
         cost_profile=str(flag_of(args, "dsq_cost_profile") or DSQCriterionConfig.dsq_cost_profile),
         levels=tuple(level.by_value for level in model.dsq.levels),  # type: ignore[union-attr]
-        flags={name: _flag(flag_of(args, name)) for name in (*defaults(DSQConfig), *FAIRSEQ_FLAGS)},
+        flags={name: _flag(flag_of(args, name)) for name in flags},
         machine=machine,
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq_dsq.bench import optimizer, train_step
 from fairseq_dsq.bench.memory import saved_bytes
 from fairseq_dsq.bench.peers import microxcaling_style, naive
 from fairseq_dsq.bench.timing import interleave
@@ -37,6 +38,16 @@ def test_quantize_and_linear_have_the_rows_that_are_tracked(capsys):
     for row in (*rows.values(), *layers.values()):
         assert row["ratio_min"] == pytest.approx(row["seconds_min"] / row["over_seconds_min"])
         assert row["ratio_median"] > 0
+
+
+def test_optimizers_have_their_time_and_the_bytes_of_their_states(capsys, monkeypatch):
+    monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
+    monkeypatch.setattr(optimizer, "TOKENS", 64)
+    rows = rows_of(capsys, "optimizer", "--rounds", 1)
+    assert {"step int8/row log8/row", "step float32 float32", "update int8/row log8/row"} <= set(rows)
+    low, high = (rows[f"step {pair}"] for pair in ("int8/row log8/row", "float32 float32"))
+    assert 0.25 <= low["state_bytes"] / high["state_bytes"] < 0.30
+    assert low["state_bytes"] == rows["update int8/row log8/row"]["state_bytes"]
 
 
 def test_ratios_are_of_the_fastest_rounds_and_of_the_median_round():

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, Integer, make_format, parse
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, Integer, Logarithmic, make_format, parse
+from fairseq_dsq.precision import parse_levels
 
 WIDTHS = range(2, 33)
 FAMILIES = ["bfp", "fixed", "float32", "int"]
@@ -100,6 +101,8 @@ def test_a_box_of_sixteen_takes_two_bytes_a_bit_and_one(bits):
         (Integer(8), (3, 20), 1, 3 * (4 + 20)),
         (Integer(4, 16), (3, 20), 1, 3 * ((4 + 8) + (4 + 2))),
         (Integer(8, "tensor"), (3, 20), 1, 4 + 60),
+        (Logarithmic(8), (3, 20), 1, 3 * (4 + 20)),
+        (Logarithmic(5, 16), (3, 20), 1, 3 * ((4 + 10) + (4 + 3))),
         (Float32(), (), 0, 4),
         (Float32(), (3, 20), 0, 240),
         (Float32(), (3, 0), 1, 0),
@@ -175,6 +178,8 @@ def test_names(fmt, text):
             "bfp4/col",
             "int8",
             "int8/0x1",
+            "log8",
+            "log8/col",
             "bfp-4",
             "bfp4.2",
         ),
@@ -237,6 +242,14 @@ def test_name_q_and_options_make_a_format(name, q, options, expected):
 def test_an_unknown_name_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="format: got 'float', expected one of bfp, fixed, float32, int"):
         make_format("float", 8)
+
+
+def test_a_format_without_negative_values_is_no_choice_of_the_flag_and_no_operand_s():
+    assert not parse("log8/row").signed
+    with pytest.raises(ValueError, match=r"format: got 'log', expected one of bfp, fixed, float32, int$"):
+        make_format("log", 8)
+    with pytest.raises(ValueError, match=r"level 0: q1 = log8/row: expected a format with negative values"):
+        parse_levels("[4,log8/row,4,16]")
 
 
 def test_an_extra_sign_bit_does_not_fit_on_top_of_32_bits():

@@ -13,10 +13,10 @@ from fairseq_dsq.formats.integer import Integer
 
 
 @dataclass(frozen=True)
-class Logarithmic(Integer):
-    """Signed powers of two below the largest magnitude of a row: log4 has 0 and +-max * 2^-k, k = 0 to 6."""
+class Powers(Integer):
+    """Signed powers of two below the largest magnitude of a row: power4 has 0 and +-max * 2^-k, k = 0 to 6."""
 
-    family = "log"
+    family = "power"
 
     def scale_of(self, groups):
         return super().scale_of(groups) * self.max_code
@@ -36,26 +36,26 @@ class Logarithmic(Integer):
         return torch.where(codes > self.max_code, -values, values)
 
     def __str__(self):
-        return f"log{self.bits}"
+        return f"power{self.bits}"
 
 
-formats.register("log", lambda q, options: Logarithmic(options.bits(q)))
+formats.register("power", lambda q, options: Powers(options.bits(q)))
 '''
 
 
 def test_a_format_of_ones_own(cli, tmp_path):
-    (tmp_path / "logarithmic.py").write_text(PLUGIN)
-    (tmp_path / "__init__.py").write_text("import fairseq_dsq\nfrom . import logarithmic\n")
+    (tmp_path / "powers.py").write_text(PLUGIN)
+    (tmp_path / "__init__.py").write_text("import fairseq_dsq\nfrom . import powers\n")
     log = cli.train(
-        tmp_path / "run", "--user-dir", tmp_path, "--dsq-format", "log", "--dsq-levels", "[6,4,6,8]", "--max-epoch", 1
+        tmp_path / "run", "--user-dir", tmp_path, "--dsq-format", "power", "--dsq-levels", "[6,4,6,8]", "--max-epoch", 1
     )
     assert "done training" in log
     check = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
-import torch, logarithmic
+import torch, powers
 from fairseq_dsq import formats
 from fairseq_dsq.quantized import fake_quantize, pack
-fmt, x = formats.parse("log4"), torch.tensor([[8.0, -3.9, 0.05, 0.9, 0.0]])
+fmt, x = formats.parse("power4"), torch.tensor([[8.0, -3.9, 0.05, 0.9, 0.0]])
 assert fake_quantize(x, fmt).tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
 assert pack(x, fmt).dequantize().tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
 assert pack(x, fmt).nbytes == fmt.nbytes(x.shape) == 4 + 3

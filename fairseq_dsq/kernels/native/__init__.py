@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import KernelSpec
+from fairseq_dsq.formats import Format, KernelSpec
 
 ISAS = ("avx512", "avx2", "baseline")
 NO_KERNELS = "torch"
@@ -41,6 +41,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *(_POINTER, _POINTER, _INT32),
     ),
     "factorize": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _UINT64, _INT32),
+    "pack_int8": (_POINTER, _POINTER, _INT64, _INT64, _INT32, _UINT64, _INT32),
+    "pack_log8": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT32, _INT32, _INT32, _UINT64, _INT32),
+    "unpack_bytes": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32),
     "dropout": (_POINTER, _POINTER, _INT64, ctypes.c_float, ctypes.c_float, _UINT64, _INT32),
     "pack_positive": (_POINTER, _POINTER, _INT64, _INT32),
     "mask": (_POINTER, _POINTER, _POINTER, _INT64, _INT32),
@@ -131,6 +134,9 @@ class Kernels:
     _unpack: Any
     _quantize_and_pack: Any
     _factorize: Any
+    _pack_int8: Any
+    _pack_log8: Any
+    _unpack_bytes: Any
     _dropout: Any
     _pack_positive: Any
     _mask: Any
@@ -222,6 +228,25 @@ class Kernels:
             *(_format(spec), stochastic, seed or 0, threads),
         )
 
+    def pack_rows(self, x: Tensor, data: Tensor, fmt: Format, seed: int | None) -> None:
+        """Write the packed bytes of ``x``, whose rows (its last dimension) are one group each, to ``data``."""
+        length = x.shape[-1]
+        memory = x.data_ptr(), data.data_ptr(), x.numel() // length, length
+        rounding = seed is not None, seed or 0, self._threads(x)
+        if fmt.row_kernel == "int8":
+            self._pack_int8(*memory, *rounding)
+        else:
+            elements, starts, shift, base = _search(fmt)
+            self._pack_log8(*memory, elements.data_ptr(), starts.data_ptr(), shift, base, *rounding)
+
+    def unpack_rows(self, data: Tensor, out: Tensor, fmt: Format) -> None:
+        """Write the values of such bytes to ``out``."""
+        length = out.shape[-1]
+        self._unpack_bytes(
+            *(data.data_ptr(), out.data_ptr(), out.numel() // length, length, _elements(fmt).data_ptr()),
+            self._threads(out),
+        )
+
     def dropout(self, x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
         """Write ``x * scale`` where the noise of ``seed`` is at least ``p``, else 0, to ``out``."""
         self._dropout(x.data_ptr(), out.data_ptr(), x.numel(), p, scale, seed, self._threads(x))
@@ -233,6 +258,25 @@ class Kernels:
     def mask(self, x: Tensor, data: Tensor, out: Tensor) -> None:
         """Write ``x`` to ``out``, or 0 where its bit in ``data`` is 0."""
         self._mask(x.data_ptr(), data.data_ptr(), out.data_ptr(), x.numel(), self._threads(x))
+
+
+@cache
+def _elements(fmt: Format) -> Tensor:
+    """The element of every byte."""
+    return fmt.from_codes(torch.arange(256))
+
+
+@cache
+def _search(fmt: Format) -> tuple[Tensor, Tensor, int, int]:
+    """What encode_log8 of rows.cpp looks its neighbours up in: elements, starts, shift, base.
+
+    A float's bits without the lowest ``shift`` are its bucket, a sixteenth of an octave: less than between elements.
+    """
+    elements, shift = _elements(fmt).flip(0).contiguous(), 23 - 4
+    first, last = (int(bits) >> shift for bits in elements[[0, -1]].view(torch.int32))
+    smallest = (torch.arange(first, last + 1, dtype=torch.int32) << shift).view(torch.float32)
+    starts = (torch.bucketize(smallest, elements, right=True) - 1).clamp_(0, len(elements) - 2)
+    return elements, starts.to(torch.uint8), shift, first
 
 
 def _operand(x: Tensor, bits: int, terms: int) -> Any:

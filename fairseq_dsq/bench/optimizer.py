@@ -1,0 +1,45 @@
+"""A step of low-bit Adam, alone and in a whole update, over fairseq's Adam; and its peers where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from fairseq.optim.adam import Adam
+
+from fairseq_dsq.adam import LowBitAdam
+from fairseq_dsq.bench.timing import Row, interleave
+from fairseq_dsq.bench.train_step import TOKENS, training_step
+
+PAIRS = (("int8/row", "log8/row"), ("int8/row", "int8/row"), ("float32", "float32"))
+ROUNDS = 5
+PEERS = ("torchao.optim", "bitsandbytes.optim")
+
+
+def _optimizers() -> dict[str, Callable[..., Any]]:
+    ours = {" ".join(pair): partial(LowBitAdam, moment1=pair[0], moment2=pair[1]) for pair in PAIRS}
+    peers = [name for name in PEERS if importlib.util.find_spec(name.partition(".")[0])]
+    return ours | {f"{name} AdamW8bit": importlib.import_module(name).AdamW8bit for name in peers}
+
+
+def run(rounds: int) -> list[Row]:
+    """Whole updates are float32's but for the optimizer."""
+    _, model = training_step(None, TOKENS)
+    parameters = list(model.parameters())
+    torch.manual_seed(0)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    # All write to the same parameters: what these are does not matter to their time.
+    optimizers = {name: make(parameters, lr=1e-6) for name, make in _optimizers().items()}
+    steps = {f"step {name}": optimizer.step for name, optimizer in optimizers.items()}
+    rows = interleave(steps, Adam(parameters, lr=1e-6).step, "fairseq's Adam", rounds)
+    for row, optimizer in zip(rows, optimizers.values(), strict=True):
+        row["state_bytes"] = optimizer.state_nbytes if isinstance(optimizer, LowBitAdam) else None
+    update, _ = training_step(None, TOKENS, LowBitAdam)
+    baseline, _ = training_step(None, TOKENS, Adam)
+    whole = interleave({f"update {' '.join(PAIRS[0])}": update}, baseline, "fairseq's Adam", rounds)
+    return [*rows, {**whole[0], "state_bytes": rows[0]["state_bytes"]}]

@@ -1,0 +1,94 @@
+"""``--optimizer dsq_adam``: fairseq's Adam with moments in low-bit formats."""
+
+# fairseq and OmegaConf read the types of a configuration's fields: no annotation here may be a string.
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.logging import metrics
+from fairseq.optim import FairseqOptimizer
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from omegaconf import II
+
+from fairseq_dsq import formats
+from fairseq_dsq.adam import HELD, LowBitAdam
+from fairseq_dsq.cost.metrics import STATE_BYTES
+from fairseq_dsq.errors import DSQError, flag_error
+from fairseq_dsq.plugin.config import DSQOptimizerConfig
+from fairseq_dsq.quantized import ROUNDINGS
+
+
+@dataclass
+class DSQAdamConfig(DSQOptimizerConfig, FairseqAdamConfig):
+    """Adam's flags and those of its moments."""
+
+    seed: int = II("common.seed")
+
+
+class DSQAdam(FairseqAdam):
+    """fairseq's Adam over :class:`fairseq_dsq.adam.LowBitAdam`.
+
+    Its checkpoints hold the moments' bytes. States in other formats, and those of fairseq's Adam, are encoded in the
+    flags' when they are loaded. Each step logs ``dsq_state_bytes``, what the moments take.
+    """
+
+    def __init__(self, cfg: Any, params: Any) -> None:
+        FairseqOptimizer.__init__(self, cfg)
+        for name in ("use_old_adam", "fp16_adam_stats"):
+            if getattr(cfg, name, False):
+                flag_error("--" + name.replace("_", "-"), "got it beside --optimizer dsq_adam, expected it without")
+        _check(cfg)
+        self._optimizer = LowBitAdam(params, **self.optimizer_config)
+
+    @property
+    def optimizer_config(self) -> dict[str, Any]:
+        cfg = self.cfg
+        held = (cfg.dsq_moment1, cfg.dsq_moment2, cfg.dsq_moment_rounding, cfg.seed)
+        return {**super().optimizer_config, **dict(zip(HELD, held, strict=True))}
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        super().step(*args, **kwargs)
+        metrics.log_scalar(STATE_BYTES, self._optimizer.state_nbytes, weight=1, priority=200, round=0)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], optimizer_overrides: Any = None) -> None:
+        try:
+            super().load_state_dict(state_dict, optimizer_overrides)
+        except ValueError as error:
+            raise DSQError(f"the checkpoint's optimizer: {error}") from None
+
+    def average_params(self) -> None:
+        flag_error("--use-bmuf", "got it beside --optimizer dsq_adam, expected none: it averages float states")
+
+
+def _check(cfg: Any) -> None:
+    """Refuse formats and roundings that are none.
+
+    Raises:
+        DSQError: names the flag.
+    """
+    for flag, text in (("--dsq-moment1", cfg.dsq_moment1), ("--dsq-moment2", cfg.dsq_moment2)):
+        try:
+            fmt = formats.parse(str(text))
+        except ValueError as error:
+            flag_error(flag, str(error))
+        if flag == "--dsq-moment1" and not fmt.signed:
+            flag_error(flag, f"got {fmt}, expected a format with negative values, such as int8/row")
+    if cfg.dsq_moment_rounding not in ROUNDINGS:
+        got = cfg.dsq_moment_rounding
+        flag_error("--dsq-moment-rounding", f"got {got!r}, expected one of {', '.join(ROUNDINGS)}")
+
+
+def refuse_foreign_states(optimizer: Any) -> None:
+    """Refuse another Adam that took up the bytes of low-bit moments: they go by the same class name.
+
+    Raises:
+        DSQError: names the flag.
+    """
+    inner = optimizer.optimizer
+    if not isinstance(inner, LowBitAdam) and any(HELD[0] in group for group in inner.param_groups):
+        flag_error(
+            "--optimizer",
+            "got another than the checkpoint's dsq_adam, expected dsq_adam (with --dsq-moment1 float32 --dsq-moment2 "
+            "float32 for float states) or --reset-optimizer",
+        )
