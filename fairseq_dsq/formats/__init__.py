@@ -26,6 +26,7 @@ from fairseq_dsq.formats.bfp import BlockFloat
 from fairseq_dsq.formats.fixed import FixedPoint
 from fairseq_dsq.formats.float32 import Float32
 from fairseq_dsq.formats.integer import Integer
+from fairseq_dsq.formats.ternary import Ternary
 
 __all__ = [
     "DEFAULT_BOX_SIZE",
@@ -44,6 +45,7 @@ __all__ = [
     "Integer",
     "KernelSpec",
     "ScaleRule",
+    "Ternary",
     "make_format",
     "names",
     "parse",

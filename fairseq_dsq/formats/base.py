@@ -315,7 +315,8 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``.
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``ternary``,
+    ``float32``.
 
     Raises:
         ValueError: text that names no format.
