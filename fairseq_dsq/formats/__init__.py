@@ -27,6 +27,7 @@ from fairseq_dsq.formats.fixed import FixedPoint
 from fairseq_dsq.formats.float32 import Float32
 from fairseq_dsq.formats.integer import Integer
 from fairseq_dsq.formats.logarithmic import Logarithmic
+from fairseq_dsq.formats.ternary import Ternary
 
 __all__ = [
     "DEFAULT_BOX_SIZE",
@@ -46,6 +47,7 @@ __all__ = [
     "KernelSpec",
     "Logarithmic",
     "ScaleRule",
+    "Ternary",
     "make_format",
     "names",
     "parse",

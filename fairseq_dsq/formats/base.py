@@ -325,8 +325,8 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``float32``,
-    ``log8/row``.
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``ternary``,
+    ``log8/row``, ``float32``.
 
     Raises:
         ValueError: text that names no format.

@@ -126,8 +126,7 @@ class _Quantizer:
             return Operand(x, side, reduction)
         dim, rounding = self.config.dim(reduction), self.config.rounding
         if side.factored and x.numel():
-            elements, scale = factorize(x, side.fmt, dim, rounding, generator)
-            return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
+            return _factored(*factorize(x, side.fmt, dim, rounding, generator), side, reduction)
         return Operand(fake_quantize(x, side.fmt, dim, rounding, generator), side, reduction)
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> QuantizedTensor:
@@ -202,13 +201,19 @@ def rounded_operand(x: Tensor, side: Side, config: GemmConfig) -> Operand:
     return _Quantizer(config, None).operand(x, side, -1, fused=False)
 
 
+def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Operand:
+    """An operand whose scale is kept out of the product; one for the tensor, wherever its groups lie, is one number."""
+    if side.fmt.group == "tensor":
+        scale = scale.reshape(-1)[:1].view([1] * elements.dim())
+    return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
+
+
 def _stashed(stash: QuantizedTensor | None, side: Side, reduction: int) -> Operand | None:
     """A stash as an operand."""
     if stash is None:
         return None
     if side.factored and stash.data.numel():
-        elements, scale = stash.factorize()
-        return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
+        return _factored(*stash.factorize(), side, reduction)
     return Operand(stash.dequantize(), side, reduction)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
+from fairseq_dsq.formats import Format
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of, rules_of
@@ -66,7 +67,7 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
-    mixing = sorted({fmt.text for level in levels for pair in level.formats for fmt in pair if fmt.mixes})
+    mixing = sorted({fmt.text for level in levels for fmt in _of_activations(level, flags) if fmt.mixes})
     if mixing:
         dynamic = flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic"
         logger.warning(
@@ -89,6 +90,13 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
         flag_error({"skip": "--dsq-skip", "rule": "--dsq-rules"}.get(kind, "--arch"), str(error))
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
+
+
+def _of_activations(level: PrecisionConfig, flags: Any) -> list[Format]:
+    """The formats that activations and gradients are rounded to; attention's products have them on both sides."""
+    (first, second), stash, weight, grad = level.formats
+    weights = (second, *weight) if flags.dsq_attention_matmul == "on" else ()
+    return [first, *stash, *grad, *weights]
 
 
 def _schedule(flags: Any, levels: Sequence[PrecisionConfig]) -> Policy[Any]:

@@ -156,8 +156,8 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         "",
         _box_size,
         "N",
-        "values that share a scale, of bfp (by itself 16) and int (by itself row): a number of them; row, all of a "
-        "row; tensor, all (int alone)",
+        "values that share a scale, of bfp (by itself 16), int (row) and ternary (tensor): a number of them; row, all "
+        "of a row; tensor, all (not bfp)",
         "levels",
     )
     dsq_stash_scope: str = flag(

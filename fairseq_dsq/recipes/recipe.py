@@ -15,10 +15,21 @@ PARAMETER = re.compile(r"\{([\w-]+)\}")
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: a number format and its levels, the default ones where they are empty."""
+    """A row of a table: a number format and its levels, the default ones where they are empty.
+
+    Attributes:
+        flags: more flags of fairseq-train.
+    """
 
     format: str
     levels: str = ""
+    flags: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            shlex.split(self.flags)
+        except ValueError as error:
+            raise ValueError(f"flags: {error}") from None
 
 
 @dataclass

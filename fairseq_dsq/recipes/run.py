@@ -98,8 +98,10 @@ def _dsq_flags(method: Method, options: Options) -> list[str]:
     return [
         "--dsq-format", method.format, *levels, "--dsq-patience", options["patience"], "--dsq-min-delta",
         options["min-delta"], "--max-epoch", options["epochs"], "--seed", options["seed"], *LOGGING,
+        *shlex.split(method.flags),
     ]  # fmt: skip
 
 
 def _heading(method: Method, options: Options) -> str:
-    return f"format {method.format}, levels {method.levels or 'default'}, seed {options['seed']}\n"
+    flags = f"{method.flags}, " if method.flags else ""
+    return f"format {method.format}, levels {method.levels or 'default'}, {flags}seed {options['seed']}\n"

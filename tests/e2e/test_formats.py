@@ -15,6 +15,11 @@ def costs(log):
     [
         ("[int8/row,int4/row,int8/row,int16/row]", (), "int8"),
         ("[int8/row|bfp4,bfp4/32,int8/128,bfp16|int8/tensor]", ("--dsq-rules", "*.fc2=float32"), "bfp4/32,int8/128"),
+        (
+            "[int8/row|ternary,int8/row,ternary,float32]",
+            ("--dsq-box-dim", "last", "--dsq-attention-matmul", "off"),
+            "ternary,int8/row,ternary,float32",
+        ),
         ("[8,4,8,8]", ("--dsq-format", "int", "--dsq-box-size", "32", "--dsq-rounding", "stochastic"), "[8,4,8,8]"),
     ],
 )
@@ -36,3 +41,11 @@ def test_any_format_trains_is_priced_and_reported(cli, tmp_path, levels, flags, 
 def test_one_scale_per_tensor_is_said_to_mix(cli, tmp_path):
     log = cli.train(tmp_path / "run", "--dsq-levels", "[int8/tensor,int8/row,int8/row,int8/row]", "--max-update", 1)
     assert "int8/tensor: one scale per tensor lets a sentence's result depend on its batch" in log
+
+
+def test_one_scale_per_tensor_of_weights_mixes_nothing(cli, tmp_path):
+    log = cli.train(
+        tmp_path / "run", "--dsq-levels", "[int8/row|ternary,int8/row,ternary,float32]", "--max-update", 1,
+        "--dsq-attention-matmul", "off",
+    )  # fmt: skip
+    assert "one scale per tensor" not in log and "has no effect" not in log

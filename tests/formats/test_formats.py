@@ -8,11 +8,21 @@ import math
 import pytest
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, FormatOptions, Integer, Logarithmic, make_format, parse
+from fairseq_dsq.formats import (
+    BlockFloat,
+    FixedPoint,
+    Float32,
+    FormatOptions,
+    Integer,
+    Logarithmic,
+    Ternary,
+    make_format,
+    parse,
+)
 from fairseq_dsq.precision import parse_levels
 
 WIDTHS = range(2, 33)
-FAMILIES = ["bfp", "fixed", "float32", "int"]
+FAMILIES = ["bfp", "fixed", "float32", "int", "ternary"]
 
 
 # Limits of the codes
@@ -103,6 +113,8 @@ def test_a_box_of_sixteen_takes_two_bytes_a_bit_and_one(bits):
         (Integer(8, "tensor"), (3, 20), 1, 4 + 60),
         (Logarithmic(8), (3, 20), 1, 3 * (4 + 20)),
         (Logarithmic(5, 16), (3, 20), 1, 3 * ((4 + 10) + (4 + 3))),
+        (Ternary(), (3, 7), 1, 4 + 6),
+        (Ternary(group_size="row"), (3, 7), 1, 3 * (4 + 2)),
         (Float32(), (), 0, 4),
         (Float32(), (3, 20), 0, 240),
         (Float32(), (3, 0), 1, 0),
@@ -240,7 +252,7 @@ def test_name_q_and_options_make_a_format(name, q, options, expected):
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="format: got 'float', expected one of bfp, fixed, float32, int"):
+    with pytest.raises(ValueError, match="format: got 'float', expected one of bfp, fixed, float32, int, ternary"):
         make_format("float", 8)
 
 

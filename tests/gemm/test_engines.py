@@ -318,7 +318,7 @@ def test_a_name_is_registered_once(first_engine):
 
 @pytest.mark.parametrize("mode", ["auto", "int8", "native", "float32"])
 @pytest.mark.parametrize("a_fmt", ["int8/row", "int8/tensor", "int4/row", "int8/32", "bfp4"])
-@pytest.mark.parametrize("b_fmt", ["int8/row", "int2/tensor"])
+@pytest.mark.parametrize("b_fmt", ["int8/row", "int2/tensor", "ternary", "ternary/row"])
 @pytest.mark.parametrize("sizes", [(5, 24, 7), (130, 160, 150)], ids=str)
 def test_scales_of_rows_factor_out_and_codes_multiply_exactly(mode, a_fmt, b_fmt, sizes):
     if mode != "auto" and gemm.base._ENGINES[gemm.names().index(mode)].unavailable():
