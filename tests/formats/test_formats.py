@@ -258,7 +258,7 @@ def test_an_unknown_name_is_refused_with_the_choices():
 
 def test_a_format_without_negative_values_is_no_choice_of_the_flag_and_no_operand_s():
     assert not parse("log8/row").signed
-    with pytest.raises(ValueError, match=r"format: got 'log', expected one of bfp, fixed, float32, int$"):
+    with pytest.raises(ValueError, match=r"format: got 'log', expected one of bfp, fixed, float32, int, ternary$"):
         make_format("log", 8)
     with pytest.raises(ValueError, match=r"level 0: q1 = log8/row: expected a format with negative values"):
         parse_levels("[4,log8/row,4,16]")
