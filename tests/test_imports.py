@@ -39,14 +39,15 @@ ARROWS = {
     "criterions": {"plugin"},
     "optim": {"plugin"},
     "glue": {"artefact", "data_files", "download", "plugin", "text"},
+    "lm": {"artefact", "translation"},
     "recipes": {"artefact", "data_files", "translation"},
     "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "bench": {"adam", "formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
-        *("ledger", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules", "text"),
-        "translation",
+        *("ledger", "lm", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules"),
+        *("text", "translation"),
     },
 }
 

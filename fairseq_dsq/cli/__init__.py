@@ -25,7 +25,8 @@ def blame(flag: str) -> Iterator[None]:
 
 SUBCOMMANDS = (
     "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "glue_evaluate", "glue_flags",
-    "glue_prepare", "report", "roofline", "run", "run_train", "run_translate", "translation_prepare",
+    "glue_prepare", "lm_prepare", "report", "roofline", "run", "run_eval_lm", "run_train", "run_translate",
+    "translation_prepare",
 )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from fairseq_dsq import cli, data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.recipes import FOLDER, Glue, Recipe, Translation, load_recipe
-from fairseq_dsq.recipes.run import run_glue, run_translation
+from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Translation, load_recipe
+from fairseq_dsq.recipes.run import run_glue, run_language_model, run_translation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,9 @@ def main(args: argparse.Namespace) -> int:
             run_translation(args.recipe, recipe, given, rest, runs, _show if dry else _call)
         elif isinstance(recipe, Glue):
             run_glue(given.pop("task"), recipe, given, rest, runs, _show if dry else _call)
+        elif isinstance(recipe, LanguageModel):
+            text = given.pop("text")
+            run_language_model(args.recipe, text, recipe, given, rest, runs, _show if dry else _call)
     except _Stopped as stopped:
         return stopped.code
     return 0
@@ -92,13 +95,19 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         if table:
             add("methods", " ".join(_methods(recipe)), "rows of the table to train", "NAMES")
         add("vocab", recipe.vocab, "joint sentence pieces")
+    if isinstance(recipe, LanguageModel):
+        parser.add_argument("text", metavar="TEXT", help="a file, a document or a sentence a line")
+        known = ", ".join(recipe.architectures)
+        add("arch", recipe.arch, f"architecture: {known}; of others the shape is their own", "NAME")
+        add("vocab", recipe.vocab, "sentence pieces")
+        add("held-out", recipe.held_out, "share of the lines that valid and test have, each", "SHARE")
     for parameter, value in recipe.parameters.items():
         add(parameter, value, f"{{{parameter}}} of the recipe's flags")
     add("format", "" if table else recipe.format, "number format" + (": one run in place of the table" * table), "NAME")
     add("levels", "", "precision levels (default: fairseq_dsq's)", "LEVELS")
     add("patience", recipe.patience, "as --dsq-patience")
     add("min-delta", recipe.min_delta, "as --dsq-min-delta", "D")
-    add("epochs", recipe.epochs, "epochs" + (", which may be raised later" * isinstance(recipe, Translation)))
+    add("epochs", recipe.epochs, "epochs" + (", which may be raised later" * (not isinstance(recipe, Glue))))
     add("seed", 1, "seed")
     add("out", "", "folder of the run, or of the table's runs (default: in RUNS, by the settings)", "DIR")
     add("runs", "runs", "folder of all runs and downloads", "DIR")
@@ -108,7 +117,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
 
 def _check(recipe: Recipe, options: dict[str, str]) -> None:
     """Refuse what no command would refuse in time."""
-    positive = ["epochs", "patience", *recipe.parameters, *(["vocab"] if isinstance(recipe, Translation) else [])]
+    positive = ["epochs", "patience", *recipe.parameters, *(["vocab"] if "vocab" in options else [])]
     for least, names in ((1, positive), (0, ["seed", *(["train_rows"] if isinstance(recipe, Glue) else [])])):
         for name in names:
             value = options[name]

@@ -42,11 +42,25 @@ def preprocess(folder: Path, source: str, target: str, dictionary: Path | None =
     Raises:
         FailedError: as :func:`call`.
     """
-    flags = ["--source-lang", source, "--target-lang", target, "--destdir", str(folder / BIN)]
-    flags += [part for split in ("train", "valid", "test") for part in (f"--{split}pref", str(folder / split))]
+    flags = ["--source-lang", source, "--target-lang", target, *_splits(folder)]
     if dictionary is not None:
         flags += ["--joined-dictionary", "--srcdict", str(dictionary)]
     call("fairseq-preprocess", flags, folder / "preprocess.log")
+
+
+def preprocess_text(folder: Path) -> None:
+    """Binarise the text of one language, SPLIT (train, valid, test) by dict.txt, into the folder's bin/.
+
+    Raises:
+        FailedError: as :func:`call`.
+    """
+    flags = ["--only-source", "--srcdict", str(folder / "dict.txt"), *_splits(folder)]
+    call("fairseq-preprocess", flags, folder / "preprocess.log")
+
+
+def _splits(folder: Path) -> list[str]:
+    found = [part for split in ("train", "valid", "test") for part in (f"--{split}pref", str(folder / split))]
+    return [*found, "--destdir", str(folder / BIN)]
 
 
 def last_error(output: str) -> str:

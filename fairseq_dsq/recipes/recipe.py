@@ -56,9 +56,18 @@ class Recipe:
             shlex.split(self.train)
         except ValueError as error:
             raise ValueError(f"train: {error}") from None
-        for name in PARAMETER.findall(self.train):
+        self.check_parameters("train", self.train)
+
+    def check_parameters(self, field: str, flags: str) -> None:
+        """Refuse flags that name what is no parameter.
+
+        Raises:
+            ValueError: they do; names the field.
+        """
+        for name in PARAMETER.findall(flags):
             if name not in self.parameters:
-                raise ValueError(f"train: got {{{name}}}, expected one of the parameters: {', '.join(self.parameters)}")
+                known = ", ".join(self.parameters)
+                raise ValueError(f"{field}: got {{{name}}}, expected one of the parameters: {known}")
 
 
 @dataclass
@@ -105,7 +114,31 @@ class Glue(Recipe):
     lr: str = "1e-5"
 
 
-KINDS: dict[str, type[Recipe]] = {"translation": Translation, "glue": Glue}
+@dataclass
+class LanguageModel(Recipe):
+    """Any text: cut into sentence pieces, split, trained, scored by its test part's perplexity.
+
+    Attributes:
+        arch: the architecture; has :attr:`architectures`' flags, where they name it.
+        architectures: flags of fairseq-train by architecture.
+        evaluate: flags of fairseq-eval-lm.
+        vocab: sentence pieces.
+        held_out: share of the lines that valid and test have, each.
+    """
+
+    arch: str = "transformer_lm_dsq"
+    architectures: dict[str, str] = field(default_factory=dict)
+    evaluate: str = ""
+    vocab: int = 4000
+    held_out: str = "0.05"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, flags in {**self.architectures, "evaluate": self.evaluate}.items():
+            self.check_parameters(name, flags)
+
+
+KINDS: dict[str, type[Recipe]] = {"translation": Translation, "glue": Glue, "language_model": LanguageModel}
 
 
 def load_recipe(name: str) -> Recipe:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fairseq_dsq import data_files
-from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, Method, Translation
+from fairseq_dsq.recipes.evaluating import EVALUATED
+from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Translation
 from fairseq_dsq.recipes.training import LOG
 from fairseq_dsq.translation import find_corpus
 
@@ -81,6 +82,41 @@ def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], run
     call("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}")
     call("epochs", folder, before=_heading(method, options))
     call("glue-evaluate", prepared, folder / "checkpoint_best.pt", "--out", folder / "glue.json")
+
+
+def run_language_model(
+    name: str, text: str, recipe: LanguageModel, options: Options, rest: Sequence[str], runs: Path, call: Call
+) -> None:
+    """Prepare a text, train on it, and print its test part's perplexity.
+
+    Args:
+        name: the recipe's, of a folder in ``runs``, or the path of its file.
+        text: the file.
+        options: ``arch``, ``format``, ``levels``, ``vocab``, ``held-out``, ``patience``, ``min-delta``, ``epochs``,
+            ``seed``, ``out`` and the recipe's parameters.
+        rest: more flags of fairseq-train.
+        runs: folder of all runs.
+
+    Raises:
+        ValueError: ``rest`` has a flag that the evaluation must know of too.
+    """
+    if any(flag.partition("=")[0] == "--tokens-per-sample" for flag in rest):
+        raise ValueError("--tokens-per-sample: got it after --, expected --length, which the evaluation follows too")
+    home = runs / Path(name).stem / (slug(Path(text).stem) or "text")
+    method, arch = Method(options["format"], options["levels"]), options["arch"]
+    label = slug(f"{arch}-{method.format}-{method.levels or 'default'}-seed{options['seed']}")
+    folder, prepared = Path(options["out"] or home / label), home / f"data-{options['vocab']}"
+    call("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
+    flags = [*_words(recipe.train, options), "--arch", arch, *_words(recipe.architectures.get(arch, ""), options)]
+    call(
+        "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, options), *rest,
+        failure=f"training failed, see {folder / LOG}",
+    )  # fmt: skip
+    call("epochs", folder, before=f"{arch}, {_heading(method, options)}")
+    call(
+        "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test", *_words(recipe.evaluate, options),
+        before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
+    )  # fmt: skip
 
 
 def slug(text: str) -> str:

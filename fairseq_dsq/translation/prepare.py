@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -65,8 +66,24 @@ def _write(corpus: Corpus, folder: Path, vocab_size: int, downloads: Path) -> di
                 # fairseq and sentencepiece disagree on what ends a line, so that none may be left within one.
                 source.write(" ".join(pair[0].split()) + "\n")
                 target.write(" ".join(pair[1].split()) + "\n")
+    processor = learn_pieces([folder / f"raw.train.{language}" for language in corpus.languages], folder, vocab_size)
+    return {split: _encode(corpus, folder, split, processor) for split in SPLITS}
+
+
+def learn_pieces(files: Sequence[Path], folder: Path, vocab_size: int, **options: Any) -> Any:
+    """Learn ``vocab_size`` sentence pieces (BPE) of the files together: spm.model and fairseq's dict.txt in ``folder``.
+
+    Args:
+        options: more of sentencepiece's.
+
+    Returns:
+        The processor, whose ``encode`` cuts a line into pieces.
+
+    Raises:
+        RuntimeError: sentencepiece refuses ``vocab_size``.
+    """
     sentencepiece.SentencePieceTrainer.train(
-        input=[str(folder / f"raw.train.{language}") for language in corpus.languages],
+        input=[str(file) for file in files],
         model_prefix=str(folder / "spm"),
         vocab_size=vocab_size,
         model_type="bpe",
@@ -74,11 +91,12 @@ def _write(corpus: Corpus, folder: Path, vocab_size: int, downloads: Path) -> di
         input_sentence_size=PIECE_SENTENCES,
         num_threads=1,
         minloglevel=2,
+        **options,
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     pieces = [processor.id_to_piece(index) for index in range(_SPECIAL_PIECES, processor.get_piece_size())]
     (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
-    return {split: _encode(corpus, folder, split, processor) for split in SPLITS}
+    return processor
 
 
 def _encode(

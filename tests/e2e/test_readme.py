@@ -34,7 +34,7 @@ NOT_RUN = {
     r"(torchrun|srun) .*": "needs GPUs",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }
-TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt17|wmt14|glue)\.sh.*")
+TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt17|wmt14|glue|lm)\.sh.*")
 SUBCOMMAND_NAMES = {name.replace("_", "-") for name in SUBCOMMANDS}
 TINY = (
     "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 "
@@ -295,7 +295,7 @@ fairseq-dsq none
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["multi30k.sh", "iwslt17.sh", "wmt14.sh", "glue.sh", "quickstart.sh"])
+@pytest.mark.parametrize("name", ["multi30k.sh", "iwslt17.sh", "wmt14.sh", "glue.sh", "lm.sh", "quickstart.sh"])
 def test_a_script_says_what_it_takes(name):
     environment = {**os.environ, "DSQ_ENV": sys.prefix, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -325,6 +325,7 @@ def world(tmp_path_factory):
         if "sentence1" in task.sentences and not task.header:
             files = ("train.tsv", *(name for name, _ in task.dev))
             write_toy(folder / "data/glue" / task.name, task, files, (40, 20, 20)[: len(files)])
+    shutil.copy(folder / "data/wmt14_en-de/train.en", folder / "TEXT")
     make_encoder(folder / "DIR")
     shutil.copytree(folder / "DIR", clone / "runs/glue/downloads/roberta.base")
     return folder
@@ -335,7 +336,9 @@ def world(tmp_path_factory):
 def test_a_script_of_the_readme_for_real(command, world):
     argv = [word for word in words(command) if word != "..."]
     name = Path(argv[0]).name
-    if name != "quickstart.sh":
+    if name == "lm.sh":
+        argv += ["--vocab", "200", "--dim", "16", "--ffn", "16", "--layers", "1"]
+    elif name != "quickstart.sh":
         argv = [*argv, *([] if "--" in argv else ["--"]), *([] if name == "glue.sh" else shlex.split(TINY))]
         before = ["--vocab", "200"] if name != "glue.sh" else []
         if name in ("iwslt17.sh", "wmt14.sh") and "--methods" not in argv:

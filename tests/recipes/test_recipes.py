@@ -39,10 +39,33 @@ def test_glue_is_prepared_fine_tuned_and_scored(tmp_path, capsys):
     assert found[0][-3:] == ["--train-rows", "0", "--group-by-length"]
 
 
+def test_a_language_model_is_prepared_trained_and_evaluated_as_it_was_trained(tmp_path, capsys):
+    given = ("a/text.v2.txt", "--length", "64", "--held-out", "0.1", "--runs", str(tmp_path), "--dry-run")
+    for arch, own in (("transformer_lm_dsq", "--decoder-learned-pos"), ("llama_dsq", "{dim}"), ("other", "{dim}")):
+        prepare, train, epochs, evaluate = commands(capsys, "lm", *given, "--arch", arch, "--", "--lr", "1")
+        home = tmp_path / "lm/text.v2"
+        assert prepare == [
+            "lm-prepare",
+            "a/text.v2.txt",
+            str(home / "data-4000"),
+            "--vocab",
+            "4000",
+            "--held-out",
+            "0.1",
+        ]
+        assert train[:2] == ["run-train", str(home / f"{arch}-bfp-default-seed1")] and train[-2:] == ["--lr", "1"]
+        assert (own in train) == (own != "{dim}") and ("--decoder-layers" in train) == (arch != "other")
+        assert epochs == ["epochs", train[1]] and evaluate[:2] == ["run-eval-lm", train[1]]
+        for command in (train, evaluate):
+            assert command[command.index("--tokens-per-sample") + 1] == "64"
+    assert main(["run", "lm", *given, "--", "--tokens-per-sample", "32"]) == 2
+    assert "--tokens-per-sample: got it after --, expected --length" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("kind: speech\n", "kind: got 'speech', expected one of translation, glue"),
+        ("kind: speech\n", "kind: got 'speech', expected one of translation, glue, language_model"),
         ("kind: translation\nabout: a\ntrain: b\nepochs: 1\n", "corpus: missing"),
         ("kind: glue\nabout: a\ntrain: b\nepochs: soon\n", "epochs"),
         (
@@ -51,6 +74,8 @@ def test_glue_is_prepared_fine_tuned_and_scored(tmp_path, capsys):
         ),
         ("kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: {source: la}\n", "target"),
         ("kind: translation\nabout: a\ntrain: --x {size}\nepochs: 1\ncorpus: wmt14\n", "{size}"),
+        ("kind: language_model\nabout: a\ntrain: b\nepochs: 1\nevaluate: '--x {size}'\n", "evaluate: got {size}"),
+        ("kind: language_model\nabout: a\ntrain: b\nepochs: 1\narchitectures: {gpt: '{size}'}\n", "gpt: got {size}"),
         ("kind: translation\nabout: a\ntrain: --x 'y\nepochs: 1\ncorpus: wmt14\n", "train: No closing quotation"),
     ],
 )
@@ -63,7 +88,7 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
 
 def test_no_such_recipe(capsys):
     assert main(["run", "latin"]) == 2
-    assert "RECIPE: got 'latin', expected glue, iwslt17, multi30k, wmt14 or the path" in capsys.readouterr().err
+    assert "RECIPE: got 'latin', expected glue, iwslt17, lm, multi30k, wmt14 or the path" in capsys.readouterr().err
 
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
