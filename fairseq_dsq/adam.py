@@ -96,7 +96,7 @@ class Moments:
         return (m.mul_(v.sqrt()) if self.of_ratio and first == self.first else m), v
 
     def _pack(self, x: Tensor, fmt: Format, seed: int) -> Tensor:
-        return x if fmt == Float32() else pack(x.reshape(_matrix(x.shape)), fmt, -1, self.rounding, seed).data
+        return x if fmt == Float32() else pack(x.float().reshape(_matrix(x.shape)), fmt, -1, self.rounding, seed).data
 
 
 def _matrix(shape: torch.Size) -> torch.Size:

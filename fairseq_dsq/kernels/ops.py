@@ -92,6 +92,8 @@ def _say_slow(fmt: str) -> None:
 def _fake_quantize(x: Tensor, dim: int, fmt: str, seed: int | None, dtype: torch.dtype) -> Tensor:
     checks.quantize(x, dim, seed, dtype)
     parsed = formats.parse(fmt)
+    if _row_kernels(x.device, x.shape, dim, parsed):
+        return _unpack(_pack(x, dim, fmt, seed), x.shape, dim, fmt, dtype)
     kernels = _kernels_for(x, parsed)
     if kernels is None:
         return definition.fake_quantize(x, parsed, dim, seed, dtype)

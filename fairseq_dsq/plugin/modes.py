@@ -58,13 +58,13 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
     def given(name: str) -> Any:
         return flag_of(args, name)
 
-    flattens = given("fp16") and not given("fp16_no_flatten_grads") and not given("memory_efficient_fp16")
-    if flattens and _optimizer(args) == "dsq_adam":
-        yield "fp16", "expected --fp16-no-flatten-grads beside --optimizer dsq_adam, which cuts each tensor into rows"
     if given("tpu"):
         yield "tpu", "expected none: there is no quantized path for TPUs"
     if given("fp16") and not torch.cuda.is_available():
         yield "fp16", "expected --bf16 or neither: once a loss scale is too large fairseq waits for a GPU"
+    flattens = given("fp16") and not given("fp16_no_flatten_grads") and not given("memory_efficient_fp16")
+    if flattens and _optimizer(args) == "dsq_adam":
+        yield "fp16", "expected --fp16-no-flatten-grads beside --optimizer dsq_adam, which cuts each tensor into rows"
     if (given("quant_noise_pq") or 0) > 0:
         yield "quant_noise_pq", "expected 0: quant noise changes weights behind the layers that DSQ quantizes"
     if (given("quant_noise_scalar") or 0) > 0:

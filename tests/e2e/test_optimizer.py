@@ -8,6 +8,7 @@ import pytest
 import torch
 from e2e.conftest import ROOT
 from e2e.test_distributed import train as train_ranks
+from e2e.test_hydra import hydra
 from fairseq import checkpoint_utils
 
 import fairseq_dsq  # noqa: F401  (registers the names that checkpoints refer to)
@@ -117,6 +118,16 @@ def test_a_float_model_and_bfloat16_train_with_it(cli, train, tmp_path):
             log = train(tmp_path / name, *ADAM, *flags, "--max-epoch", epochs, **options)
         assert "dsq_state_bytes" in log
         assert torch.uint8 in {held.dtype for held in moments(load(tmp_path / name)).values() if torch.is_tensor(held)}
+
+
+def test_hydra_s_yaml_sets_it_as_flags_do(cli, tmp_path):
+    overrides = ("optimizer._name=dsq_adam", "+optimizer.dsq_moment2=log8/128", "model.encoder_embed_dim=64")
+    cli.run(*hydra("transformer_dsq", cli.data, tmp_path, *overrides, "model.decoder_embed_dim=64"))
+    start, point = record.read(tmp_path / record.NAME)
+    assert (start.flags["dsq_moment1"], start.flags["dsq_moment2"]) == ("int8/row", "log8/128")
+    state = load(tmp_path)
+    assert nbytes(state) == point.train["dsq_state_bytes"]
+    assert state["last_optimizer_state"]["param_groups"][0]["moment2"] == "log8/128"
 
 
 # Two workers' batches differ in length, and so does what dropout draws.

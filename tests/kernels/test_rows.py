@@ -34,6 +34,8 @@ def assert_definition(x, text):
         assert torch.equal(data, definition.pack(x, fmt, -1, seed))
         out = ops.unpack(data, x.shape, -1, text, torch.float32)
         assert_equal_bits(out, definition.unpack(data, x.shape, fmt, -1, torch.float32))
+        rounded = ops.fake_quantize(x, -1, text, seed, x.dtype)
+        assert_equal_bits(rounded, definition.fake_quantize(x, fmt, -1, seed, x.dtype))
 
 
 @pytest.mark.parametrize("text", ["int8/row", "log8/row"])

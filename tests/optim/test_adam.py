@@ -242,6 +242,12 @@ def test_states_in_other_formats_are_encoded_in_those_of_the_flags(saved):
         train(after, after.param_groups[0]["params"], 1)
 
 
+def test_double_precision_trains_too():
+    ours = parameters(dtype=torch.float64)
+    train(LowBitAdam(ours), ours, 2)
+    assert all(p.isfinite().all() and p.dtype is torch.float64 for p in ours)
+
+
 def test_states_of_other_parameters_are_refused():
     ours, others = parameters(), parameters(shapes=[(96, 64), *SHAPES[1:]])
     for flags in ({}, {"moment1": "float32", "moment2": "float32"}):
