@@ -101,7 +101,7 @@ class DSQAttention(nn.Module):
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scaled q, k and v; layers of one context on one input go together."""
+        """Scaled q, k and v; layers of one configuration on one input go together."""
         wanted = [(self.q_proj, query)]
         if key is not None and value is not None:
             wanted += [(self.k_proj, key), (self.v_proj, value)]
@@ -109,7 +109,7 @@ class DSQAttention(nn.Module):
         for layer, x in wanted:
             if layer in outputs:
                 continue
-            group = [other for other, y in wanted if y is x and other.context is layer.context]
+            group = [other for other, y in wanted if y is x and other.alike(layer)]
             outputs.update(zip(group, forward_group(x, group), strict=True))
         q = outputs[self.q_proj] * self.scaling
         return q, outputs.get(self.k_proj), outputs.get(self.v_proj)
