@@ -216,7 +216,10 @@ class LowBitAdam(torch.optim.Optimizer):
     def _update(self, index: int, group: Mapping[str, Any], p: Tensor, grad: Tensor) -> None:
         if grad.is_sparse:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        values, grad = (x.float() if x.dtype in _HALF else x for x in (p.data, grad))
+        # A weight that is held as codes has no values of its own, and takes its step in integers.
+        codes = getattr(p, "dsq_codes", None)
+        held_values = p.data if codes is None else codes.coded.dequantize()
+        values, grad = (x.float() if x.dtype in _HALF else x for x in (held_values, grad))
         moments, state = _moments_of(group), self.state[p]
         step = state.get("step", 0) + 1
         if state:
@@ -227,12 +230,16 @@ class LowBitAdam(torch.optim.Optimizer):
         # In the order of fairseq's Adam, for its bits.
         m.mul_(beta1).add_(grad, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if group["weight_decay"] != 0:
-            values.add_(values, alpha=-group["weight_decay"] * group["lr"])
         step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        values.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-        if p.dtype in _HALF:
-            p.data.copy_(values)
+        deviation, decay = v.sqrt().add_(group["eps"]), group["weight_decay"] * group["lr"]
+        if codes is not None:
+            codes.subtract_(values.mul_(decay).addcdiv_(m, deviation, value=step_size), _seed(group, step, index, 2))
+        else:
+            if decay != 0:
+                values.add_(values, alpha=-decay)
+            values.addcdiv_(m, deviation, value=-step_size)
+            if p.dtype in _HALF:
+                p.data.copy_(values)
         held = moments.encode(m, v, _seeds(group, step, index))
         state.update(step=step, exp_avg=held[0], exp_avg_sq=held[1])
 
@@ -271,6 +278,10 @@ def _restored(
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
+def _seed(group: Mapping[str, Any], step: int, index: int, which: int) -> int:
+    return noise_seed(group["seed"], step, index, which)
+
+
 def _seeds(group: Mapping[str, Any], step: int, index: int) -> tuple[int, int]:
-    first, second = (noise_seed(group["seed"], step, index, which) for which in (0, 1))
-    return first, second
+    """Of the two moments."""
+    return _seed(group, step, index, 0), _seed(group, step, index, 1)

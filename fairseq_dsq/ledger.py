@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fairseq_dsq.precision import GemmKind, PrecisionConfig, StashRole
 
@@ -84,9 +84,13 @@ class Ledger(Work):
 
     Attributes:
         scope: goes into every key; names the module at work, for whoever wants to tell them apart.
+        updated_codes: codes of weights that are held as such, in the updates since the last :meth:`drain_updates`.
+        changed_codes: how many of them an update changed: a number, or a tensor that nobody has waited for.
     """
 
     scope: str = ""
+    updated_codes: int = 0
+    changed_codes: Any = 0
 
     def record(
         self,
@@ -110,6 +114,17 @@ class Ledger(Work):
         """Count one stash that took ``nbytes`` bytes."""
         self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
         self.stash_bytes += nbytes
+
+    def record_update(self, changed: Any, codes: int) -> None:
+        """Count one update of a weight of so many codes, of which it changed ``changed``."""
+        self.updated_codes += codes
+        self.changed_codes = self.changed_codes + changed
+
+    def drain_updates(self) -> tuple[int, int]:
+        """Codes that were changed and that were updated since the last call; starts anew."""
+        found = int(self.changed_codes), self.updated_codes
+        self.updated_codes = self.changed_codes = 0
+        return found
 
     def drain(self) -> Work:
         """What ran since the last call; starts anew."""

@@ -16,7 +16,7 @@ Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -156,6 +156,11 @@ class PrecisionConfig:
     def by_value(self) -> str:
         """The level by value, whichever flags spelled it: ``[bfp2,bfp2,bfp2,bfp16]``."""
         return f"[{','.join('|'.join(dict.fromkeys(fmt.text for fmt in pair)) for pair in self.formats)}]"
+
+    def with_weight(self, fmt: Format) -> PrecisionConfig:
+        """The level of a layer whose weight is held in a format, in which every GEMM reads it."""
+        first = _pair(self.q[0])[0]
+        return replace(self, q=(f"{first}|{fmt.text}", self.q[1], fmt.text, self.q[3]))
 
     def __str__(self) -> str:
         return "[" + ",".join(str(q) for q in self.q) + "]"

@@ -56,19 +56,24 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 16)
 
 
-def noise(index: Tensor, seed: int) -> Tensor:
-    """Uniform multiples of 2^-24 in [0, 1) for stochastic rounding.
+def random_bits(index: Tensor, seed: int) -> Tensor:
+    """Uniform integers below 2^32, int64.
 
     Args:
-        index: int64, an element's place in the contiguous tensor. 2^32 elements apart the noise repeats.
+        index: int64, an element's place in the contiguous tensor. 2^32 elements apart they repeat.
         seed: 0 to 2^62 - 1, of one call.
 
     Returns:
-        float32 of ``index``'s shape: a function of the two alone, so that every implementation and any order of work
-        gives the same.
+        Of ``index``'s shape: a function of the two alone, so that every implementation and any order of work gives the
+        same.
     """
     low, high = seed & 0xFFFFFFFF, seed >> 32
-    return (_mix(_mix((index + low) & 0xFFFFFFFF) ^ high) >> 8).to(torch.float32).mul_(2.0**-24)
+    return _mix(_mix((index + low) & 0xFFFFFFFF) ^ high)
+
+
+def noise(index: Tensor, seed: int) -> Tensor:
+    """Uniform multiples of 2^-24 in [0, 1) for stochastic rounding, float32: the upper of :func:`random_bits`."""
+    return (random_bits(index, seed) >> 8).to(torch.float32).mul_(2.0**-24)
 
 
 def _group_noise(x: Tensor, fmt: Format, dim: int, seed: int | None) -> list[Tensor | None]:
@@ -128,7 +133,7 @@ def pack(x: Tensor, fmt: Format, dim: int, seed: int | None) -> Tensor:
         scale = fmt.scale_of(groups)
         elements = fmt.encode(groups, scale, random).nan_to_num_(0.0)  # the scale says NaN; the bytes are the same
         pieces.append(scale.contiguous().flatten().view(torch.uint8))
-        pieces.append(_to_bytes(fmt.to_codes(elements), fmt.bits).flatten())
+        pieces.append(to_bytes(fmt.to_codes(elements), fmt.bits).flatten())
     return torch.cat(pieces) if pieces else x.new_empty(0, dtype=torch.uint8)
 
 
@@ -141,7 +146,7 @@ def _unpacked(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> Iter
         scales, codes, data = data.tensor_split([groups * fmt.scale_bytes, groups * (fmt.scale_bytes + nbytes)])
         # Bytes may begin anywhere; a view of another dtype must not.
         scale = scales.clone().view(fmt.scale_dtype).view(*outer, 1)
-        yield fmt.from_codes(_from_bytes(codes.view(*outer, nbytes), values, fmt.bits)), scale
+        yield fmt.from_codes(from_bytes(codes.view(*outer, nbytes), values, fmt.bits)), scale
 
 
 def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: torch.dtype) -> Tensor:
@@ -183,7 +188,7 @@ def code_dtype(bits: int) -> torch.dtype:
     return torch.int32 if bits <= 24 else torch.int64
 
 
-def _to_bytes(codes: Tensor, bits: int) -> Tensor:
+def to_bytes(codes: Tensor, bits: int) -> Tensor:
     """Codes (..., values) to uint8 (..., bytes); any strides."""
     values = codes.shape[-1]
     codes = codes.to(code_dtype(bits))
@@ -199,7 +204,7 @@ def _to_bytes(codes: Tensor, bits: int) -> Tensor:
     return data[..., : -(-values * bits // 8)]
 
 
-def _from_bytes(data: Tensor, values: int, bits: int) -> Tensor:
+def from_bytes(data: Tensor, values: int, bits: int) -> Tensor:
     """uint8 (..., bytes) to codes (..., values)."""
     groups = -(-values // 8)
     padding = groups * bits - data.shape[-1]

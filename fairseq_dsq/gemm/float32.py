@@ -26,9 +26,13 @@ class Float32Engine(Engine):
     def multiply(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
         if _loses_bits(a, b):
             return finish((a.rows.double() @ b.rows.mT.double()).float(), bias, add_to)
-        if bias is not None and add_to is None and b.tensor.dim() == 2:
-            return torch.nn.functional.linear(a.rows, b.rows, bias)  # half precision rounds once
-        return finish(a.rows @ b.rows.mT, bias, add_to)
+        rows, columns = a.rows, b.rows
+        factored = a.scale is not None or b.scale is not None
+        if factored and rows.dtype is not columns.dtype:  # elements are float32, whatever the other operand is
+            rows, columns = rows.float(), columns.float()
+        elif bias is not None and add_to is None and b.tensor.dim() == 2:
+            return torch.nn.functional.linear(rows, columns, bias)  # half precision rounds once
+        return finish(rows @ columns.mT, bias, add_to)
 
 
 def _float32_precision(device: str) -> str:

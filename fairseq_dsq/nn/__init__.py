@@ -2,6 +2,8 @@
 
 from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQAttention
+from fairseq_dsq.nn.coded import WEIGHT_SCALES, CodedWeight, update_codes, update_seed, weight_format
+from fairseq_dsq.nn.coded_linear import CodedLinear, decoded, hold_codes, holds_codes, weight_bytes
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     STASH_SCOPES,
@@ -30,7 +32,10 @@ __all__ = [
     "FLOAT32",
     "STASH_SCOPES",
     "VALUE_BOXES",
+    "WEIGHT_SCALES",
     "BoxDim",
+    "CodedLinear",
+    "CodedWeight",
     "DSQAttention",
     "DSQContext",
     "DSQConv1D",
@@ -45,6 +50,9 @@ __all__ = [
     "StashScope",
     "Work",
     "convert",
+    "decoded",
+    "hold_codes",
+    "holds_codes",
     "left_float",
     "linear",
     "linear_group",
@@ -54,5 +62,9 @@ __all__ = [
     "register_dropout",
     "register_elementwise",
     "register_twin",
+    "update_codes",
+    "update_seed",
     "warn_of_float",
+    "weight_bytes",
+    "weight_format",
 ]

@@ -130,7 +130,7 @@ class DSQAttention(nn.Module):
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, rotary: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scaled q, k and v, q and k rotated; layers of one context on one input go together."""
+        """Scaled q, k and v, q and k rotated; layers of one configuration on one input go together."""
         wanted = [(self.q_proj, query)]
         if key is not None and value is not None:
             wanted += [(self.k_proj, key), (self.v_proj, value)]
@@ -138,7 +138,7 @@ class DSQAttention(nn.Module):
         for layer, x in wanted:
             if layer in outputs:
                 continue
-            group = [other for other, y in wanted if y is x and other.context is layer.context]
+            group = [other for other, y in wanted if y is x and other.alike(layer)]
             outputs.update(zip(group, forward_group(x, group), strict=True))
         q, k = outputs[self.q_proj] * self.scaling, outputs.get(self.k_proj)
         if rotary is not None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from fairseq_dsq import gemm
+from fairseq_dsq.formats import Format
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.precision import FLOAT32, PrecisionConfig
 from fairseq_dsq.quantized import Rounding
@@ -31,6 +32,7 @@ class GemmConfig:
         gemm: ``auto`` multiplies on the cheapest engine that is exact, see :mod:`fairseq_dsq.gemm`; a name on that one.
         value_boxes: what shares an exponent of attention's values, of which no position's may share one with
             another's: ``row``, all of one position and head; ``feature``, boxes along the features.
+        coded: the weight is held as codes, see :meth:`with_weight`.
     """
 
     precision: PrecisionConfig
@@ -38,6 +40,17 @@ class GemmConfig:
     box_dim: BoxDim = "reduction"
     gemm: str = gemm.AUTO
     value_boxes: ValueBoxes = "row"
+    coded: bool = False
+
+    @cached_property
+    def _with_weight(self) -> dict[Format, GemmConfig]:
+        return {}
+
+    def with_weight(self, fmt: Format) -> GemmConfig:
+        """For a layer whose weight is held as codes of ``fmt``, whose groups lie along K whichever GEMM reads them."""
+        if fmt not in self._with_weight:
+            self._with_weight[fmt] = replace(self, precision=self.precision.with_weight(fmt), coded=True)
+        return self._with_weight[fmt]
 
     @cached_property
     def plans(self) -> dict[Any, Any]:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from fairseq_dsq.formats import Float32
 from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
 from fairseq_dsq.ledger import Ledger
+from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.precision import GemmKind, StashRole
 from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack
@@ -81,6 +82,8 @@ def _plans(config: GemmConfig, x: Tensor, n_dim: int) -> dict[GemmKind, Plan]:
         for kind, dims in reductions.items():
             operands = zip(config.precision.operands(kind), dims, strict=True)
             first, second = (Side(fmt, config.dim(dim) == dim) for fmt, dim in operands)
+            if config.coded and kind == "grad_input":
+                second = second._replace(along=False)
             # grad_weight is multiplied as its transpose, NxM @ MxK => NxK.
             sides = (second, first) if kind == "grad_weight" else (first, second)
             found[kind] = plan(*sides, x.device, x.dtype, config.gemm)
@@ -110,8 +113,16 @@ class _Quantizer:
         """An operand of a GEMM that sums over ``reduction``; left to the engine if that rounds it, to nearest."""
         return self._operand(x, side, reduction, fused, self.generator)
 
-    def weight(self, weight: Tensor, layer: int, side: Side, reduction: int, fused: bool) -> Operand:
-        """The same of a weight; ``layer`` tells it from the model's others."""
+    def weight(
+        self, weight: Tensor | CodedWeight, layer: int, plan: Plan, reduction: int, dtype: torch.dtype
+    ) -> Operand:
+        """A product's second operand, a weight; ``layer`` tells it from the model's others.
+
+        Codes are an operand as they are, of ``dtype`` where their scale is multiplied in.
+        """
+        side, fused = plan.sides[1], plan.fused[1]
+        if isinstance(weight, CodedWeight):
+            return weight.operand(side, reduction, dtype)
         generator = None
         if self.seeds is not None:
             generator = torch.Generator().manual_seed(self.seeds.weight + _APART * layer)
@@ -241,13 +252,16 @@ class _Linear(torch.autograd.Function):
         ledger: Ledger | None,
         grad_enabled: bool,
         layers: Sequence[int],
+        coded: Sequence[CodedWeight | None],
         x: Tensor,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weights, biases = params[0::2], params[1::2]
+        # In place of a coded weight, its placeholder stands among the parameters, which gets the gradient.
+        weights = [held or weight for held, weight in zip(coded, params[0::2], strict=True)]
+        biases = params[1::2]
         rows = _rows(x)
-        needs_x = grad_enabled and ctx.needs_input_grad[4]
-        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[5::2]]
+        needs_x = grad_enabled and ctx.needs_input_grad[5]
+        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[6::2]]
         seeds = _draw_seeds(config)
         quantizer, plans = _Quantizer(config, seeds), _plans(config, x, -2)
         output = plans["output"]
@@ -256,16 +270,18 @@ class _Linear(torch.autograd.Function):
         for layer, weight, bias, needs in zip(layers, weights, biases, needs_weight, strict=True):
             assert weight is not None
             # output: MxK @ KxN => MxN
-            y = output.multiply(operand, quantizer.weight(weight, layer, output.sides[1], -1, output.fused[1]), bias)
-            outputs.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
+            y = output.multiply(operand, quantizer.weight(weight, layer, output, -1, x.dtype), bias)
+            outputs.append(_reshaped(y.to(x.dtype), (*x.shape[:-1], y.shape[-1])))
             if ledger is not None:
-                record_linear(ledger, config, len(rows), weight, needs_x or needs)
+                record_linear(ledger, config, len(rows), weight.shape, needs_x or needs)
         ctx.config, ctx.seeds, ctx.plans, ctx.layers, ctx.x_shape = config, seeds, plans, layers, x.shape
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
         ctx.stash_spec = None if stash is None else stash.spec
-        ctx.save_for_backward(None if stash is None else stash.data, *weights)
+        ctx.coded = [held and held.spec for held in coded]
+        kept = [part for weight in weights for part in _parts(weight)]
+        ctx.save_for_backward(None if stash is None else stash.data, *kept)
         return tuple(outputs)
 
     @staticmethod
@@ -274,26 +290,30 @@ class _Linear(torch.autograd.Function):
         config: GemmConfig = ctx.config
         precision = config.precision
         ledger: Ledger | None = ctx.ledger
-        data, *weights = ctx.saved_tensors
+        data, *kept = ctx.saved_tensors
+        weights = [
+            first if spec is None else CodedWeight(first, second, *spec)
+            for first, second, spec in zip(kept[0::2], kept[1::2], ctx.coded, strict=True)
+        ]
         quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
         grad_input = ctx.plans["grad_input"]
         stashed = _stashed(_held(data, ctx.stash_spec), ctx.plans["grad_weight"].sides[1], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            needs_weight, needs_bias = ctx.needs_input_grad[5 + 2 * index : 7 + 2 * index]
+            needs_weight, needs_bias = ctx.needs_input_grad[6 + 2 * index : 8 + 2 * index]
             grad_weight: Tensor | None = None
             grad_bias: Tensor | None = None
             if grad is not None:
                 rows = _rows(grad)
                 m, n, k = *rows.shape, weight.shape[1]
-                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[4], needs_weight), ctx.plans)
+                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[5], needs_weight), ctx.plans)
                 if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
                     layer = ctx.layers[index]
-                    operand = quantizer.weight(weight, layer, grad_input.sides[1], -2, grad_input.fused[1])
+                    operand = quantizer.weight(weight, layer, grad_input, -2, rows.dtype)
                     grad_x = grad_input.multiply(along_n, operand, add_to=grad_x)
                 if along_m is not None:
                     assert stashed is not None
@@ -304,12 +324,18 @@ class _Linear(torch.autograd.Function):
                 if needs_bias:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
-        return None, None, None, None, None if grad_x is None else _reshaped(grad_x, ctx.x_shape), *grad_params
+        grad_x = None if grad_x is None else _reshaped(grad_x, ctx.x_shape)
+        return None, None, None, None, None, grad_x, *grad_params
 
 
-def record_linear(ledger: Ledger, config: GemmConfig, rows: int, weight: Tensor, training: bool) -> None:
-    """Report a linear layer's output GEMM on ``rows`` rows."""
-    n, k = weight.shape
+def _parts(weight: Tensor | CodedWeight | None) -> tuple[Tensor | None, Tensor | None]:
+    """What is kept of a weight for backward."""
+    return (weight.codes, weight.scale) if isinstance(weight, CodedWeight) else (weight, None)
+
+
+def record_linear(ledger: Ledger, config: GemmConfig, rows: int, shape: torch.Size, training: bool) -> None:
+    """Report a linear layer's output GEMM on ``rows`` rows by a weight of ``shape``."""
+    n, k = shape
     ledger.record("output", rows, k, n, 1, config.precision, training)
 
 
@@ -333,6 +359,7 @@ def linear_group(
     config: GemmConfig,
     ledger: Ledger | None = None,
     layers: Sequence[int] | None = None,
+    coded: Sequence[CodedWeight | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers to one input; all share one quantized input and one packed stash.
 
@@ -343,15 +370,22 @@ def linear_group(
         ledger: where the GEMMs are counted.
         layers: a number of each layer, that tells the rounding noise of its weight from the others'; None counts
             these from 0.
+        coded: the weights that are held as codes; the parameter in such a one's place is only given a gradient.
 
     Returns:
         One (..., N) tensor per layer.
     """
-    flat: list[Tensor | None] = [tensor for pair in params for tensor in pair]
-    operands = _autocast(x, *flat)
+    coded = [None] * len(params) if coded is None else coded
+    flat = [None if held else weight for held, (weight, _) in zip(coded, params, strict=True)]
+    x, *cast = _autocast(x, *flat, *(bias for _, bias in params))  # type: ignore[assignment]
+    for index, (held, (weight, _)) in enumerate(zip(coded, params, strict=True)):
+        cast[index] = weight if held else cast[index]
+    operands = [tensor for pair in zip(cast[: len(params)], cast[len(params) :], strict=True) for tensor in pair]
     layers = range(len(params)) if layers is None else layers
     with torch.autocast(autocast_device(x), enabled=False):
-        return _Linear.apply(config, ledger, torch.is_grad_enabled(), layers, *operands)  # type: ignore[no-any-return]
+        return _Linear.apply(  # type: ignore[no-any-return]
+            config, ledger, torch.is_grad_enabled(), layers, coded, x, *operands
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
@@ -394,7 +428,7 @@ class _Matmul(torch.autograd.Function):
         else:
             operand_a, stash_a = quantizer.operand_and_stash(a, side_a, needs_b, output.fused[0], ledger)
             operand_b = quantizer.operand(b, side_b, k_dim, output.fused[1])
-        y = output.multiply(operand_a, operand_b)
+        y = output.multiply(operand_a, operand_b).to(a.dtype)
         stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
         ctx.config, ctx.seeds, ctx.plans, ctx.transpose_b = config, seeds, plans, transpose_b

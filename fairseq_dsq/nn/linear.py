@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_dsq.gemm import Operand, Plan, Side, plan
+from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import DSQContext, GemmConfig
 from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear, rounded_operand
 
@@ -53,6 +54,20 @@ class DSQLinear(nn.Linear):
     def matrix(self) -> Tensor:
         """The weight, N x K."""
         return self.weight
+
+    @property
+    def coded(self) -> CodedWeight | None:
+        """The weight where it is held as codes; None for a float."""
+        return None
+
+    @property
+    def config(self) -> GemmConfig:
+        """How its GEMMs are quantized now."""
+        return self.context.for_mode(self.training)
+
+    def alike(self, other: DSQLinear) -> bool:
+        """Whether two layers have one configuration, whatever the level."""
+        return self.context is other.context and type(self) is type(other)
 
     def freeze(self) -> None:
         """Declare the weight final: in evaluation without gradients its quantized values are computed once and held.
@@ -99,7 +114,7 @@ class DSQLinear(nn.Linear):
 
     def _infer(self, x: Operand, output: Plan, config: GemmConfig) -> Tensor:
         """Forward of an already quantized input by the held weight."""
-        record_linear(self.context.ledger, config, x.tensor.shape[:-1].numel(), self.matrix, False)
+        record_linear(self.context.ledger, config, x.tensor.shape[:-1].numel(), self.matrix.shape, False)
         return output.multiply(x, self._held_weight(config, output.sides[1]), self.bias)
 
 
@@ -124,14 +139,15 @@ class DSQConv1D(DSQLinear):
 
 
 def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
-    """Outputs of several layers of one context on one input, quantized and stashed once."""
+    """Outputs of several layers of one configuration on one input, quantized and stashed once."""
     first = layers[0]
-    config = first.context.for_mode(first.training)
+    config = first.config
     autocast = torch.is_autocast_enabled(autocast_device(x))
     if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
         side, weight_side = (Side(fmt, config.dim(-1) == -1) for fmt in config.precision.operands("output"))
         output = plan(side, weight_side, x.device, x.dtype, "float32")
         operand = rounded_operand(x, side, config)
-        return [layer._infer(operand, output, config) for layer in layers]
+        return [layer._infer(operand, output, config).to(x.dtype) for layer in layers]
     params = [(layer.matrix, layer.bias) for layer in layers]
-    return list(linear_group(x, params, config, first.context.ledger, [layer.number for layer in layers]))
+    numbers, coded = [layer.number for layer in layers], [layer.coded for layer in layers]
+    return list(linear_group(x, params, config, first.context.ledger, numbers, coded))

@@ -12,7 +12,16 @@ from torch import nn
 from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.formats import Format
-from fairseq_dsq.nn import DSQContext, GemmConfig, convert, matching_patterns, warn_of_float
+from fairseq_dsq.nn import (
+    DSQContext,
+    GemmConfig,
+    convert,
+    hold_codes,
+    matching_patterns,
+    warn_of_float,
+    weight_bytes,
+    weight_format,
+)
 from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of, rules_of
 from fairseq_dsq.plugin.hooks import hang_on_training
@@ -88,8 +97,28 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         kind = str(error).partition(" pattern ")[0]
         flag_error({"skip": "--dsq-skip", "rule": "--dsq-rules"}.get(kind, "--arch"), str(error))
+    if flags.dsq_weights == "direct":
+        _hold_codes(model, context, flags)
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
+
+
+def _hold_codes(model: nn.Module, context: DSQContext, flags: Any) -> None:
+    """Have the layers hold codes; heads that are added later stay float.
+
+    Raises:
+        DSQError: no layer can, or one whose weight is zeros.
+    """
+    try:
+        names = hold_codes(model, context, weight_format(flags.dsq_weight_format), flags.dsq_weight_scale)
+    except ValueError as error:
+        flag_error("--dsq-weights", str(error))
+    if not names:
+        flag_error("--dsq-weights", "got direct, and no layer is quantized whose weight is its own, expected some")
+    logger.info(
+        f"--dsq-weights direct: {len(names)} weights are codes of {flags.dsq_weight_format}; all weights take "
+        f"{weight_bytes(model):,} bytes"
+    )
 
 
 def _of_activations(level: PrecisionConfig, flags: Any) -> list[Format]:

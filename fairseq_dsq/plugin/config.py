@@ -23,7 +23,7 @@ from omegaconf import OmegaConf, open_dict
 from fairseq_dsq import formats, gemm, schedules
 from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.flags import Check, Choice, Role, boolean, choice, flag, integer, number
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, STASH_SCOPES, VALUE_BOXES
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, STASH_SCOPES, VALUE_BOXES, WEIGHT_SCALES, weight_format
 from fairseq_dsq.plugin.modes import check_modes
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quantized import ROUNDINGS
@@ -64,6 +64,12 @@ def _box_size(value: Any) -> str:
     if not isinstance(text, str) or not re.fullmatch("[1-9][0-9]{0,8}|row|tensor|", text):
         raise ValueError(f"got {quoted(value)}, expected an integer >= 1, row or tensor")
     return text
+
+
+def _weight_format(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"got {quoted(value)}, expected a format such as int8/row or ternary")
+    return weight_format(value).text
 
 
 def _patterns(value: Any) -> str:
@@ -180,6 +186,28 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         "RULES",
         "levels of modules by name, as in 'decoder.output_projection=float32; *.fc2=[4,4,4,16] [16,4,4,16]': one, or "
         "as many as --dsq-levels; the first pattern that matches wins, --dsq-skip's before all",
+    )
+    dsq_weights: str = flag(
+        "float",
+        choice("float", "direct"),
+        "KIND",
+        "what the weights of quantized layers are held as: float; or direct, integer codes and no float, which an "
+        "optimizer that knows them updates by stochastically rounded integers",
+    )
+    dsq_weight_format: str = flag(
+        "int8/row",
+        _weight_format,
+        "FORMAT",
+        "with --dsq-weights direct: of the codes, int or ternary with a scale by row or tensor; all GEMMs read them",
+    )
+    dsq_weight_scale: str = flag(
+        "own",
+        choice(*WEIGHT_SCALES),
+        "RULE",
+        "with --dsq-weights direct: what the scale follows from, once: own, int's largest magnitude and ternary's "
+        "mean; absmean, the mean magnitude is the largest code (clips); absmax, the largest is; mse, the multiple of "
+        "the mean with the least squared error",
+        "training",
     )
     dsq_gemm: str = flag(
         gemm.AUTO,

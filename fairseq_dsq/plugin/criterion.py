@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from fairseq_dsq.cost import Cost, load_profile, total_cost
-from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
+from fairseq_dsq.cost.metrics import (
+    CHANGED_CODES,
+    FLIPS,
+    LEVEL,
+    RELATIVE,
+    STASH_BYTES,
+    UPDATED_CODES,
+    WEIGHT_BYTES,
+)
 from fairseq_dsq.errors import flag_error
+from fairseq_dsq.nn import weight_bytes
 from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQCriterionConfig
 
 
@@ -21,7 +30,9 @@ class DSQCriterionMixin:
 
     Summed over an epoch's batches and all workers: ``dsq_arithmetic`` (MACs of 32-bit fixed point), ``dsq_dram_bytes``;
     ``dsq_arithmetic_relative`` and ``dsq_dram_relative`` are these over the same GEMMs in 32-bit fixed point.
-    Averaged over batches: ``dsq_level`` (index from 0), ``dsq_stash_bytes`` (bytes packed for one backward pass).
+    Averaged over batches: ``dsq_level`` (index from 0), ``dsq_stash_bytes`` (bytes packed for one backward pass),
+    ``dsq_weight_bytes`` (of all weights as they are held). With ``--dsq-weights direct``, ``dsq_flips`` is the share of
+    codes that an update changed; an epoch's last update is counted with the next epoch's.
 
     What ran is read from the model's ledger after the forward pass, and again when the backward pass of the loss has
     ended: the trainer reads the logging output later still.
@@ -51,6 +62,9 @@ class DSQCriterionMixin:
         ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]
         logging_output |= {"dsq_batches": 1, LEVEL: state.level_in_force, STASH_BYTES: 0}
+        logging_output[WEIGHT_BYTES] = weight_bytes(model)
+        changed, updated = ledger.drain_updates() if model.training else (0, 0)
+        logging_output |= {CHANGED_CODES: changed, UPDATED_CODES: updated}
         logging_output |= dataclasses.asdict(Cost(), dict_factory=_metrics)
 
         def charge() -> None:
@@ -80,7 +94,10 @@ class DSQCriterionMixin:
         batches = total("dsq_batches")
         if not batches:
             return
-        for key in (LEVEL, STASH_BYTES):
+        if updated := total(UPDATED_CODES):
+            flips = total(CHANGED_CODES) / updated
+            metrics.log_scalar(FLIPS, flips, weight=updated, priority=200, round=6)
+        for key in (LEVEL, STASH_BYTES, WEIGHT_BYTES):
             metrics.log_scalar(key, total(key) / batches, weight=batches, priority=200, round=2)
         for relative, (absolute, baseline) in RELATIVE.items():
             metrics.log_scalar_sum(absolute, total(absolute), priority=201)

@@ -18,6 +18,7 @@ from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 from fairseq_dsq.schedules.updates import Updates
 
 THE_LEVELS = ("dsq_format", "dsq_levels")
+OF_CODES = ("dsq_weight_format", "dsq_weight_scale")
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,12 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     ruled = [level for rule in rules_of(args, len(levels)) for level in rule.levels]
     used = {held for level in [*levels, *ruled] for pair in level.formats for held in pair}
+    if args.dsq_weights == "float":
+        for line in given(*OF_CODES):
+            yield f"{line} with --dsq-weights float"
     if used <= {formats.Float32()}:
-        for line in given(*(name for name in own if name not in (*THE_LEVELS, *defaults(DSQConfig, "schedule")))):
+        others = (*THE_LEVELS, "dsq_weights", *OF_CODES, *defaults(DSQConfig, "schedule"))
+        for line in given(*(name for name in own if name not in others)):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
     if all(held.group == "tensor" for held in used - {formats.Float32()}):

@@ -15,6 +15,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from fairseq_dsq import artefact
+from fairseq_dsq.nn import decoded, holds_codes, weight_format
 from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQConfig, DSQCriterionConfig, option
 from fairseq_dsq.plugin.twins import SUFFIX, base_dataclass
 from fairseq_dsq.text import quoted
@@ -71,6 +72,7 @@ def export_float(checkpoint: Path, output: Path) -> str:
         raise ValueError(f"{checkpoint}: got architecture {quoted(arch)}, expected a *{SUFFIX} one")
     config = getattr(ARCH_MODEL_REGISTRY.get(arch), "config", DSQConfig)
     flags = [*dataclasses.fields(config), *dataclasses.fields(DSQCriterionConfig)]
+    codes_format = model.get("dsq_weight_format", DSQConfig.dsq_weight_format)
     for field in flags:
         value = model.get(field.name, field.default)
         if not field.metadata.get("plain", True) and value != field.default:
@@ -87,7 +89,8 @@ def export_float(checkpoint: Path, output: Path) -> str:
     criterion = state["cfg"]["criterion"]
     criterion["_name"] = str(criterion["_name"]).removeprefix(CRITERION_PREFIX)
     state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
-    state["model"] = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
+    tensors = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
+    state["model"] = decoded(tensors, weight_format(codes_format)) if holds_codes(tensors) else tensors
     with artefact.atomic(output) as partial:
         torch.save(state, partial)
     return str(model["arch"])

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+from fairseq.optim import OPTIMIZER_REGISTRY
+from omegaconf import DictConfig, OmegaConf
 
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.plugin.workers import check_workers
@@ -71,6 +72,8 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
         yield "quant_noise_scalar", "expected 0: quant noise replaces the layers that DSQ quantizes"
     if given("quantization_config_path"):
         yield "quantization_config_path", "expected none: product quantization leaves out the layers of DSQ"
+    if given("dsq_weights") == "direct":
+        yield from _refused_with_codes(args)
     if given("pipeline_model_parallel"):
         yield "pipeline_model_parallel", "expected none: no DSQ architecture is made of a pipeline's stages"
     if (given("model_parallel_size") or 1) > 1:
@@ -91,12 +94,37 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _optimizer(args: Any) -> Any:
-    """The optimizer's name; OmegaConf's hangs in a section of its own."""
+def _refused_with_codes(args: Any) -> Iterator[tuple[str, str]]:
+    """The same, of weights that are held as codes."""
+
+    def given(name: str) -> Any:
+        return flag_of(args, name)
+
+    because = "--dsq-weights direct holds codes alone"
+    if not updates_codes(optimizer := _optimizer(args)):
+        known = ", ".join(name for name in OPTIMIZER_REGISTRY if updates_codes(name)) or "none here"
+        if not isinstance(args, DictConfig):
+            yield "optimizer", f"expected one that updates codes ({known}): {because}"
+        else:
+            flag_error("--optimizer", f"got {optimizer}, expected one that updates codes ({known}): {because}")
+    for name in ("fp16", "bf16"):
+        if given(name) and not given(f"memory_efficient_{name}"):
+            yield name, f"expected --memory-efficient-{name} or none: {because}, and this mode float copies of weights"
+    if given("store_ema"):
+        yield "store_ema", f"expected none: {because}, which have no average"
+    if _workers(given) > 1 and given("ddp_backend") in ("c10d", "pytorch_ddp"):
+        yield "ddp_backend", f"expected legacy_ddp on several workers: {because}, and this one writes to float weights"
+
+
+def _optimizer(args: Any) -> str:
     if isinstance(args, DictConfig):
-        section = cast(DictConfig, args._get_root()).get("optimizer")
-        return section.get("_name") if isinstance(section, DictConfig) else section
-    return getattr(args, "optimizer", None)
+        return str(OmegaConf.select(args._get_root(), "optimizer._name"))
+    return str(getattr(args, "optimizer", None))
+
+
+def updates_codes(optimizer: str) -> bool:
+    """Whether an optimizer of fairseq's hands a weight's update to its ``dsq_codes``: its class says so."""
+    return bool(getattr(OPTIMIZER_REGISTRY.get(optimizer), "updates_codes", False))
 
 
 def _workers(given: Any) -> int:

@@ -33,6 +33,9 @@ class DSQAdam(FairseqAdam):
     flags' when they are loaded. Each step logs ``dsq_state_bytes``, what the moments take.
     """
 
+    # See fairseq_dsq.plugin.modes.
+    updates_codes = True
+
     def __init__(self, cfg: Any, params: Any) -> None:
         FairseqOptimizer.__init__(self, cfg)
         for name in ("use_old_adam", "fp16_adam_stats"):

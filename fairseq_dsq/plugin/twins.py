@@ -21,7 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.nn import DSQContext, log_softmax
+from fairseq_dsq.nn import DSQContext, holds_codes, log_softmax
 from fairseq_dsq.plugin.attach import attach, convert_added
 from fairseq_dsq.plugin.checkpoints import Shape, misfit, shape_to_str
 from fairseq_dsq.plugin.config import DSQConfig, add_args, set_defaults
@@ -110,6 +110,8 @@ class DSQModelMixin:
             name, has, expected = problem
             file = getattr(state_dict, "file", "the checkpoint")
             blamed = self.blame(*problem)
+            if holds_codes(state_dict) and not holds_codes(own):
+                blamed = "; the checkpoint holds codes: expected --dsq-weights direct, or fairseq-dsq export-float"
             raise DSQError(
                 f"{file}: {name} is {shape_to_str(has)}, expected {shape_to_str(expected)}{blamed}"
             ) from None

@@ -155,3 +155,20 @@ def test_two_workers_stay_equal_and_resume_to_what_they_train_in_one_go(cli, tmp
 
 def test_workers_with_noise_of_their_own_drift_apart(cli, tmp_path):
     assert not equal(of_ranks(cli, tmp_path / "lone", 1, LONE_NOISE="1"))
+
+
+def test_weights_that_are_codes_take_their_steps_in_integers_and_resume(cli, tmp_path):
+    flags = ("--optimizer", "dsq_adam", "--dsq-weights", "direct", "--dsq-weight-format", "int8/row")
+    whole = cli.train(tmp_path / "whole", *flags, "--max-epoch", 3, "--update-epoch-batch-itr", True)
+    records = [json.loads(line[line.index("{") :]) for line in whole.splitlines() if '"train_loss"' in line]
+    assert float(records[-1]["train_loss"]) < float(records[0]["train_loss"])
+    assert 0 < float(records[-1]["train_dsq_flips"]) < 1
+    assert float(records[-1]["train_dsq_state_bytes"]) > 0
+    for epochs in (1, 3):
+        cli.train(tmp_path / "parts", *flags, "--max-epoch", epochs, "--update-epoch-batch-itr", True)
+    first, second = (
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / name / "checkpoint_last.pt"))["model"]
+        for name in ("whole", "parts")
+    )
+    assert first.keys() == second.keys() and any(name.endswith("weight_codes") for name in first)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

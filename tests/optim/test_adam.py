@@ -9,6 +9,8 @@ from fairseq.optim.adam import Adam
 
 from fairseq_dsq.adam import SMALL, LowBitAdam, Moments, noise_seed
 from fairseq_dsq.formats import Float32, parse
+from fairseq_dsq.nn import FLOAT32, DSQContext, DSQLinear, GemmConfig
+from fairseq_dsq.nn.coded_linear import CodedLinear
 from fairseq_dsq.quantized import pack
 
 SHAPES = [(80, 64), (64, 16, 3, 3), (SMALL,), (7, 5), ()]
@@ -306,3 +308,18 @@ def test_bytes_are_read_as_they_were_written():
     first, second = moments.encode(m, v)
     assert torch.equal(first, pack(m / 2, parse("int8/row")).data)
     assert second[:256].view(torch.float32).eq(4.0).all() and not second[256:].any()
+
+
+def test_the_step_of_a_weight_of_codes_is_adam_s(monkeypatch):
+    layer = CodedLinear.of(DSQLinear(80, 64, DSQContext(GemmConfig(FLOAT32))), parse("int8/row"))
+    weight, grad = layer.coded.dequantize(), torch.randn(64, 80)
+    given = []
+    monkeypatch.setattr(CodedLinear, "subtract_", lambda self, step, seed: given.append((step.clone(), seed)))
+    layer.weight.grad = grad
+    LowBitAdam([layer.weight], lr=0.01, weight_decay=0.1, moment1="float32", moment2="float32").step()
+    twin = torch.nn.Parameter(weight.clone())
+    twin.grad = grad
+    LowBitAdam([twin], lr=0.01, weight_decay=0.1, moment1="float32", moment2="float32").step()
+    ((step, seed),) = given
+    torch.testing.assert_close(weight - step, twin.detach(), rtol=1e-6, atol=1e-7)
+    assert seed == noise_seed(0, 1, 0, 2)

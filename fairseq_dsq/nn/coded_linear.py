@@ -1,0 +1,203 @@
+"""Linear layers whose weight is held as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_dsq.formats import Integer
+from fairseq_dsq.gemm import Operand, Side
+from fairseq_dsq.nn.coded import CodedWeight, WeightScale, code_limits, integers, to_bytes, update_codes
+from fairseq_dsq.nn.context import DSQContext, GemmConfig
+from fairseq_dsq.nn.linear import DSQLinear
+
+# Of a state dict: two buffers, and K, which bytes of less than 8 bits do not tell.
+CODES, SCALE, COLUMNS = "weight_codes", "weight_scale", "weight_columns"
+# Values of a weight that are updated at a time: a few integers of 64 bits stand beside each.
+_AT_A_TIME = 1 << 20
+
+
+class CodedLinear(DSQLinear):
+    """A :class:`DSQLinear` whose weight is held as codes: two buffers, and no float.
+
+    Its Parameter ``weight`` is a placeholder of one NaN in the weight's shape: autograd, clipping and data parallelism
+    have a gradient to work with, and whoever reads or writes it as a weight sees NaN or an error. Its attribute
+    ``dsq_codes`` is this layer: an optimizer calls ``weight.dsq_codes.subtract_(step, seed)``. The state dict holds the
+    codes and the scale; a float weight in a loaded one is quantized.
+
+    Attributes:
+        weight_codes, weight_scale: see :class:`CodedWeight`.
+        weight_format: their format.
+        weight_rule: what the scale follows from.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_format: Integer
+    weight_rule: WeightScale
+
+    @classmethod
+    def of(cls, layer: DSQLinear, fmt: Integer, rule: WeightScale = "own") -> CodedLinear:
+        """Make ``layer`` one, in place; errors as :func:`weight_scale`."""
+        weight = layer.weight
+        coded = CodedWeight.of(weight, fmt, rule)
+        layer.__class__ = cls
+        layer = cast(CodedLinear, layer)
+        layer.weight_format, layer.weight_rule = fmt, rule
+        layer.register_buffer(CODES, coded.codes)
+        layer.register_buffer(SCALE, coded.scale)
+        layer._put_placeholder(weight.dtype, weight.requires_grad)
+        return layer
+
+    def _put_placeholder(self, dtype: torch.dtype, requires_grad: bool) -> None:
+        """Give the layer a new placeholder, its first parameter as in ``nn.Linear``."""
+        value = torch.full((), torch.nan, dtype=dtype, device=self.weight_codes.device)
+        placeholder: Any = nn.Parameter(value.expand(self.out_features, self.in_features), requires_grad)
+        placeholder.dsq_codes = self
+        self._parameters = {"weight": placeholder, **{k: v for k, v in self._parameters.items() if k != "weight"}}
+
+    @property
+    def coded(self) -> CodedWeight:
+        """The weight."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return CodedWeight(self.weight_codes, self.weight_scale, shape, self.weight_format)
+
+    @property
+    def config(self) -> GemmConfig:
+        """The level in force, but for the weight: its codes are multiplied as they are, never rounded again."""
+        return super().config.with_weight(self.weight_format)
+
+    @torch.no_grad()
+    def subtract_(self, step: Tensor, seed: int) -> None:
+        """Subtract ``step``, N x K, from the weight, rounding stochastically to its codes.
+
+        A row, or a tensor of one scale, is NaN from then on where the step holds Inf or NaN.
+
+        Args:
+            seed: of the noise: the same on all replicas, another one for each parameter and update.
+        """
+        coded = self.coded
+        limits = code_limits(self.weight_format, self.weight_rule)
+        rows = max(1, _AT_A_TIME // max(1, self.in_features))
+        changed = torch.zeros((), dtype=torch.int64, device=step.device)
+        for start in range(0, self.out_features, rows):
+            part = slice(start, start + rows)
+            held = coded.codes[part]
+            scale = coded.scale if len(coded.scale) == 1 else coded.scale[part]
+            delta = step[part].float() / -scale
+            finite = delta.isfinite()
+            bad = ~(finite.all() if len(coded.scale) == 1 else finite.all(1, keepdim=True))
+            before = integers(held, self.in_features, coded.fmt)
+            delta.masked_fill_(~finite, 0.0)
+            after = update_codes(before, delta, limits, seed, start * self.in_features)
+            changed += (after != before).sum()
+            held.copy_(to_bytes(after, coded.fmt))
+            scale.masked_fill_(bad, torch.nan)
+        self._held = None
+        self.context.ledger.record_update(changed, self.out_features * self.in_features)
+
+    def _held_weight(self, config: GemmConfig, side: Side) -> Operand:
+        if self._held is None or self._held[0] != config:
+            self._held = config, self.weight, self.coded.operand(side, -1, self.weight.dtype)
+        return self._held[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's; the placeholder stays one, and the scale float32."""
+        weight, scale = self._parameters.pop("weight"), self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype is not torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        assert weight is not None
+        dtype = fn(torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)).dtype
+        grad = weight.grad
+        self._put_placeholder(dtype, weight.requires_grad)
+        if grad is not None:
+            self.weight.grad = fn(grad)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the placeholder, which a copy would fill with floats."""
+        parameters = {name: value for name, value in self._parameters.items() if name != "weight"}
+        weight = self.weight.dtype, self.weight.requires_grad
+        return {**super().__getstate__(), "_parameters": parameters, "_placeholder": weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        placeholder = state.pop("_placeholder")
+        super().__setstate__(state)
+        self._put_placeholder(*placeholder)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}weight"]
+        destination[prefix + COLUMNS] = torch.tensor(self.in_features)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+        weight = own.get(f"{prefix}weight")
+        if weight is not None and weight.shape == self.weight.shape:
+            del own[f"{prefix}weight"]
+            coded = CodedWeight.of(weight, self.weight_format, self.weight_rule)
+            own |= {prefix + CODES: coded.codes, prefix + SCALE: coded.scale}
+        own.pop(prefix + COLUMNS, None)
+        placeholder = self._parameters.pop("weight")
+        super()._load_from_state_dict(own, prefix, *args)
+        self._parameters = {"weight": placeholder, **self._parameters}
+
+
+def hold_codes(model: nn.Module, context: DSQContext, fmt: Integer, rule: WeightScale = "own") -> list[str]:
+    """Have the layers of a converted model hold their weights as codes.
+
+    All :class:`DSQLinear` layers of ``context`` and of its rules do; those that a skip pattern or a rule left in
+    float32 do not, nor do weights that are tied to another module's (an embedding).
+
+    Returns:
+        The layers' names.
+
+    Raises:
+        ValueError: a weight of zeros; names the layer.
+    """
+    places: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            places[id(parameter)] = places.get(id(parameter), 0) + 1
+    names = []
+    for name, module in model.named_modules():
+        ours = type(module) is DSQLinear and context in (module.context, module.context.parent)
+        if ours and places[id(module.weight)] == 1:
+            try:
+                CodedLinear.of(module, fmt, rule)
+            except ValueError as error:
+                raise ValueError(f"{name}.weight: {error}") from None
+            names.append(name)
+    return names
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that a model's weights take: its parameters', and in place of placeholders the codes' and scales'."""
+    total = 0
+    for parameter in model.parameters():
+        layer = getattr(parameter, "dsq_codes", None)
+        total += parameter.numel() * parameter.element_size() if layer is None else layer.coded.nbytes
+    return total
+
+
+def decoded(state: Mapping[str, Tensor], fmt: Integer) -> dict[str, Tensor]:
+    """A state dict with float32 weights in place of codes of ``fmt``, in its order."""
+    found = {}
+    for name, value in state.items():
+        prefix, last = name.rpartition(".")[0], name.rpartition(".")[2]
+        if last == CODES:
+            scale, columns = (state[f"{prefix}.{part}"] for part in (SCALE, COLUMNS))
+            weight = CodedWeight(value, scale, torch.Size((len(value), int(columns))), fmt)
+            found[f"{prefix}.weight"] = weight.dequantize()
+        elif last not in (SCALE, COLUMNS):
+            found[name] = value
+    return found
+
+
+def holds_codes(names: Iterable[str]) -> bool:
+    """Whether a state dict of such names is that of a model with coded weights."""
+    return any(name.endswith(f".{CODES}") for name in names)
