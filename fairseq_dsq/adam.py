@@ -156,6 +156,7 @@ def noise_seed(seed: int, step: int, index: int, which: int) -> int:
 class LowBitAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay, as fairseq's, with moments held as :class:`Moments` says.
 
+    A parameter's attribute ``dsq_codes``, if it has one, takes its step: ``dsq_codes.subtract_(step, seed)``.
     With both formats float32 it gives fairseq's bits. A gradient with NaN makes NaN of the moments' groups that it
     falls into, where fairseq's Adam makes NaN of single moments.
 
@@ -227,11 +228,21 @@ class LowBitAdam(torch.optim.Optimizer):
         # In the order of fairseq's Adam, for its bits.
         m.mul_(beta1).add_(grad, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if group["weight_decay"] != 0:
-            values.add_(values, alpha=-group["weight_decay"] * group["lr"])
+        decay = group["weight_decay"] * group["lr"]
         step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        values.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-step_size)
-        if p.dtype in _HALF:
+        root = v.sqrt().add_(group["eps"])
+        codes = getattr(p, "dsq_codes", None)
+        if codes is not None:
+            # A weight that is held as integers takes the step alone: the weight less the step would lose its fraction.
+            change = (m / root).mul_(step_size)
+            if decay != 0:
+                change.add_(codes.coded.dequantize(), alpha=decay)
+            codes.subtract_(change, noise_seed(group["seed"], step, index, 2))
+        else:
+            if decay != 0:
+                values.add_(values, alpha=-decay)
+            values.addcdiv_(m, root, value=-step_size)
+        if p.dtype in _HALF and codes is None:
             p.data.copy_(values)
         held = moments.encode(m, v, _seeds(group, step, index))
         state.update(step=step, exp_avg=held[0], exp_avg_sq=held[1])

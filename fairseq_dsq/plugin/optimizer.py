@@ -33,6 +33,9 @@ class DSQAdam(FairseqAdam):
     flags' when they are loaded. Each step logs ``dsq_state_bytes``, what the moments take.
     """
 
+    # Weights that are held as codes may be trained with it.
+    updates_codes = True
+
     def __init__(self, cfg: Any, params: Any) -> None:
         FairseqOptimizer.__init__(self, cfg)
         for name in ("use_old_adam", "fp16_adam_stats"):
