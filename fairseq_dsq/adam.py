@@ -156,6 +156,7 @@ def noise_seed(seed: int, step: int, index: int, which: int) -> int:
 class LowBitAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay, as fairseq's, with moments held as :class:`Moments` says.
 
+    A parameter's attribute ``dsq_codes``, if it has one, takes its step: ``dsq_codes.subtract_(step, seed)``.
     With both formats float32 it gives fairseq's bits. A gradient with NaN makes NaN of the moments' groups that it
     falls into, where fairseq's Adam makes NaN of single moments.
 

@@ -244,6 +244,32 @@ def test_states_in_other_formats_are_encoded_in_those_of_the_flags(saved):
         train(after, after.param_groups[0]["params"], 1)
 
 
+class Coded:
+    """What a weight that is held as codes offers an optimizer."""
+
+    def __init__(self, weight):
+        self.weight, self.seeds, self.coded = weight, [], self
+
+    def dequantize(self):
+        return self.weight.clone()
+
+    def subtract_(self, step, seed):
+        self.weight -= step
+        self.seeds.append(seed)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_weight_that_is_held_as_codes_takes_its_step(decay):
+    (plain,), held = parameters(shapes=[(64, 80)]), parameters(shapes=[(64, 80)])[0].detach()
+    placeholder = torch.nn.Parameter(torch.full((), math.nan).expand(64, 80))
+    placeholder.dsq_codes = Coded(held)
+    for p in (plain, placeholder):
+        train(LowBitAdam([p], 1e-3, weight_decay=decay), [p], 4)
+    torch.testing.assert_close(held, plain.detach(), rtol=1e-5, atol=1e-6)
+    assert len(set(placeholder.dsq_codes.seeds)) == 4
+    assert placeholder.untyped_storage().nbytes() == 4
+
+
 def test_double_precision_trains_too():
     ours = parameters(dtype=torch.float64)
     train(LowBitAdam(ours), ours, 2)
