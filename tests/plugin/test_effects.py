@@ -54,9 +54,11 @@ def test_every_flag_without_effect_in_float32_is_named():
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
     others |= {"value_boxes": "feature", "scale": "fit", "schedule": "cyclic", "raise_at": "5", "cycle": 2}
     others |= {"callback": "a:b", "raise_on_divergence": True, "box_size": "32"}
+    others |= {"weight_format": "ternary", "weight_scale": "mse"}
     assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(
-        ("dsq_format", "dsq_levels", "dsq_rules")
+        ("dsq_format", "dsq_levels", "dsq_rules", "dsq_weights")
     )
+    assert list(idle(format="float32", weights="direct", weight_format="ternary", weight_scale="mse")) == []
 
 
 def test_a_flag_has_an_effect_where_a_rule_s_modules_are_quantized():
