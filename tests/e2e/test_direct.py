@@ -12,6 +12,9 @@ import torch
 import fairseq_dsq  # noqa: F401  (lets torch read fairseq checkpoints)
 from fairseq_dsq.errors import DSQError
 
+# Minutes of fairseq's commands: scripts/readme.sh runs them.
+pytestmark = pytest.mark.slow
+
 # An optimizer of one's own that knows codes: its class says so, and each step goes to the parameter's dsq_codes.
 OPTIMIZER = """
 import torch

@@ -4,6 +4,9 @@ import pytest
 import torch
 from e2e.test_twins import BATCHES, TRAINING, evaluate, evaluated, logged
 
+# Minutes of fairseq's commands: scripts/readme.sh runs them.
+pytestmark = pytest.mark.slow
+
 SHAPE = (
     "--decoder-layers", 1, "--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 48, "--decoder-attention-heads", 2,
     "--dropout", 0.1, "--attention-dropout", 0.1, "--share-decoder-input-output-embed",

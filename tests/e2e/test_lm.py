@@ -16,6 +16,9 @@ from fairseq_dsq.lm import split
 from fairseq_dsq.report.runs import read_run
 from fairseq_dsq.translation.toy import write
 
+# Minutes of fairseq's commands: scripts/readme.sh runs them.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--vocab", "120", "--layers", "1", "--dim", "16", "--ffn", "24", "--heads", "2", "--length", "32")
 MORE = ("--", "--max-tokens", "256", "--warmup-updates", "8", "--lr")

@@ -10,6 +10,9 @@ import torch
 
 import fairseq_dsq  # noqa: F401  (allow-lists what checkpoints hold)
 
+# Minutes of fairseq's commands: scripts/readme.sh runs them.
+pytestmark = pytest.mark.slow
+
 BATCHES = ("--tokens-per-sample", 32, "--max-tokens", 256, "--required-batch-size-multiple", 1)
 TRAINING = (
     "--optimizer", "adam", "--lr", 5e-3, "--max-epoch", 1, "--cpu", "--log-format", "json", "--no-epoch-checkpoints",
