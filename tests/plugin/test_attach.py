@@ -17,7 +17,7 @@ from fairseq_dsq.models import TWINS
 from fairseq_dsq.nn import DSQLinear
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.attach import attach
-from fairseq_dsq.plugin.config import flag_table, set_defaults
+from fairseq_dsq.plugin.config import DSQOptimizerConfig, defaults, flag_table, option, set_defaults
 from fairseq_dsq.schedules.plateau import PlateauState
 
 README = Path(__file__).resolve().parents[2] / "fairseq_dsq/plugin/README.md"
@@ -229,4 +229,10 @@ def test_the_readme_s_architectures_are_those_that_are_registered():
 
 def test_the_readme_s_flag_table_is_the_code_s():
     rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `--dsq-")]
-    assert rows == flag_table().splitlines()
+    flags = flag_table().splitlines()
+    assert rows[: len(flags)] == flags
+    others = [line.split("|")[1:3] for line in rows[len(flags) :]]
+    moments = defaults(DSQOptimizerConfig)
+    assert {name.strip(" `"): default.strip(" `") for name, default in others} == {
+        option(name): default for name, default in moments.items() if name.startswith("dsq_")
+    }
