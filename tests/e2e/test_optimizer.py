@@ -17,6 +17,9 @@ from fairseq_dsq.adam import Moments
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.formats import parse
 
+# Minutes of fairseq's commands: scripts/readme.sh runs them.
+pytestmark = pytest.mark.slow
+
 # A layer of 64 features and 128 hidden ones: its matrices are large enough for low bits.
 WIDE = (
     "--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 128, "--decoder-ffn-embed-dim", 128, "--dropout", 0,
