@@ -47,10 +47,9 @@ def _level(value: Any) -> str:
 
 
 def _gemm(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"got {quoted(value)}, expected one of {', '.join((gemm.AUTO, *gemm.names()))}")
-    gemm.check_mode(value)
-    return value
+    found = choice(gemm.AUTO, *gemm.names())(value)
+    gemm.check_mode(found)
+    return found
 
 
 def _rules(value: Any) -> str:
