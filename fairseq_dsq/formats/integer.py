@@ -3,59 +3,27 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import (
-    SIGNIFICAND_BITS,
-    Format,
-    FormatOptions,
-    Group,
-    RowKernel,
-    check_bits,
-    check_box_size,
-    register,
-)
-
-MOST_BITS = 16
+from fairseq_dsq.formats.base import SIGNIFICAND_BITS, FormatOptions, RowKernel, register
+from fairseq_dsq.formats.float_scaled import FloatScaled
 
 
 @dataclass(frozen=True)
-class Integer(Format):
+class Integer(FloatScaled):
     """Symmetric integers: ``int8/row``, ``int8/tensor``, ``int4/128``.
 
     scale = largest magnitude / (2^(bits-1) - 1), a float32; code = x / scale, rounded to nearest even, or
     stochastically. Nothing clips. A group that holds Inf or NaN has the scale NaN. Values are rounded twice where a
     product of code and scale is, so that rounding is not exactly idempotent.
 
-    Attributes:
-        bits: bits of a code, sign included; 2 to 16.
-        group_size: values that share a scale: ``row`` (one for each token or channel along the reduction), ``tensor``,
-            or a number of them.
-
-    Raises:
-        TypeError, ValueError: a width or group that is not defined.
+    ``bits`` counts the sign.
     """
 
-    group_size: Group = "row"
-
     family = "int"
-    scale_bytes = 4
-    scale_dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.bits > MOST_BITS:
-            raise ValueError(f"bits: got {self.bits}, expected 2 to {MOST_BITS} for int")
-        if self.group_size not in ("row", "tensor"):
-            check_box_size(self.group_size)
-
-    @property
-    def group(self) -> Group:
-        return self.group_size
 
     @property
     def max_code(self) -> int:
@@ -91,12 +59,6 @@ class Integer(Format):
             codes = floor.add_(noise < codes.sub_(floor))
         return codes.clamp_(-self.max_code, self.max_code).add_(0.0)  # -0 + 0 = +0
 
-    def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
-        return elements.mul_(scale)
-
-    def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return elements, scale
-
     def to_codes(self, elements: Tensor) -> Tensor:
         """Two's complement."""
         return elements.to(torch.int32) & ((1 << self.bits) - 1)
@@ -105,19 +67,9 @@ class Integer(Format):
         sign = 1 << (self.bits - 1)
         return ((codes.to(torch.int32) ^ sign) - sign).to(torch.float32)
 
-    def __str__(self) -> str:
-        return f"int{self.bits}/{self.group_size}"
-
 
 def _make(q: int, options: FormatOptions) -> Integer:
     return Integer(options.bits(q), "row" if options.box_size is None else options.box_size)
 
 
-def _parse(text: str) -> Integer | None:
-    match = re.fullmatch(r"int([0-9]+)/([0-9]+|row|tensor)", text)
-    if match is None:
-        return None
-    return Integer(int(match[1]), int(match[2]) if match[2].isdigit() else match[2])  # type: ignore[arg-type]
-
-
-register("int", _make, _parse, "int8/row, int8/tensor, int8/128")
+register("int", _make, Integer.parsed, "int8/row, int8/tensor, int8/128")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, Group, RowKernel, check_bits, check_box_size, register
+from fairseq_dsq.formats.base import SIGNIFICAND_BITS, RowKernel, register
+from fairseq_dsq.formats.float_scaled import FloatScaled
 
-MOST_BITS = 16
 # From a group's largest value down to its smallest code, in powers of two.
 OCTAVES = 32
 
@@ -26,39 +25,17 @@ def _rising(bits: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Logarithmic(Format):
+class Logarithmic(FloatScaled):
     """Unsigned and zero-free: ``log8/row``, ``log8/128``; value = largest value * 2^(-code * 32 / (2^bits - 1)).
 
     For values >= 0, such as means of squares. The scale is the largest value, a float32. A value rounds to the nearer
     of its two neighbours, of two equally near to the larger; or stochastically, by its distance to them, so that the
     expected value is the value itself. Values below 2^-32 of the largest, zero among them, saturate to that: too large,
     never too small. A group of zeros stays zero. A group that holds Inf, NaN or a negative value has the scale NaN.
-
-    Attributes:
-        bits: bits of a code; 2 to 16.
-        group_size: values that share a scale: ``row``, ``tensor``, or a number of them.
-
-    Raises:
-        TypeError, ValueError: a width or group that is not defined.
     """
-
-    group_size: Group = "row"
 
     family = "log"
     signed = False
-    scale_bytes = 4
-    scale_dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.bits > MOST_BITS:
-            raise ValueError(f"bits: got {self.bits}, expected 2 to {MOST_BITS} for log")
-        if self.group_size not in ("row", "tensor"):
-            check_box_size(self.group_size)
-
-    @property
-    def group(self) -> Group:
-        return self.group_size
 
     @property
     def significand_bits(self) -> int:
@@ -81,12 +58,6 @@ class Logarithmic(Format):
         share = values.sub_(lower).div_(upper - lower)
         return torch.where(share >= 0.5 if noise is None else noise < share, upper, lower)
 
-    def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
-        return elements.mul_(scale)
-
-    def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return elements, scale
-
     def to_codes(self, elements: Tensor) -> Tensor:
         last = (1 << self.bits) - 1
         return elements.log2().mul_(-last / OCTAVES).round_().clamp_(0, last).to(torch.int32)
@@ -94,15 +65,5 @@ class Logarithmic(Format):
     def from_codes(self, codes: Tensor) -> Tensor:
         return _rising(self.bits, codes.device).flip(0)[codes.to(torch.int32)]
 
-    def __str__(self) -> str:
-        return f"log{self.bits}/{self.group_size}"
 
-
-def _parse(text: str) -> Logarithmic | None:
-    match = re.fullmatch(r"log([0-9]+)/([0-9]+|row|tensor)", text)
-    if match is None:
-        return None
-    return Logarithmic(int(match[1]), int(match[2]) if match[2].isdigit() else match[2])  # type: ignore[arg-type]
-
-
-register("log", None, _parse, "log8/row")
+register("log", None, Logarithmic.parsed, "log8/row")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import FormatOptions, Group, check_bits, register
+from fairseq_dsq.formats.float_scaled import group_of
 from fairseq_dsq.formats.integer import Integer
 
 
@@ -58,8 +59,7 @@ def _parse(text: str) -> Ternary | None:
     match = re.fullmatch(r"ternary(?:/([0-9]+|row|tensor))?", text)
     if match is None:
         return None
-    group = match[1] or "tensor"
-    return Ternary(group_size=int(group) if group.isdigit() else group)  # type: ignore[arg-type]
+    return Ternary(group_size=group_of(match[1] or "tensor"))
 
 
 register("ternary", _make, _parse, "ternary, ternary/row")
