@@ -63,6 +63,16 @@ class KernelSpec(NamedTuple):
     headroom: int
 
 
+# What engines and kernels are told about a format's values, and the methods that it tells of.
+_OF_ELEMENTS = ("encode", "decode", "factorize", "to_codes", "from_codes")
+_CLAIMS = {
+    "significand_bits": _OF_ELEMENTS,
+    "integer_elements": _OF_ELEMENTS,
+    "kernel_spec": (*_OF_ELEMENTS, "scale_of"),
+    "row_kernel": (*_OF_ELEMENTS, "scale_of"),
+}
+
+
 @dataclass(frozen=True)
 class Format(ABC):
     """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``.
@@ -80,6 +90,17 @@ class Format(ABC):
     scale_bytes: ClassVar[int] = 1
     scale_dtype: ClassVar[torch.dtype] = torch.uint8
 
+    def __init_subclass__(cls) -> None:
+        """A class with methods of its own inherits no claim about those of its parent: it makes its own, or none."""
+        parents = [parent for parent in cls.__bases__ if issubclass(parent, Format)]
+
+        def changes(name: str) -> bool:
+            return any(getattr(cls, name) is not getattr(parent, name) for parent in parents)
+
+        for claim, methods in _CLAIMS.items():
+            if any(map(changes, methods)) and not changes(claim):
+                setattr(cls, claim, vars(Format)[claim])
+
     @property
     @abstractmethod
     def group(self) -> Group:
@@ -87,8 +108,13 @@ class Format(ABC):
 
     @property
     def significand_bits(self) -> int:
-        """Significant bits of an element times its inner scale: what a GEMM engine must hold exactly."""
-        return self.bits - 1
+        """Significant bits of an element times its inner scale, at most: what a GEMM engine must hold exactly."""
+        return SIGNIFICAND_BITS
+
+    @property
+    def integer_elements(self) -> bool:
+        """Whether elements are integers of ``bits`` bits, sign included: such as run on integer arithmetic."""
+        return False
 
     @property
     def outer_scale(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, Group, register
+from fairseq_dsq.formats.base import Format, Group, register
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,6 @@ class Float32(Format):
     @property
     def group(self) -> Group:
         return 1
-
-    @property
-    def significand_bits(self) -> int:
-        return SIGNIFICAND_BITS
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a float32 tensor of ``shape``; ``dim`` does not matter."""

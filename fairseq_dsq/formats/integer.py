@@ -43,8 +43,12 @@ class Integer(FloatScaled):
         return replace(self, group_size="row")
 
     @property
+    def integer_elements(self) -> bool:
+        return True
+
+    @property
     def row_kernel(self) -> RowKernel | None:
-        return "int8" if (self.bits, self.group_size) == (8, "row") else None
+        return "int8" if (self.bits, self.group_size, self.max_code) == (8, "row", 127) else None
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, RowKernel, register
+from fairseq_dsq.formats.base import RowKernel, register
 from fairseq_dsq.formats.float_scaled import FloatScaled
 
 # From a group's largest value down to its smallest code, in powers of two.
@@ -36,10 +36,6 @@ class Logarithmic(FloatScaled):
 
     family = "log"
     signed = False
-
-    @property
-    def significand_bits(self) -> int:
-        return SIGNIFICAND_BITS
 
     @property
     def row_kernel(self) -> RowKernel | None:

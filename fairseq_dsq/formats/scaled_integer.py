@@ -63,6 +63,14 @@ class ScaledInteger(Format):
         """Whether codes are sign-magnitude, which keeps the sign of zero; two's complement has one zero."""
 
     @property
+    def significand_bits(self) -> int:
+        return self.bits - 1
+
+    @property
+    def integer_elements(self) -> bool:
+        return True
+
+    @property
     def fixed_exponent(self) -> int | None:
         """The E of every group; None where it follows from the values."""
         return None

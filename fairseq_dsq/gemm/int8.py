@@ -29,6 +29,7 @@ class Int8Engine(Engine):
     def accepts(self, a: Side, b: Side, device: torch.device, dtype: torch.dtype) -> bool:
         fits = all(
             side.fmt.bits <= BITS
+            and side.fmt.integer_elements
             and (side.factored or (isinstance(side.fmt, FixedPoint) and side.fmt.group == "tensor"))
             for side in (a, b)
         )

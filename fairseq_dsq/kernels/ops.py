@@ -73,7 +73,7 @@ def _kernels_for(x: Tensor, fmt: Format) -> Any:
     if kernels is None or x.numel() == 0:
         return None
     if fmt.spec is None:
-        _say_slow(str(fmt))
+        _say_slow(fmt.text)
         return None
     return kernels if kernels.covers(fmt.spec) else None
 

@@ -35,7 +35,7 @@ def weight_format(text: str) -> Integer:
         ValueError: text that names no format, or one without integers under a float32 scale of a row or of the tensor.
     """
     fmt = parse(text)
-    if not isinstance(fmt, Integer) or not fmt.outer_scale:
+    if not (isinstance(fmt, Integer) and fmt.integer_elements and fmt.outer_scale):
         raise ValueError(f"got {fmt}, expected integers with a scale by row or tensor: int8/row, int4/tensor, ternary")
     return fmt
 

@@ -17,6 +17,7 @@ class Powers(Integer):
     """Signed powers of two below the largest magnitude of a row: power4 has 0 and +-max * 2^-k, k = 0 to 6."""
 
     family = "power"
+    significand_bits = 1  # nothing of what Integer says of its values holds: engines are told anew
 
     def scale_of(self, groups):
         return super().scale_of(groups) * self.max_code

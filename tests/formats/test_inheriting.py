@@ -1,0 +1,101 @@
+"""A format that inherits another one's code and changes its values runs as it is defined, whatever runs its parent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from nn.common import normal
+
+from fairseq_dsq import formats, gemm
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Integer, Logarithmic, Ternary, definition, parse
+from fairseq_dsq.nn import GemmConfig, linear, weight_format
+from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.quantized import fake_quantize, pack, quantize_and_pack
+
+MORE = 1 + 2.0**-9
+
+
+class More:
+    """Values of a format times 1 + 2^-9: no integers, and of nine significant bits more."""
+
+    def decode(self, elements, scale):
+        return super().decode(elements.mul_(MORE), scale)
+
+    def factorize(self, elements, scale):
+        return super().factorize(elements.mul_(MORE), scale)
+
+    def __str__(self):
+        return f"more-{super().__str__()}"
+
+
+def inheriting(parent):
+    return dataclass(frozen=True)(type(f"More{parent.__name__}", (More, parent), {}))
+
+
+OWN = {parent: inheriting(parent) for parent in (Integer, Ternary, BlockFloat, FixedPoint, Logarithmic)}
+TEXTS = ["int8/row", "int8/tensor", "int8/16", "ternary/row", "bfp8", "bfp8/row", "fixed8", "fixed8/row", "fixed8.4"]
+
+
+def parse_own(text):
+    if not text.startswith("more-"):
+        return None
+    plain = parse(text.removeprefix("more-"))
+    return OWN[type(plain)](**vars(replace(plain)))
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    formats.register("more", None, parse_own)
+    yield
+    formats.unregister("more")
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+@pytest.mark.parametrize("text", [*TEXTS, "log8/row"])
+def test_values_are_those_of_its_definition(text, dim):
+    fmt = parse(f"more-{text}")
+    x = normal(40, 50).abs() + 0.01 if not fmt.signed else normal(40, 50)
+    wanted = definition.fake_quantize(x, parse(text), dim, None, torch.float32)
+    found = fake_quantize(x, fmt, dim)
+    assert torch.allclose(found, wanted * MORE, rtol=2**-20, atol=0) and not torch.equal(found, wanted)
+    assert torch.equal(pack(x, fmt, dim).dequantize(), found)
+    operand, stash = quantize_and_pack(x, fmt, fmt, -1, -2)
+    assert torch.equal(operand, fake_quantize(x, fmt)) and torch.equal(stash.dequantize(), fake_quantize(x, fmt, -2))
+    with pytest.raises(ValueError, match=r"dtype: got torch.bfloat16 for torch.float32"):
+        fake_quantize(x, fmt, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", ["auto", *gemm.names()])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("sizes", [(5, 24, 7), (130, 160, 150)], ids=str)
+def test_products_are_those_of_its_values(mode, text, sizes):
+    if mode != "auto" and gemm.base._ENGINES[gemm.names().index(mode)].unavailable():
+        pytest.skip(f"no {mode} engine here")
+    m, k, n = sizes
+    x, weight, fmt = normal(m, k, seed=1), normal(n, k, seed=2), parse(f"more-{text}")
+    y = linear(x, weight, None, GemmConfig(PrecisionConfig((str(fmt), 32, 32, 32)), gemm=mode))
+    a, b = fake_quantize(x, fmt).double(), fake_quantize(weight, fmt).double()
+    assert ((y - a @ b.mT).abs() <= k * 2.0**-22 * (a.abs() @ b.abs().mT)).all()
+
+
+@pytest.mark.parametrize("text", ["int8/row", "ternary"])
+def test_it_holds_no_weight_of_codes(text):
+    with pytest.raises(ValueError, match=f"got more-{text}, expected integers with a scale by row or tensor"):
+        weight_format(f"more-{text}")
+
+
+def test_claims_of_ones_own_stand():
+    class Exact(OWN[Integer]):
+        significand_bits = 16
+
+        def encode(self, groups, scale, noise):
+            return super().encode(groups, scale, noise)
+
+    class Renamed(Integer):
+        def __str__(self):
+            return "renamed"
+
+    assert (Exact(8).significand_bits, Exact(8).row_kernel, Exact(8).integer_elements) == (16, None, False)
+    assert (Renamed(8).significand_bits, Renamed(8).row_kernel, Renamed(8).integer_elements) == (7, "int8", True)
