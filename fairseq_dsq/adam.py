@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import Float32, Format
-from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, pack
+from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, noise_seed, pack
 
 # Parameters of fewer values, and all of one dimension, hold their moments in float32.
 SMALL = 4096
@@ -129,28 +129,6 @@ def _moments_of(group: Mapping[str, Any]) -> Moments:
     """Of a parameter group; one of another Adam holds float32."""
     first, second = group.get("moment1", "float32"), group.get("moment2", "float32")
     return _moments(first, second, group.get("rounding", "nearest"))
-
-
-def _mix(h: int) -> int:
-    """A permutation of the integers below 2^64 that changes half the bits when one bit changes (splitmix64's)."""
-    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-    h = (h ^ (h >> 27)) * 0x94D049BB133111EB & (1 << 64) - 1
-    return h ^ (h >> 31)
-
-
-def noise_seed(seed: int, step: int, index: int, which: int) -> int:
-    """The seed of one rounding, 0 to 2^62 - 1.
-
-    Args:
-        seed: the training's.
-        step: of the parameter, counted from 1.
-        index: the parameter's place among those of the optimizer.
-        which: of several roundings of the parameter's step.
-    """
-    found = 0
-    for part in (seed, step, index, which):
-        found = _mix((found + part + 0x9E3779B97F4A7C15) & (1 << 64) - 1)
-    return found >> 2
 
 
 class LowBitAdam(torch.optim.Optimizer):

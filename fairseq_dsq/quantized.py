@@ -117,6 +117,26 @@ def _seed(rounding: Rounding, generator: Draw) -> int | None:
     return int(torch.randint(checks.SEEDS, (), generator=generator, device=generator.device if generator else None))
 
 
+def _mix(h: int) -> int:
+    """A permutation of the integers below 2^64 that changes half the bits when one bit changes (splitmix64's)."""
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EB & (1 << 64) - 1
+    return h ^ (h >> 31)
+
+
+def noise_seed(*place: int) -> int:
+    """The seed of one rounding, 0 to 2^62 - 1, which follows from nothing but its place.
+
+    Args:
+        place: integers below 2^64 that name the rounding: the training's seed, the update, the parameter's index, and
+            which of the parameter's roundings, say.
+    """
+    found = 0
+    for part in place:
+        found = _mix((found + part + 0x9E3779B97F4A7C15) & (1 << 64) - 1)
+    return found >> 2
+
+
 def fake_quantize(
     x: Tensor,
     fmt: Format,

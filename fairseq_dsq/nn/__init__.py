@@ -2,7 +2,7 @@
 
 from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQAttention
-from fairseq_dsq.nn.coded import WEIGHT_SCALES, CodedWeight, update_codes, update_seed, weight_format
+from fairseq_dsq.nn.coded import WEIGHT_SCALES, CodedWeight, update_codes, weight_format
 from fairseq_dsq.nn.coded_linear import CodedLinear, decoded, hold_codes, holds_codes, weight_bytes
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
@@ -63,7 +63,6 @@ __all__ = [
     "register_elementwise",
     "register_twin",
     "update_codes",
-    "update_seed",
     "warn_of_float",
     "weight_bytes",
     "weight_format",

@@ -164,20 +164,3 @@ def update_codes(codes: Tensor, delta: Tensor, limits: tuple[int, int], seed: in
     threshold = (delta - whole).abs_().mul_(2.0**32).to(torch.int64)  # the fraction of a float32 is exact
     away = (definition.random_bits(places, seed) < threshold).to(torch.float32)
     return whole.add_(away.copysign_(delta)).add_(codes).clamp_(*limits)
-
-
-def update_seed(seed: int, update: int, parameter: int) -> int:
-    """The seed of one parameter's noise in one update: a function of the three numbers alone.
-
-    Args:
-        seed: of the training.
-        update: counted from the first one of the training.
-        parameter: the parameter's index in the model.
-    """
-    mixed = 0
-    for number in (seed, update, parameter):  # splitmix64, once for each
-        mixed = (mixed ^ number) + 0x9E3779B97F4A7C15
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return mixed >> 2

@@ -22,7 +22,7 @@ from fairseq.optim import FairseqOptimizer, register_optimizer
 from fairseq.optim.adam import FairseqAdamConfig
 
 import fairseq_dsq
-from fairseq_dsq.nn import update_seed
+from fairseq_dsq.quantized import noise_seed
 
 
 class SignMomentum(torch.optim.Optimizer):
@@ -45,7 +45,7 @@ class SignMomentum(torch.optim.Optimizer):
                 state["mean"].mul_(0.9).add_(parameter.grad, alpha=0.1)
                 step = state["mean"].sign() * group["lr"]
                 if hasattr(parameter, "dsq_codes"):
-                    parameter.dsq_codes.subtract_(step, update_seed(1, state["step"], index))
+                    parameter.dsq_codes.subtract_(step, noise_seed(1, state["step"], index))
                 else:
                     parameter.sub_(step)
 

@@ -19,13 +19,12 @@ from fairseq_dsq.nn import (
     decoded,
     hold_codes,
     update_codes,
-    update_seed,
     weight_bytes,
     weight_format,
 )
 from fairseq_dsq.nn.coded import code_limits
 from fairseq_dsq.precision import PrecisionConfig, Rule
-from fairseq_dsq.quantized import fake_quantize
+from fairseq_dsq.quantized import fake_quantize, noise_seed
 
 FORMATS = ["int8/row", "int8/tensor", "int4/row", "int3/row", "int3/tensor", "int12/row", "ternary", "ternary/row"]
 LEVEL = PrecisionConfig(("int8/row", "int8/row", "int8/row", "float32"))
@@ -154,19 +153,19 @@ def test_codes_end_at_their_limits_and_absmean_has_the_odd_one():
 
 
 def test_noise_differs_between_updates_parameters_and_seeds_and_on_nothing_else():
-    seeds = {update_seed(seed, update, index) for seed in range(4) for update in range(50) for index in range(20)}
+    seeds = {noise_seed(seed, update, index) for seed in range(4) for update in range(50) for index in range(20)}
     assert len(seeds) == 4 * 50 * 20 and all(0 <= seed < 2**62 for seed in seeds)
     first, _, _ = layer()
     second = copy.deepcopy(first)
     step = normal(10, 21) * 0.01
     for update in range(5):
         torch.manual_seed(update)
-        first.subtract_(step, update_seed(1, update, 3))
+        first.subtract_(step, noise_seed(1, update, 3))
         torch.rand(7)
-        second.subtract_(step, update_seed(1, update, 3))
+        second.subtract_(step, noise_seed(1, update, 3))
     assert torch.equal(first.weight_codes, second.weight_codes)
-    first.subtract_(step, update_seed(1, 5, 3))
-    second.subtract_(step, update_seed(1, 5, 4))
+    first.subtract_(step, noise_seed(1, 5, 3))
+    second.subtract_(step, noise_seed(1, 5, 4))
     assert not torch.equal(first.weight_codes, second.weight_codes)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from fairseq.optim.adam import Adam
 
-from fairseq_dsq.adam import SMALL, LowBitAdam, Moments, noise_seed
+from fairseq_dsq.adam import SMALL, LowBitAdam, Moments
 from fairseq_dsq.formats import Float32, parse
 from fairseq_dsq.nn import FLOAT32, DSQContext, DSQLinear, GemmConfig
 from fairseq_dsq.nn.coded_linear import CodedLinear
-from fairseq_dsq.quantized import pack
+from fairseq_dsq.quantized import noise_seed, pack
 
 SHAPES = [(80, 64), (64, 16, 3, 3), (SMALL,), (7, 5), ()]
 PAIRS = [
