@@ -1,9 +1,11 @@
-"""The arguments that several commands share: which model, which format."""
+"""The arguments that several commands share: which model, which format, fairseq's own."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from fairseq_dsq import data_files, formats
@@ -51,3 +53,22 @@ def find_model(args: argparse.Namespace, flag: str) -> Any:
         return dataclasses.replace(spec, **changes)
     except ValueError as error:  # begins with the field's name, which is the flag's
         raise ValueError(f"--{error}") from None
+
+
+def add_flags_argument(parser: argparse.ArgumentParser, summary: str) -> None:
+    """The arguments of a command of fairseq: the last to be added, it takes all that follows."""
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="-- DATA FLAGS", help=f"arguments of {summary}")
+
+
+def call_fairseq(args: argparse.Namespace, call: Callable[[list[str]], float | None]) -> int:
+    """Print what ``call`` returns for fairseq's arguments; a command of fairseq that failed has its say, and code 1."""
+    from fairseq_dsq.recipes.fairseq_command import FailedError
+
+    try:
+        found = call(args.flags[1:] if args.flags[:1] == ["--"] else args.flags)
+    except FailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if found is not None:
+        print(found)
+    return 0
