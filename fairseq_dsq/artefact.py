@@ -20,6 +20,8 @@ from pathlib import Path
 
 STAMP = "made.json"
 VERSION = "fairseq_dsq"
+# What a run's best checkpoint is called, by fairseq.
+BEST = "checkpoint_best.pt"
 # What a stamp calls the checksum of the checkpoint that was scored.
 CHECKPOINT = "checkpoint"
 # fairseq and Hydra take these for marks of their own in a path: lists are split at : and , and ${} is looked up.

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fairseq_dsq import artefact
 from fairseq_dsq.report import tables
 from fairseq_dsq.report.runs import Run, missing_extra, read_run
-from fairseq_dsq.report.scores import BEST, GIVEN, scores, stale
+from fairseq_dsq.report.scores import GIVEN, scores, stale
 from fairseq_dsq.report.tables import Table
 from fairseq_dsq.text import printable
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     runs, skipped = _read(args.runs)
     for path in (path for run in runs for path in stale(run)):
-        skipped.append(printable(f"{path}: scored another checkpoint than the run's {BEST}"))
+        skipped.append(printable(f"{path}: scored another checkpoint than the run's {artefact.BEST}"))
         print(f"fairseq-dsq report: skipped {skipped[-1]}", file=sys.stderr)
     found = [scores(run) for run in runs]
     for text in args.quality:

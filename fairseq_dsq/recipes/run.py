@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fairseq_dsq import data_files
+from fairseq_dsq import artefact, data_files
 from fairseq_dsq.recipes.evaluating import EVALUATED
 from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Translation
 from fairseq_dsq.recipes.training import LOG
@@ -81,7 +81,7 @@ def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], run
     flags = call("glue-flags", *encoder, prepared, "--", *words, output=True)
     call("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}")
     call("epochs", folder, before=_heading(method, options))
-    call("glue-evaluate", prepared, folder / "checkpoint_best.pt", "--out", folder / "glue.json")
+    call("glue-evaluate", prepared, folder / artefact.BEST, "--out", folder / "glue.json")
 
 
 def run_language_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from pathlib import Path
 
 from fairseq_dsq import artefact
 from fairseq_dsq.recipes import fairseq_command
-from fairseq_dsq.recipes.training import identity
+from fairseq_dsq.recipes.scoring import score_best
 
-BEST, OUTPUT, SCORE = "checkpoint_best.pt", "generate.out", "score.json"
+OUTPUT, SCORE = "generate.out", "score.json"
 
 
 def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int = 2) -> float:
@@ -24,27 +23,15 @@ def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int =
             is at work there.
         FailedError: fairseq-generate failed; its output is in ``folder``/generate.out.
     """
-    best, output, score = (folder / name for name in (BEST, OUTPUT, SCORE))
-    artefact.check_path("RUN", folder)
-    if not best.is_file():
-        raise OSError(f"{best}: does not exist, expected the checkpoint of a run")
     hypotheses = folder / f"hypotheses{reference.suffix}"
-    settings = {
-        **identity(flags), artefact.CHECKPOINT: artefact.checksum(best), "REFERENCE": artefact.checksum(reference),
-        "--digits": str(digits),
-    }  # fmt: skip
-    with artefact.locked(folder, wait=False) as lock:
-        if not (hypotheses.is_file() and artefact.made_by(score, settings)):
-            for path in (output, score):
-                artefact.stamp(path).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
-            own = ["--user-dir", str(fairseq_command.USER_DIR), "--path", str(best.resolve())]
-            fairseq_command.call("fairseq-generate", [*flags, *own], output, pass_fds=[lock])
-            artefact.write(output, settings)
-            _collect(output, hypotheses, reference)
-            _score(reference, hypotheses, digits, score)
-            artefact.write(score, settings)
-    return float(json.loads(score.read_text(encoding="utf-8"))["score"])
+
+    def measure(output: Path) -> str:
+        _collect(output, hypotheses, reference)
+        return _sacrebleu(reference, hypotheses, digits)
+
+    more = {"REFERENCE": artefact.checksum(reference), "--digits": str(digits)}
+    score = score_best("fairseq-generate", folder, flags, (OUTPUT, SCORE), measure, more, needs=[hypotheses])
+    return float(score["score"])
 
 
 def _collect(output: Path, hypotheses: Path, reference: Path) -> None:
@@ -67,10 +54,9 @@ def _collect(output: Path, hypotheses: Path, reference: Path) -> None:
         partial.write_text("".join(f"{found[number]}\n" for number in range(expected)), encoding="utf-8")
 
 
-def _score(reference: Path, hypotheses: Path, digits: int, score: Path) -> None:
+def _sacrebleu(reference: Path, hypotheses: Path, digits: int) -> str:
     command = [sys.executable, "-m", "sacrebleu", str(reference), "-i", str(hypotheses), "-m", "bleu"]
     done = subprocess.run([*command, "-w", str(digits), "--force"], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"sacrebleu: {fairseq_command.last_error(done.stderr) or done.stderr.strip()}")
-    with artefact.atomic(score) as partial:
-        partial.write_text(done.stdout, encoding="utf-8")
+    return done.stdout

@@ -15,7 +15,6 @@ from fairseq_dsq import artefact
 from fairseq_dsq.glue import TASKS, metrics
 from fairseq_dsq.report.runs import LOWER_IS_BETTER, QUALITY_METRICS, Run, log_files
 
-BEST = "checkpoint_best.pt"
 _TAIL_BYTES = 1 << 16
 _SCORE_SUFFIXES = {".json", ".bleu", ".score"}
 _LINE = re.compile(
@@ -87,7 +86,7 @@ def stale(run: Run) -> list[Path]:
         OSError: a file cannot be read.
         ValueError: a stamp is damaged.
     """
-    best = run.path / BEST
+    best = run.path / artefact.BEST
     if not best.is_file():
         return []
     scored = {path: (artefact.read(path) or {}).get(artefact.CHECKPOINT) for path in _score_files(run.path)}
