@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from e2e.test_twins import BATCHES, TRAINING, evaluate, evaluated, logged
+from e2e.test_twins import BATCHES, TRAINING, evaluate, evaluated, generate, logged
 
 # Minutes of fairseq's commands: scripts/readme.sh runs them.
 pytestmark = pytest.mark.slow
@@ -51,11 +51,7 @@ def test_it_resumes_to_the_same_bits(cli, trained, tmp_path):
 
 def test_it_generates(cli, trained):
     folder, _ = trained
-    out, _ = cli.run(
-        "fairseq-generate", cli.folder / "lm", "--user-dir", "fairseq_dsq", "--task", "language_modeling", "--path",
-        folder / "checkpoint_last.pt", "--gen-subset", "valid", "--sample-break-mode", "eos", "--prefix-size", 2,
-        "--batch-size", 4, "--beam", 2, "--max-len-b", 8, "--cpu",
-    )  # fmt: skip
+    out, _ = cli.run(*generate(cli, folder / "checkpoint_last.pt"))
     assert out.count("\nH-") >= 20
 
 

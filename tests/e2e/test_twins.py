@@ -51,6 +51,14 @@ def evaluated(cli, *command):
     return float(re.search(r"Loss \(base 2\): ([0-9.]+)", out + err)[1])
 
 
+def generate(cli, path):
+    return (
+        "fairseq-generate", cli.folder / "lm", "--user-dir", "fairseq_dsq", "--task", "language_modeling", "--path",
+        path, "--gen-subset", "valid", "--sample-break-mode", "eos", "--prefix-size", 2,
+        "--batch-size", 4, "--beam", 2, "--max-len-b", 8, "--cpu",
+    )  # fmt: skip
+
+
 FLAGS_OF = """
 import argparse, fairseq_dsq
 from fairseq.models import MODEL_REGISTRY
@@ -98,11 +106,7 @@ def test_a_language_model_resumes_to_the_same_bits_and_generates(cli, language_m
         torch.load(folder / name / "checkpoint_last.pt", weights_only=True)["model"] for name in ("whole", "resumed")
     )
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    out, _ = cli.run(
-        "fairseq-generate", cli.folder / "lm", "--user-dir", "fairseq_dsq", "--task", "language_modeling", "--path",
-        folder / "checkpoint_last.pt", "--gen-subset", "valid", "--sample-break-mode", "eos", "--prefix-size", 2,
-        "--batch-size", 4, "--beam", 2, "--max-len-b", 8, "--cpu",
-    )  # fmt: skip
+    out, _ = cli.run(*generate(cli, folder / "checkpoint_last.pt"))
     assert out.count("\nH-") >= 20
 
 
