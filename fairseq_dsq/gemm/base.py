@@ -11,6 +11,7 @@ never reaches it: a scale for each row, or one for the tensor, multiplies the pr
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -222,11 +223,18 @@ def plan(a: Side, b: Side, device: torch.device, dtype: torch.dtype, mode: str =
     Args:
         a, b: the operands' formats and layout.
         device, dtype: of both.
-        mode: ``auto``, or the name of an engine: products that it does not accept run on ``float32``.
+        mode: ``auto``, or the name of an engine: products that it does not accept run on ``float32``, which is said.
     """
     by_name = {engine.name: engine for engine in _ENGINES}
     engines = _ENGINES if mode == AUTO else [by_name[name] for name in dict.fromkeys((mode, "float32"))]
     accepted = [engine for engine in engines if engine.accepts(a, b, device, dtype)]
+    rounded = all(not isinstance(side.fmt, Float32) for side in (a, b))
+    if rounded and mode not in (AUTO, accepted[0].name):
+        warnings.warn(
+            f"--dsq-gemm {mode}: does not multiply {a.fmt} by {b.fmt} in {str(dtype).removeprefix('torch.')} on"
+            f" {device.type}; {accepted[0].name} does",
+            stacklevel=2,
+        )
 
     def fused(engine: Engine) -> tuple[bool, bool]:
         return tuple(side.along and engine.fuses_rounding(side.fmt) for side in (a, b))  # type: ignore[return-value]

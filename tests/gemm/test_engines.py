@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from nn.common import multiply, normal, operand
@@ -55,6 +57,38 @@ def test_a_cpu_takes_the_kernel_where_it_is_exact(a, b, expected):
     assert engines(a, b, "float32") == ["float32"]
     assert engines(a, b, "native")[0] == expected
     assert engines(a, b, dtype=torch.bfloat16) == ["float32"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "dtype", "said"),
+    [
+        ("bfp4", "bfp4", torch.float32, None),
+        (
+            "bfp16",
+            "bfp16",
+            torch.float32,
+            "bfp16 by bfp16 in float32",
+        ),
+        (
+            "bfp4",
+            "bfp4",
+            torch.bfloat16,
+            "bfp4 by bfp4 in bfloat16",
+        ),
+        ("bfp4", "float32", torch.float32, None),
+        ("float32", "float32", torch.bfloat16, None),
+    ],
+)
+@needs_kernel
+def test_products_that_the_engine_asked_for_leaves_to_another_are_said(a, b, dtype, said):
+    plan.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        engines(a, b, "native", dtype=dtype)
+        engines(a, b, "auto", dtype=dtype)
+        engines(a, b, "float32", dtype=dtype)
+    lines = [] if said is None else [f"--dsq-gemm native: does not multiply {said} on cpu; float32 does"]
+    assert [str(warning.message) for warning in found] == lines
 
 
 def test_without_the_kernel_products_are_float32(monkeypatch):
