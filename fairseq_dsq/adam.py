@@ -11,6 +11,13 @@ is not for m itself. Where v' is 0, so is m.
 
 The noise of stochastic rounding is a function of the seed, the step, the parameter's place and the moment alone:
 replicas that see equal gradients stay equal, and a resumed training repeats the one that went on.
+
+With the residual "moment1" what rounding left undone of a step of codes, the rest r, comes back through m::
+
+    m += (1 / beta1 - 1) * r / (what m is multiplied by in the step)
+
+which later steps subtract in parts beta1^k (1 - beta1) / beta1 * r, k = 1, 2, ..., of sum r while the step's factor
+stays. Source: "ECO: Quantized Training without Full-Precision Master Weights", arXiv 2601.22101.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +38,10 @@ from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, noise_se
 # Parameters of fewer values, and all of one dimension, hold their moments in float32.
 SMALL = 4096
 _HALF = (torch.float16, torch.bfloat16)
-# What a parameter group holds beside Adam's own: which says how its states' bytes are read.
-HELD = ("moment1", "moment2", "rounding", "seed")
+# What a parameter group holds beside Adam's own, of which the first two say how its states' bytes are read.
+HELD = ("moment1", "moment2", "rounding", "seed", "residual")
+Residual = Literal["none", "moment1"]
+RESIDUALS: tuple[Residual, ...] = ("none", "moment1")
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,8 @@ def _moments_of(group: Mapping[str, Any]) -> Moments:
 class LowBitAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay, as fairseq's, with moments held as :class:`Moments` says.
 
-    A parameter's attribute ``dsq_codes``, if it has one, takes its step: ``dsq_codes.subtract_(step, seed)``.
+    A parameter's attribute ``dsq_codes``, if it has one, takes its step: ``dsq_codes.subtract_(step, seed)``, under
+    ``residual`` with ``leave_rest=True``.
     With both formats float32 it gives fairseq's bits. A gradient with NaN makes NaN of the moments' groups that it
     falls into, where fairseq's Adam makes NaN of single moments.
 
@@ -143,9 +153,10 @@ class LowBitAdam(torch.optim.Optimizer):
         moment1, moment2: formats by name.
         rounding: ``stochastic`` or ``nearest``.
         seed: of stochastic rounding; an integer >= 0.
+        residual: ``moment1`` gives what rounding leaves undone of a step of codes to the first moment.
 
     Raises:
-        ValueError: a format or rounding that is not defined.
+        ValueError: a format, rounding or residual that is not defined; a residual without a first moment.
     """
 
     # What fairseq asks of an optimizer.
@@ -165,10 +176,15 @@ class LowBitAdam(torch.optim.Optimizer):
         moment2: str = "log8/row",
         rounding: Rounding = "stochastic",
         seed: int = 0,
+        residual: Residual = "none",
     ) -> None:
         _moments(moment1, moment2, rounding)
+        if residual not in RESIDUALS:
+            raise ValueError(f"residual: got {residual!r}, expected one of {', '.join(RESIDUALS)}")
+        if residual == "moment1" and betas[0] == 0:
+            raise ValueError("residual: got moment1 with a beta1 of 0, expected a first moment that keeps it")
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        held = {"moment1": moment1, "moment2": moment2, "rounding": rounding, "seed": seed}
+        held = {"moment1": moment1, "moment2": moment2, "rounding": rounding, "seed": seed, "residual": residual}
         super().__init__(params, adam | held)
 
     def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
@@ -212,7 +228,12 @@ class LowBitAdam(torch.optim.Optimizer):
         step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         deviation, decay = v.sqrt().add_(group["eps"]), group["weight_decay"] * group["lr"]
         if codes is not None:
-            codes.subtract_(values.mul_(decay).addcdiv_(m, deviation, value=step_size), _seed(group, step, index, 2))
+            taken = values.mul_(decay).addcdiv_(m, deviation, value=step_size)
+            if group["residual"] == "moment1" and step_size != 0:
+                codes.subtract_(taken, _seed(group, step, index, 2), leave_rest=True)
+                m.addcmul_(taken, deviation, value=(1 / beta1 - 1) / step_size)
+            else:
+                codes.subtract_(taken, _seed(group, step, index, 2))
         else:
             if decay != 0:
                 values.add_(values, alpha=-decay)

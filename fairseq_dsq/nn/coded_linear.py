@@ -10,12 +10,21 @@ from torch import Tensor, nn
 
 from fairseq_dsq.formats import Integer
 from fairseq_dsq.gemm import Operand, Side
-from fairseq_dsq.nn.coded import CodedWeight, WeightScale, code_limits, integers, to_bytes, update_codes
+from fairseq_dsq.nn.coded import (
+    CodedWeight,
+    WeightScale,
+    code_limits,
+    integers,
+    to_bytes,
+    update_codes,
+    weight_format,
+)
 from fairseq_dsq.nn.context import DSQContext, GemmConfig
 from fairseq_dsq.nn.linear import DSQLinear
 
-# Of a state dict: two buffers, and K, which bytes of less than 8 bits do not tell.
-CODES, SCALE, COLUMNS = "weight_codes", "weight_scale", "weight_columns"
+# Of a state dict: two buffers, K, which bytes of less than 8 bits do not tell, and the format's text.
+CODES, SCALE, COLUMNS, FORMAT = "weight_codes", "weight_scale", "weight_columns", "weight_format"
+_LONGEST_TEXT = 32  # one length for all, so that a state dict's shapes do not depend on it
 # Values of a weight that are updated at a time: a few integers of 64 bits stand beside each.
 _AT_A_TIME = 1 << 20
 
@@ -26,7 +35,8 @@ class CodedLinear(DSQLinear):
     Its Parameter ``weight`` is a placeholder of one NaN in the weight's shape: autograd, clipping and data parallelism
     have a gradient to work with, and whoever reads or writes it as a weight sees NaN or an error. Its attribute
     ``dsq_codes`` is this layer: an optimizer calls ``weight.dsq_codes.subtract_(step, seed)``. The state dict holds the
-    codes and the scale; a float weight in a loaded one is quantized.
+    codes, the scale and the format; a float weight in a loaded one is quantized, codes of another format are decoded
+    and quantized.
 
     Attributes:
         weight_codes, weight_scale: see :class:`CodedWeight`.
@@ -71,13 +81,15 @@ class CodedLinear(DSQLinear):
         return super().config.with_weight(self.weight_format)
 
     @torch.no_grad()
-    def subtract_(self, step: Tensor, seed: int) -> None:
+    def subtract_(self, step: Tensor, seed: int, leave_rest: bool = False) -> None:
         """Subtract ``step``, N x K, from the weight, rounding stochastically to its codes.
 
         A row, or a tensor of one scale, is NaN from then on where the step holds Inf or NaN.
 
         Args:
             seed: of the noise: the same on all replicas, another one for each parameter and update.
+            leave_rest: ``step`` holds afterwards what of it rounding left undone: the weight held less the exact one,
+                the latter clamped to what the codes can hold.
         """
         coded = self.coded
         limits = code_limits(self.weight_format, self.weight_rule)
@@ -94,6 +106,10 @@ class CodedLinear(DSQLinear):
             delta.masked_fill_(~finite, 0.0)
             after = update_codes(before, delta, limits, seed, start * self.in_features)
             changed += (after != before).sum()
+            if leave_rest:
+                # Exact: codes are integers, and delta keeps its fraction. What clips would pile up, and is left out.
+                within = delta.clamp_(limits[0] - before, limits[1] - before)
+                step[part] = (after - before).sub_(within).mul_(scale)
             held.copy_(to_bytes(after, coded.fmt))
             scale.masked_fill_(bad, torch.nan)
         self._held = None
@@ -133,15 +149,20 @@ class CodedLinear(DSQLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}weight"]
         destination[prefix + COLUMNS] = torch.tensor(self.in_features)
+        text = self.weight_format.text.encode().ljust(_LONGEST_TEXT)
+        destination[prefix + FORMAT] = torch.tensor(list(text), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
         weight = own.get(f"{prefix}weight")
+        if saved_format(own, prefix) not in (None, self.weight_format):
+            weight = own[f"{prefix}weight"] = saved_weight(own, prefix).dequantize()
         if weight is not None and weight.shape == self.weight.shape:
             del own[f"{prefix}weight"]
             coded = CodedWeight.of(weight, self.weight_format, self.weight_rule)
             own |= {prefix + CODES: coded.codes, prefix + SCALE: coded.scale}
-        own.pop(prefix + COLUMNS, None)
+        for name in (COLUMNS, FORMAT):
+            own.pop(prefix + name, None)
         placeholder = self._parameters.pop("weight")
         super()._load_from_state_dict(own, prefix, *args)
         self._parameters = {"weight": placeholder, **self._parameters}
@@ -184,18 +205,42 @@ def weight_bytes(model: nn.Module) -> int:
     return total
 
 
-def decoded(state: Mapping[str, Tensor], fmt: Integer) -> dict[str, Tensor]:
-    """A state dict with float32 weights in place of codes of ``fmt``, in its order."""
+def saved_format(state: Mapping[str, Tensor], prefix: str) -> Integer | None:
+    """The format of a layer's codes in a state dict; None where it holds none."""
+    text = state.get(prefix + FORMAT)
+    return None if text is None else weight_format(bytes(text.tolist()).decode().strip())
+
+
+def saved_weight(state: Mapping[str, Tensor], prefix: str) -> CodedWeight:
+    """A layer's weight in a state dict that holds its codes.
+
+    Raises:
+        ValueError: the dict lacks a part of it.
+    """
+    fmt = saved_format(state, prefix)
+    if fmt is None or prefix + SCALE not in state or prefix + COLUMNS not in state:
+        raise ValueError(f"{prefix}{CODES}: got codes alone, expected {SCALE}, {COLUMNS} and {FORMAT} beside them")
+    codes, columns = state[prefix + CODES], int(state[prefix + COLUMNS])
+    return CodedWeight(codes, state[prefix + SCALE], torch.Size((len(codes), columns)), fmt)
+
+
+def decoded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with float32 weights in place of codes, in its order; errors as :func:`saved_weight`."""
     found = {}
     for name, value in state.items():
-        prefix, last = name.rpartition(".")[0], name.rpartition(".")[2]
+        prefix = name[: name.rfind(".") + 1]
+        last = name.removeprefix(prefix)
         if last == CODES:
-            scale, columns = (state[f"{prefix}.{part}"] for part in (SCALE, COLUMNS))
-            weight = CodedWeight(value, scale, torch.Size((len(value), int(columns))), fmt)
-            found[f"{prefix}.weight"] = weight.dequantize()
-        elif last not in (SCALE, COLUMNS):
+            found[f"{prefix}weight"] = saved_weight(state, prefix).dequantize()
+        elif last not in (SCALE, COLUMNS, FORMAT):
             found[name] = value
     return found
+
+
+def formats_of_codes(state: Mapping[str, Tensor]) -> set[str]:
+    """The formats, as text, of the codes that a state dict holds."""
+    prefixes = (name.removesuffix(CODES) for name in state if name.endswith(f".{CODES}"))
+    return {fmt.text for prefix in prefixes if (fmt := saved_format(state, prefix))}
 
 
 def holds_codes(names: Iterable[str]) -> bool:

@@ -275,6 +275,13 @@ class DSQOptimizerConfig:
     dsq_moment_rounding: str = dataclasses.field(
         default="stochastic", metadata={"help": "rounding of the moments: " + ", ".join(ROUNDINGS)}
     )
+    dsq_residual: str = dataclasses.field(
+        default="none",
+        metadata={
+            "help": "with --dsq-weights direct: moment1 gives what rounding leaves undone of an update to the first "
+            "moment; none drops it"
+        },
+    )
 
 
 def defaults(config: type, *roles: Role) -> dict[str, Any]:

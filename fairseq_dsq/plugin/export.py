@@ -15,7 +15,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from fairseq_dsq import artefact
-from fairseq_dsq.nn import decoded, holds_codes, weight_format
+from fairseq_dsq.nn import decoded
 from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQConfig, DSQCriterionConfig, option
 from fairseq_dsq.plugin.twins import SUFFIX, base_dataclass
 from fairseq_dsq.text import quoted
@@ -60,7 +60,7 @@ def export_float(checkpoint: Path, output: Path) -> str:
     """Write the float checkpoint to ``output``; returns its architecture.
 
     Raises:
-        ValueError: not a checkpoint of a *_dsq architecture, or fairseq has no such float model.
+        ValueError: not a checkpoint of a *_dsq architecture, codes without their parts, or no such float model.
     """
     state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
     state = plain(state)
@@ -72,7 +72,6 @@ def export_float(checkpoint: Path, output: Path) -> str:
         raise ValueError(f"{checkpoint}: got architecture {quoted(arch)}, expected a *{SUFFIX} one")
     config = getattr(ARCH_MODEL_REGISTRY.get(arch), "config", DSQConfig)
     flags = [*dataclasses.fields(config), *dataclasses.fields(DSQCriterionConfig)]
-    codes_format = model.get("dsq_weight_format", DSQConfig.dsq_weight_format)
     for field in flags:
         value = model.get(field.name, field.default)
         if not field.metadata.get("plain", True) and value != field.default:
@@ -90,7 +89,7 @@ def export_float(checkpoint: Path, output: Path) -> str:
     criterion["_name"] = str(criterion["_name"]).removeprefix(CRITERION_PREFIX)
     state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
     tensors = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
-    state["model"] = decoded(tensors, weight_format(codes_format)) if holds_codes(tensors) else tensors
+    state["model"] = decoded(tensors)
     with artefact.atomic(output) as partial:
         torch.save(state, partial)
     return str(model["arch"])

@@ -2,6 +2,7 @@
 
 # fairseq and OmegaConf read the types of a configuration's fields: no annotation here may be a string.
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from omegaconf import II
 
 from fairseq_dsq import formats
-from fairseq_dsq.adam import HELD, LowBitAdam
+from fairseq_dsq.adam import HELD, RESIDUALS, LowBitAdam
 from fairseq_dsq.cost.metrics import STATE_BYTES
 from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.plugin.config import DSQOptimizerConfig
 from fairseq_dsq.quantized import ROUNDINGS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,12 +45,18 @@ class DSQAdam(FairseqAdam):
             if getattr(cfg, name, False):
                 flag_error("--" + name.replace("_", "-"), "got it beside --optimizer dsq_adam, expected it without")
         _check(cfg)
-        self._optimizer = LowBitAdam(params, **self.optimizer_config)
+        try:
+            self._optimizer = LowBitAdam(params, **self.optimizer_config)
+        except ValueError as error:
+            flag_error("--dsq-residual", str(error).removeprefix("residual: "))
+        coded = any(hasattr(p, "dsq_codes") for group in self._optimizer.param_groups for p in group["params"])
+        if cfg.dsq_residual != "none" and not coded:
+            logger.warning(f"--dsq-residual {cfg.dsq_residual}: has no effect without --dsq-weights direct")
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
         cfg = self.cfg
-        held = (cfg.dsq_moment1, cfg.dsq_moment2, cfg.dsq_moment_rounding, cfg.seed)
+        held = (cfg.dsq_moment1, cfg.dsq_moment2, cfg.dsq_moment_rounding, cfg.seed, cfg.dsq_residual)
         return {**super().optimizer_config, **dict(zip(HELD, held, strict=True))}
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -77,9 +86,12 @@ def _check(cfg: Any) -> None:
             flag_error(flag, str(error))
         if flag == "--dsq-moment1" and not fmt.signed:
             flag_error(flag, f"got {fmt}, expected a format with negative values, such as int8/row")
-    if cfg.dsq_moment_rounding not in ROUNDINGS:
-        got = cfg.dsq_moment_rounding
-        flag_error("--dsq-moment-rounding", f"got {got!r}, expected one of {', '.join(ROUNDINGS)}")
+    for flag, got, known in (
+        ("--dsq-moment-rounding", cfg.dsq_moment_rounding, ROUNDINGS),
+        ("--dsq-residual", cfg.dsq_residual, RESIDUALS),
+    ):
+        if got not in known:
+            flag_error(flag, f"got {got!r}, expected one of {', '.join(known)}")
 
 
 def refuse_foreign_states(optimizer: Any) -> None:

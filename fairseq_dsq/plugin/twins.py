@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,12 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
-from fairseq_dsq.nn import DSQContext, holds_codes, log_softmax
+from fairseq_dsq.nn import DSQContext, formats_of_codes, holds_codes, log_softmax
 from fairseq_dsq.plugin.attach import attach, convert_added
 from fairseq_dsq.plugin.checkpoints import Shape, misfit, shape_to_str
 from fairseq_dsq.plugin.config import DSQConfig, add_args, set_defaults
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = "_dsq"
 # Where fairseq's encoders keep the heads that a task registers once the model is built.
@@ -100,6 +103,10 @@ class DSQModelMixin:
         Raises:
             DSQError: a tensor is missing, unknown or of another shape; names the file if it was read from one.
         """
+        of_codes = getattr(self.args, "dsq_weight_format", None)  # type: ignore[attr-defined]
+        if others := formats_of_codes(state_dict) - {of_codes}:
+            file = getattr(state_dict, "file", "the checkpoint")
+            logger.warning(f"{file}: weights held as {', '.join(sorted(others))} are encoded again as {of_codes}")
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
         except RuntimeError:

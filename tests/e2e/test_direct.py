@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,20 +152,28 @@ def test_codes_generate_and_go_back_to_float(cli, user_dir, trained, tmp_path):
     assert ((requantized - values).abs() <= 0.501 * again[f"{name}_scale"]).all()
 
 
-def test_codes_do_not_load_into_a_float_model_or_another_format(cli, user_dir, trained, tmp_path):
-    run, _ = trained
-    for more, expected in (
-        (
-            ("--dsq-weights", "float", "--optimizer", "adam"),
-            "expected --dsq-weights direct, or fairseq-dsq export-float",
-        ),
-        (("--dsq-weight-format", "int4/row"), "weight_codes is 32 x 32, expected 32 x 16"),
-    ):
-        command = cli.train_command(
-            tmp_path / "run", *flags(user_dir), *more, "--finetune-from-model", run / "checkpoint_last.pt"
-        )
-        _, err = cli.run(*command, code=1)
-        assert expected in err.splitlines()[-1]
+def test_codes_do_not_load_into_a_float_model(cli, user_dir, trained, tmp_path):
+    command = cli.train_command(
+        tmp_path / "run", *flags(user_dir), "--dsq-weights", "float", "--optimizer", "adam",
+        "--finetune-from-model", trained[0] / "checkpoint_last.pt",
+    )  # fmt: skip
+    _, err = cli.run(*command, code=1)
+    assert "expected --dsq-weights direct, or fairseq-dsq export-float" in err.splitlines()[-1]
+
+
+def test_an_8_bit_model_infers_with_ternary_weights(cli, user_dir, trained, tmp_path):
+    best = trained[0] / "checkpoint_best.pt"
+    evaluate = (
+        "fairseq-validate", cli.data, "--user-dir", user_dir, "--task", "translation", "--max-tokens", 500,
+        "--required-batch-size-multiple", 1,
+    )  # fmt: skip
+    losses = []
+    for more in ((), ("--model-overrides", "{'dsq_weight_format': 'ternary'}")):
+        out, err = cli.run(*evaluate, "--path", best, *more)
+        losses.append(float(re.findall(r"\| loss ([0-9.]+)", out + err)[-1]))
+        said = f"{best}: weights held as int8/row are encoded again as ternary" in out + err
+        assert said == bool(more)
+    assert losses[0] < losses[1] < 2 * losses[0]
 
 
 @pytest.mark.parametrize(

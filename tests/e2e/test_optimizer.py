@@ -78,8 +78,9 @@ def _trained(name):
 
 def test_training_resumes_to_what_it_trains_in_one_go(cli, whole, tmp_path):
     cli.train(tmp_path, *ADAM, "--max-epoch", 1)
-    cli.train(tmp_path, *ADAM, "--max-epoch", 2)
+    log = cli.train(tmp_path, *ADAM, "--max-epoch", 2, "--dsq-residual", "moment1")
     assert_equal_trainings(load(tmp_path), load(whole[0]))
+    assert "--dsq-residual moment1: has no effect without --dsq-weights direct" in log
 
 
 def test_changed_flags_encode_the_states_again_and_fairseq_s_are_taken_up(cli, train, tmp_path):
@@ -106,6 +107,8 @@ def test_fairseq_s_adam_refuses_bytes(train, whole):
         (("--dsq-moment1", "log8/row"), "--dsq-moment1: got log8/row, expected a format with negative values"),
         (("--dsq-moment2", "int9x"), "--dsq-moment2: format: got 'int9x', expected such as"),
         (("--dsq-moment-rounding", "up"), "--dsq-moment-rounding: got 'up', expected one of nearest, stochastic"),
+        (("--dsq-residual", "m"), "--dsq-residual: got 'm', expected one of none, moment1"),
+        (("--dsq-residual", "moment1", "--adam-betas", "(0.0, 0.9)"), "--dsq-residual: got moment1 with a beta1 of 0"),
         (("--fp16-adam-stats",), "--fp16-adam-stats: got it beside --optimizer dsq_adam"),
     ],
 )

@@ -17,6 +17,7 @@ from fairseq_dsq.nn import (
     GemmConfig,
     convert,
     decoded,
+    formats_of_codes,
     hold_codes,
     update_codes,
     weight_bytes,
@@ -187,6 +188,26 @@ def test_a_layer_s_update_is_that_of_its_codes_whatever_it_is_cut_into(fmt, monk
     assert torch.equal(parts.weight_codes, whole.weight_codes)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_rest_of_a_step_is_what_rounding_left_undone(fmt, monkeypatch):
+    from fairseq_dsq.nn import coded_linear
+
+    monkeypatch.setattr(coded_linear, "_AT_A_TIME", 50)
+    coded, _, _ = layer(fmt)
+    low, high = code_limits(coded.weight_format, "own")
+    step = normal(10, 21, seed=9) * coded.weight_scale * 3
+    before, rest = coded.coded.integers().double(), step.clone()
+    coded.subtract_(rest, 7, leave_rest=True)
+    scale = coded.weight_scale.double()
+    exact = (before - step.double() / scale).clamp(low, high)
+    torch.testing.assert_close(rest.double(), (coded.coded.integers() - exact) * scale, rtol=1e-5, atol=1e-6)
+    assert (rest.abs() <= coded.weight_scale).all() and rest.any()
+    # The codes are the same, whether the rest is asked for or not.
+    plain, _, _ = layer(fmt)
+    plain.subtract_(step, 7)
+    assert torch.equal(plain.weight_codes, coded.weight_codes)
+
+
 def test_a_step_with_nan_makes_its_row_nan_and_no_other():
     coded, _, _ = layer()
     step = torch.zeros(10, 21)
@@ -318,11 +339,11 @@ def test_autocast_leaves_the_placeholder_alone():
 def test_the_state_dict_has_codes_and_scale_and_comes_back(fmt):
     coded, weight, _ = layer(fmt)
     state = nn.Sequential(coded).state_dict()
-    assert list(state) == ["0.bias", "0.weight_codes", "0.weight_scale", "0.weight_columns"]
+    assert list(state) == ["0.bias", "0.weight_codes", "0.weight_scale", "0.weight_columns", "0.weight_format"]
     other, _, _ = layer(fmt, seed=8)
     nn.Sequential(other).load_state_dict(state)
     assert torch.equal(other.coded.dequantize(), coded.coded.dequantize())
-    float_state = decoded(state, weight_format(fmt))
+    float_state = decoded(state)
     assert list(float_state) == ["0.bias", "0.weight"]
     assert torch.equal(float_state["0.weight"], coded.coded.dequantize())
     plain = nn.Sequential(nn.Linear(21, 10))
@@ -334,11 +355,34 @@ def test_the_state_dict_has_codes_and_scale_and_comes_back(fmt):
     assert torch.equal(third.weight_codes, coded.weight_codes)
 
 
-def test_a_state_dict_of_another_shape_or_format_is_refused():
+def test_codes_of_another_format_are_decoded_and_quantized():
+    """An 8-bit model's weights become ternary ones, as the absmean of what they are says; so do all that ask for it."""
+    for saved in FORMATS:
+        before, _, _ = layer(saved)
+        for fmt in FORMATS:
+            after, _, _ = layer(fmt, seed=8)
+            after.load_state_dict(before.state_dict())
+            expected = before.coded if fmt == saved else CodedWeight.of(before.coded.dequantize(), weight_format(fmt))
+            assert torch.equal(after.weight_codes, expected.codes) and torch.equal(after.weight_scale, expected.scale)
+    int2, _, _ = layer("int2/tensor")
+    assert int2.weight_codes.shape == layer("ternary")[0].weight_codes.shape  # nothing but its name tells them apart
+    ternary, _, _ = layer("ternary", seed=8)
+    ternary.load_state_dict(int2.state_dict())
+    mean = int2.coded.dequantize().abs().mean()
+    torch.testing.assert_close(ternary.weight_scale, mean.view(1, 1))
+    assert formats_of_codes(nn.Sequential(int2, ternary).state_dict()) == {"int2/tensor", "ternary"}
+
+
+def test_a_state_dict_of_another_shape_or_without_its_parts_is_refused():
     coded, _, _ = layer()
-    for other in (layer("int4/row")[0], layer("int8/tensor")[0], layer(sizes=(22, 10))[0]):
-        with pytest.raises(RuntimeError, match=r"size mismatch for weight_(codes|scale)"):
-            coded.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for weight_codes"):
+        coded.load_state_dict(layer(sizes=(22, 10))[0].state_dict())
+    state = nn.Sequential(coded).state_dict()
+    for part in ("weight_scale", "weight_columns", "weight_format"):
+        with pytest.raises(
+            ValueError, match=r"0\.weight_codes: got codes alone, expected weight_scale, weight_columns"
+        ):
+            decoded({name: value for name, value in state.items() if name != f"0.{part}"})
     with pytest.raises(RuntimeError, match="weight"):
         coded.load_state_dict({"weight": torch.zeros(3, 3), "bias": torch.zeros(10)})
 

@@ -320,6 +320,8 @@ def test_a_copy_is_one():
         ({"moment1": "int8"}, "format: got 'int8', expected such as"),
         ({"moment2": "float16"}, "format: got 'float16', expected such as"),
         ({"rounding": "up"}, "rounding: got 'up', expected one of nearest, stochastic"),
+        ({"residual": "m"}, "residual: got 'm', expected one of none, moment1"),
+        ({"residual": "moment1", "betas": (0.0, 0.9)}, "residual: got moment1 with a beta1 of 0, expected a first"),
     ],
 )
 def test_what_is_no_format_is_refused(flags, message):
@@ -349,3 +351,60 @@ def test_the_step_of_a_weight_of_codes_is_adam_s(monkeypatch):
     ((step, seed),) = given
     torch.testing.assert_close(weight - step, twin.detach(), rtol=1e-6, atol=1e-7)
     assert seed == noise_seed(0, 1, 0, 2)
+
+
+def coded_weight(fmt="int4/row", seed=3):
+    layer = DSQLinear(80, 64, DSQContext(GemmConfig(FLOAT32)))
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, 80, generator=torch.Generator().manual_seed(seed)))
+    return CodedLinear.of(layer, parse(fmt))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_residual_gives_the_rounding_error_to_the_first_moment_as_published(decay):
+    """m += (1 - b1^t) / lr * (1 - 1/b1) * (sqrt(v / (1 - b2^t)) + eps) * e, e the exact weight less the one held."""
+    lr, (beta1, beta2), layer = 0.02, (0.9, 0.98), coded_weight()
+    optimizer = LowBitAdam(
+        [layer.weight], lr, (beta1, beta2), 0.0, decay, "float32", "float32", seed=4, residual="moment1"
+    )
+    m = v = torch.zeros(64, 80, dtype=torch.float64)
+    scale = layer.weight_scale.double()
+    for step in range(1, 6):
+        before, grad = layer.coded.dequantize().double(), torch.randn(64, 80)
+        layer.weight.grad = grad
+        optimizer.step()
+        m, v = beta1 * m + (1 - beta1) * grad.double(), beta2 * v + (1 - beta2) * grad.double() ** 2
+        deviation = (v / (1 - beta2**step)).sqrt()
+        exact = before - lr * (decay * before + m / (1 - beta1**step) / deviation)
+        error = exact.clamp(-7 * scale, 7 * scale) - layer.coded.dequantize()
+        m = m + (1 - beta1**step) / lr * (1 - 1 / beta1) * deviation * error
+        held = optimizer.state[layer.weight]["exp_avg"]
+        torch.testing.assert_close(held.double(), m, rtol=1e-3, atol=1e-4)
+
+
+def test_what_rounding_left_undone_is_made_up_for_in_later_steps():
+    """One gradient, then none: rms distance, in codes, of the weight from the one that float Adam would reach."""
+    distance = {}
+    for residual in ("moment1", "none"):
+        layer, grad = coded_weight("int8/row"), torch.randn(64, 80, generator=torch.Generator().manual_seed(1))
+        optimizer = LowBitAdam(
+            [layer.weight], 0.01, (0.9, 0.9999), moment1="float32", moment2="float32", residual=residual
+        )
+        exact, m, v = layer.coded.dequantize().double(), torch.zeros(()), torch.zeros(())
+        for step in range(1, 401):
+            layer.weight.grad = grad if step == 1 else grad * 0
+            optimizer.step()
+            exact, m, v = reference_step(exact, m, v, layer.weight.grad.double(), 0.01, (0.9, 0.9999), 0, 0.0, step)
+        inside = exact.abs() < 120 * layer.weight_scale
+        off = ((layer.coded.dequantize() - exact) / layer.weight_scale)[inside]
+        distance[residual] = float(off.square().mean().sqrt())
+    assert distance["moment1"] < 0.6 < 1.4 < distance["none"]
+
+
+def test_no_residual_is_taken_where_the_learning_rate_is_zero():
+    layer = coded_weight()
+    optimizer = LowBitAdam([layer.weight], 0.0, residual="moment1")
+    layer.weight.grad = torch.randn(64, 80)
+    optimizer.step()
+    m, v = Moments(parse("int8/row"), parse("log8/row")).decode(*states(optimizer)[1:], layer.weight.shape)
+    assert m.isfinite().all() and v.isfinite().all() and m.any()
