@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from fairseq_dsq import cli, data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Translation, load_recipe
+from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
 from fairseq_dsq.recipes.run import run_glue, run_language_model, run_translation
 
 
@@ -81,7 +81,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         shown = f" (default: {default})" if default else ""
         parser.add_argument(f"--{flag}", default=str(default), metavar=metavar, help=text + shown)
 
-    table = isinstance(recipe, Translation) and bool(recipe.methods)
+    table = isinstance(recipe, Tabled) and bool(recipe.methods)
     if isinstance(recipe, Glue):
         parser.add_argument("task", metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI")
         add("encoder", recipe.encoder, "encoder folder, or the name of a published one", "DIR")
@@ -91,9 +91,9 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         parser.add_argument("--group-by-length", action="store_const", const="1", default="",
                             help="batches of rows of like length")  # fmt: skip
         add("prepared", "", "folder of the prepared task, which runs can share (default: OUT/data)", "DIR")
+    if table:
+        add("methods", " ".join(_methods(recipe)), "rows of the table to train", "NAMES")
     if isinstance(recipe, Translation):
-        if table:
-            add("methods", " ".join(_methods(recipe)), "rows of the table to train", "NAMES")
         add("vocab", recipe.vocab, "joint sentence pieces")
     if isinstance(recipe, LanguageModel):
         parser.add_argument("text", metavar="TEXT", help="a file, a document or a sentence a line")
@@ -133,7 +133,7 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
 
 
 def _methods(recipe: Recipe) -> Sequence[str]:
-    return list(recipe.rows()) if isinstance(recipe, Translation) else []
+    return list(recipe.rows()) if isinstance(recipe, Tabled) else []
 
 
 def _call(*arguments: object, output: bool = False, before: str = "", failure: str = "") -> str:

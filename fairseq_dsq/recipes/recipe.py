@@ -71,22 +71,13 @@ class Recipe:
 
 
 @dataclass
-class Translation(Recipe):
-    """A parallel corpus: prepared, trained, translated, scored with sacreBLEU.
+class Tabled(Recipe):
+    """A recipe that may train the rows of a table.
 
     Attributes:
-        corpus: a name of fairseq_dsq.translation, or plain text below $DSQ_DATA, see
-            :class:`fairseq_dsq.translation.PlainText`.
-        test: what the test set is called.
-        vocab: joint sentence pieces.
-        search: flags of fairseq-generate.
-        methods: the rows that are trained, of a file in configs/methods/; empty: one run.
+        methods: the rows, of a file in configs/methods/; empty: one run.
     """
 
-    corpus: Any = "???"  # must be given
-    test: str = "test"
-    vocab: int = 4000
-    search: str = "--beam 5"
     methods: str = ""
 
     def rows(self) -> dict[str, Method]:
@@ -99,6 +90,24 @@ class Translation(Recipe):
             return {}
         path = data_files.find(METHODS, self.methods)
         return {str(name): data_files.build(Method, row, path) for name, row in data_files.read(path).items()}
+
+
+@dataclass
+class Translation(Tabled):
+    """A parallel corpus: prepared, trained, translated, scored with sacreBLEU.
+
+    Attributes:
+        corpus: a name of fairseq_dsq.translation, or plain text below $DSQ_DATA, see
+            :class:`fairseq_dsq.translation.PlainText`.
+        test: what the test set is called.
+        vocab: joint sentence pieces.
+        search: flags of fairseq-generate.
+    """
+
+    corpus: Any = "???"  # must be given
+    test: str = "test"
+    vocab: int = 4000
+    search: str = "--beam 5"
 
 
 @dataclass
@@ -115,7 +124,7 @@ class Glue(Recipe):
 
 
 @dataclass
-class LanguageModel(Recipe):
+class LanguageModel(Tabled):
     """Any text: cut into sentence pieces, split, trained, scored by its test part's perplexity.
 
     Attributes:

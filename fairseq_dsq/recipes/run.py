@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fairseq_dsq import artefact, data_files
 from fairseq_dsq.recipes.evaluating import EVALUATED
-from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Translation
+from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Tabled, Translation
 from fairseq_dsq.recipes.training import LOG
 from fairseq_dsq.translation import find_corpus
 
@@ -36,14 +36,7 @@ def run_translation(
     described = recipe.corpus if isinstance(recipe.corpus, str) else str(data_files.find(FOLDER, name))
     corpus = find_corpus(described)
     prepared = home / f"data-{options['vocab']}"
-    method = Method(options["format"], options["levels"])
-    label = slug(f"{method.format}-{method.levels or 'default'}-seed{options['seed']}")
-    chosen = {Path(options["out"] or home / label): method}
-    table = bool(recipe.methods) and not method.format
-    if table:
-        rows = recipe.rows()
-        folder = Path(options["out"] or home)
-        chosen = {folder / f"{row}-seed{options['seed']}": rows[row] for row in options["methods"].split()}
+    chosen = _chosen(recipe, options, home)
     downloads = home / "downloads"
     call("translation-prepare", described, prepared, "--vocab", options["vocab"], "--downloads", downloads)
     for folder, method in chosen.items():
@@ -55,8 +48,7 @@ def run_translation(
             "--remove-bpe", "sentencepiece", *shlex.split(recipe.search), "--required-batch-size-multiple", "1",
             before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / 'generate.out'}",
         )  # fmt: skip
-    if table:
-        call("report", *chosen, before="\n")
+    _report(recipe, options, chosen, call)
 
 
 def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], runs: Path, call: Call) -> None:
@@ -92,7 +84,7 @@ def run_language_model(
     Args:
         name: the recipe's, of a folder in ``runs``, or the path of its file.
         text: the file.
-        options: ``arch``, ``format``, ``levels``, ``vocab``, ``held-out``, ``patience``, ``min-delta``, ``epochs``,
+        options: ``arch``, ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``held-out``, ``patience``, ``min-delta``, ``epochs``,
             ``seed``, ``out`` and the recipe's parameters.
         rest: more flags of fairseq-train.
         runs: folder of all runs.
@@ -103,20 +95,41 @@ def run_language_model(
     if any(flag.partition("=")[0] == "--tokens-per-sample" for flag in rest):
         raise ValueError("--tokens-per-sample: got it after --, expected --length, which the evaluation follows too")
     home = runs / Path(name).stem / (slug(Path(text).stem) or "text")
-    method, arch = Method(options["format"], options["levels"]), options["arch"]
-    label = slug(f"{arch}-{method.format}-{method.levels or 'default'}-seed{options['seed']}")
-    folder, prepared = Path(options["out"] or home / label), home / f"data-{options['vocab']}"
+    arch, prepared = options["arch"], home / f"data-{options['vocab']}"
+    chosen = _chosen(recipe, options, home, f"{arch}-")
     call("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
     flags = [*_words(recipe.train, options), "--arch", arch, *_words(recipe.architectures.get(arch, ""), options)]
-    call(
-        "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, options), *rest,
-        failure=f"training failed, see {folder / LOG}",
-    )  # fmt: skip
-    call("epochs", folder, before=f"{arch}, {_heading(method, options)}")
-    call(
-        "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test", *_words(recipe.evaluate, options),
-        before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
-    )  # fmt: skip
+    for folder, method in chosen.items():
+        call(
+            "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, options), *rest,
+            failure=f"training failed, see {folder / LOG}",
+        )  # fmt: skip
+        call("epochs", folder, before=f"{arch}, {_heading(method, options)}")
+        call(
+            "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test", *_words(recipe.evaluate, options),
+            before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
+        )  # fmt: skip
+    _report(recipe, options, chosen, call)
+
+
+def _chosen(recipe: Tabled, options: Options, home: Path, prefix: str = "") -> dict[Path, Method]:
+    """The runs: the methods of a table that are asked for, or the one of a format and levels."""
+    seed = f"seed{options['seed']}"
+    if _of_table(recipe, options):
+        rows, folder = recipe.rows(), Path(options["out"] or home)
+        return {folder / f"{prefix}{row}-{seed}": rows[row] for row in options["methods"].split()}
+    method = Method(options["format"], options["levels"])
+    label = slug(f"{prefix}{method.format}-{method.levels or 'default'}-{seed}")
+    return {Path(options["out"] or home / label): method}
+
+
+def _of_table(recipe: Tabled, options: Options) -> bool:
+    return bool(recipe.methods) and not options["format"]
+
+
+def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, Method], call: Call) -> None:
+    if _of_table(recipe, options):
+        call("report", *chosen, before="\n")
 
 
 def slug(text: str) -> str:

@@ -5,13 +5,15 @@ import shlex
 
 import pytest
 import torch
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cli import main
 from fairseq_dsq.formats import Float32, parse
-from fairseq_dsq.nn import GemmConfig, linear
+from fairseq_dsq.nn import CodedLinear, DSQContext, DSQLinear, GemmConfig, linear
 from fairseq_dsq.plugin.config import DSQConfig, add_args, defaults, set_defaults
 from fairseq_dsq.plugin.effects import levels_of
+from fairseq_dsq.plugin.optimizer import DSQAdamConfig
 from fairseq_dsq.recipes.recipe import METHODS, Method, Translation
 
 ROWS = {
@@ -25,16 +27,20 @@ def flags_of(row):
     """The flags of a row as fairseq-train has them."""
     parser = argparse.ArgumentParser()
     add_args(parser)
+    gen_parser_from_dataclass(parser, DSQAdamConfig())
+    parser.add_argument("--optimizer")
     levels = ["--dsq-levels", row.levels] if row.levels else []
     args = parser.parse_args(["--dsq-format", row.format, *levels, *shlex.split(row.flags)])
-    return set_defaults(args)
+    set_defaults(args)
+    return args
 
 
 @pytest.mark.parametrize(("table", "name"), ROWS)
 def test_every_row_has_levels_and_known_flags(table, name):
     flags = flags_of(ROWS[table, name])
     assert levels_of(flags)
-    assert all(flag.startswith("--dsq-") for flag in shlex.split(ROWS[table, name].flags)[::2])
+    assert flags.optimizer in (None, "dsq_adam")
+    assert flags.optimizer or flags.dsq_weights == "float"
 
 
 def config_of(name):
@@ -46,6 +52,7 @@ def config_of(name):
 @pytest.mark.parametrize(
     ("name", "output", "grad_input", "grad_weight"),
     [
+        ("w8a8g4", ("int8/row", "int8/row"), ("float32", "float32"), ("float32", "int4/row")),
         ("w8a8", ("int8/row", "int8/row"), ("float32", "float32"), ("float32", "float32")),
         ("w8a8g8", ("int8/row", "int8/row"), ("float32", "float32"), ("float32", "int8/row")),
         ("int8-in-dsq", ("int8/row", "int8/row"), ("int8/row", "int8/row"), ("int8/row", "int8/row")),
@@ -102,6 +109,25 @@ def test_a_layer_is_the_published_one(method):
     for actual, expected in zip((y, leaves[0].grad, leaves[1].grad), wanted, strict=True):
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < 1e-6, error
+
+
+@pytest.mark.parametrize("name", [name for table, name in ROWS if name.startswith("direct")])
+def test_a_direct_layer_multiplies_its_codes_and_rounded_activations_in_all_gemms(name):
+    config, flags = config_of(name)
+    layer = CodedLinear.of(
+        DSQLinear(24, 12, DSQContext(config)), parse(flags.dsq_weight_format), flags.dsq_weight_scale
+    )
+    x, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in ((40, 24), (40, 12)))
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    rounded, weight = absmax(x.detach().double(), 1), layer.coded.dequantize().double()
+    for actual, expected in (
+        (y.detach() - layer.bias, rounded @ weight.mT),
+        (x.grad, grad.double() @ weight),
+        (layer.weight.grad, grad.double().mT @ rounded),
+    ):
+        assert (actual.double() - expected).norm() / expected.norm() < 1e-6
 
 
 def test_a_stash_of_bitnet_is_packed_and_one_of_w8a8_is_float():

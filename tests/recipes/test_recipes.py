@@ -30,6 +30,16 @@ def test_a_table_has_a_run_a_method_and_then_the_report(tmp_path, capsys):
     assert found[-1] == ["report", *runs]
 
 
+def test_a_table_of_language_models_has_one_too(tmp_path, capsys):
+    given = ("a/text.txt", "--methods", "w8a8 direct-eco", "--runs", str(tmp_path), "--dry-run")
+    found = commands(capsys, "neighbours-lm", *given)
+    assert [command[0] for command in found] == ["lm-prepare", *["run-train", "epochs", "run-eval-lm"] * 2, "report"]
+    home = tmp_path / "neighbours-lm/text"
+    runs = [str(home / f"transformer_lm_dsq-{name}-seed1") for name in ("w8a8", "direct-eco")]
+    assert found[-1] == ["report", *runs] and found[1][1] == runs[0]
+    assert found[4][-2:] == ["--dsq-residual", "moment1"]
+
+
 def test_glue_is_prepared_fine_tuned_and_scored(tmp_path, capsys):
     given = ("RTE", "--encoder", "an/encoder", "--group-by-length", "--runs", str(tmp_path), "--dry-run")
     found = commands(capsys, "glue", *given)
@@ -88,7 +98,10 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
 
 def test_no_such_recipe(capsys):
     assert main(["run", "latin"]) == 2
-    assert "RECIPE: got 'latin', expected glue, iwslt17, lm, multi30k, wmt14 or the path" in capsys.readouterr().err
+    assert (
+        "RECIPE: got 'latin', expected glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, wmt14 or the path"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
