@@ -84,8 +84,8 @@ def run_language_model(
     Args:
         name: the recipe's, of a folder in ``runs``, or the path of its file.
         text: the file.
-        options: ``arch``, ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``held-out``, ``patience``, ``min-delta``, ``epochs``,
-            ``seed``, ``out`` and the recipe's parameters.
+        options: ``arch``; ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``held-out``, ``patience``,
+            ``min-delta``, ``epochs``, ``seed``, ``out`` and the recipe's parameters.
         rest: more flags of fairseq-train.
         runs: folder of all runs.
 
