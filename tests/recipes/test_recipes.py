@@ -1,11 +1,18 @@
 """Recipes: which commands they stand for, and what of them is refused."""
 
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from fairseq_dsq.cli import main
+from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.recipes.run import slug
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/neighbours.sh"
 
 
 def commands(capsys, *arguments):
@@ -106,3 +113,28 @@ def test_no_such_recipe(capsys):
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
     assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
+
+
+def neighbours(*arguments, data):
+    environment = {**os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(data)}
+    return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_the_comparison_trains_every_method_twice_over_and_five_with_a_second_seed(tmp_path):
+    (tmp_path / "multi30k").mkdir()
+    done = neighbours("--dry-run", data=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("fairseq-dsq run-train ")]
+    methods = load_recipe("neighbours-lm").rows()
+    assert len(set(trained)) == len(trained) == 2 * (len(methods) + 5)
+    assert {name for name in methods for run in trained if run.endswith(f"{name}-seed1")} == set(methods)
+
+
+def test_the_comparison_refuses_what_it_does_not_know(tmp_path):
+    (tmp_path / "multi30k").mkdir()
+    for arguments, data, said in (
+        (("--fast",), tmp_path, "got '--fast', expected --dry-run or nothing"),
+        (("--dry-run",), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder"),
+    ):
+        done = neighbours(*arguments, data=data)
+        assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
