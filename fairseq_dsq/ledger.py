@@ -43,6 +43,27 @@ class Stash(NamedTuple):
         return math.prod(self.shape)
 
 
+class Update(NamedTuple):
+    """An optimizer's step: the values that it updates, and what it reads and writes of them as they are held.
+
+    Attributes:
+        values: of the weights.
+        weight_bytes: of the weights, and of float copies that an optimizer keeps of them.
+        gradient_bytes: of their gradients.
+        state_bytes: of the optimizer's states.
+    """
+
+    values: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+
+    @property
+    def in_float32(self) -> Update:
+        """The update of as many values by Adam, all in float32."""
+        return Update(self.values, 4 * self.values, 4 * self.values, 8 * self.values)
+
+
 class LedgerKey(NamedTuple):
     """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
 
@@ -62,17 +83,22 @@ class StashKey(NamedTuple):
 
 @dataclass
 class Work:
-    """What ran: GEMMs and stashes with their counts, and the bytes that the stashes really took."""
+    """What ran: GEMMs and stashes with their counts, the bytes that the stashes really took, and updates.
+
+    Of batches that share an update each has a part of it: the counts of updates may be fractions.
+    """
 
     gemms: Counter[LedgerKey] = field(default_factory=Counter)
     stashes: Counter[StashKey] = field(default_factory=Counter)
     stash_bytes: int = 0
+    updates: dict[Update, float] = field(default_factory=dict)
 
     def at_precision(self, precision: PrecisionConfig) -> Work:
-        """The same GEMMs and stashes at another level; the bytes really taken are not known."""
+        """The same GEMMs, stashes and updates at another level; the bytes really taken by stashes are not known."""
         return Work(
             Counter({key._replace(precision=precision): count for key, count in self.gemms.items()}),
             Counter({key._replace(precision=precision): count for key, count in self.stashes.items()}),
+            updates=dict(self.updates),
         )
 
 

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fairseq_dsq.bench.timing import LEVELS, Row
 from fairseq_dsq.bench.train_step import TOKENS, training_step
+from fairseq_dsq.plugin.held import saved_bytes
 
 LARGE_BATCH, LEVEL = 16384, "[2,2,2,16]"
 ROUNDS = 1
-
-
-def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """Bytes of the distinct storages that autograd saves while ``run`` runs; ``model``'s parameters do not count."""
-    storages: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
 
 
 def _peak_resident(flags: str | None, threads: int) -> int:

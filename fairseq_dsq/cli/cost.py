@@ -1,11 +1,12 @@
-"""Modelled arithmetic and DRAM traffic of a precision setting, a trajectory of settings, or a model."""
+"""Modelled arithmetic and DRAM traffic of a precision setting, a trajectory of settings, or a model; and its memory."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -17,7 +18,7 @@ from fairseq_dsq.cost import CostProfile, load_profile, pricing
 from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.cost.published import compare
 from fairseq_dsq.formats import FormatOptions
-from fairseq_dsq.ledger import Work
+from fairseq_dsq.ledger import Update, Work
 from fairseq_dsq.precision import PrecisionConfig, parse_q
 from fairseq_dsq.text import quoted
 
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a linear layer of M rows, K inputs, N outputs stands for the model (default: {DEFAULT_LAYER})",
     )
     add_model_arguments(parser, "--arch")
+    parser.add_argument("--memory", action="store_true", help="what a training step of --arch holds, by part")
+    parser.add_argument(
+        "--fit", metavar="SIZE", help="with --memory: the largest batch that fits in so much, such as 16GB or 16GiB"
+    )
     parser.add_argument("--forward-only", action="store_true", help="validation: no backward pass and no stash")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -60,15 +65,18 @@ def main(args: argparse.Namespace) -> int:
         if args.model or args.layer:
             raise ValueError("--paper-table: got a model beside it, expected none")
         return _paper_table(profile, args.json)
-    work, described = _workload(args)
     options = FormatOptions(sign_bit_extra=args.sign_bit == "extra")
     with blame("--trajectory" if args.trajectory else "--precision"):
         levels = _levels(args.trajectory or f"{args.precision or DEFAULT_PRECISION}:1", args.format, options)
+    if args.memory or args.fit:
+        return _memory(args, [level for level, _ in levels])
+    work_at, described = _workload(args, profile)
     result: dict[str, Any] = {"profile": profile.name, "format": args.format, "workload": described}
     if args.trajectory:
-        result |= pricing.price_trajectory(profile, work, levels)
+        result |= pricing.price_trajectory(profile, [(work_at(level), level, count) for level, count in levels])
     else:
-        result |= pricing.price_level(profile, work, levels[0][0], details=bool(args.model))
+        (level, _), *_ = levels
+        result |= pricing.price_level(profile, work_at(level), level, details=bool(args.model))
     text = _trajectory_text if args.trajectory else _setting_text
     print(json.dumps(result, indent=1) if args.json else text(result))
     return 0
@@ -92,6 +100,8 @@ def _setting_text(result: Mapping[str, Any]) -> str:
     if "layers" in result:
         lines += ["", "per layer", _table(result["layers"]), "", "per GEMM (MxK @ KxN => MxN, batch times)"]
         lines += [_table(result["gemms"]), ""]
+    if "update_dram_bytes" in result:
+        lines.append(f"{result['update_dram_bytes']:,.0f} bytes of DRAM traffic are the update's")
     lines.append(
         f"{result['macs']:,} MACs, {result['dram_bytes']:,.0f} bytes of DRAM traffic, {result['stash_bytes']:,} bytes "
         f"of stash, {result['macs_per_byte']:.1f} MACs per byte"
@@ -139,23 +149,111 @@ def _levels(text: str, format_name: str, options: FormatOptions) -> list[tuple[P
     return levels
 
 
-def _workload(args: argparse.Namespace) -> tuple[Work, dict[str, Any]]:
-    """What runs in a step, and its description."""
+def _workload(
+    args: argparse.Namespace, profile: CostProfile
+) -> tuple[Callable[[PrecisionConfig], Work], dict[str, Any]]:
+    """What runs in a step at a level, and its description; a layer alone has no update."""
     if args.model:
         if args.layer:
             raise ValueError("--layer: got it beside --arch, expected one of the two")
         from fairseq_dsq.plugin import probe
 
         spec = find_model(args, "--arch")
-        described = {"arch": spec.arch, "flags": spec.flags, "tokens": spec.tokens, "length": spec.length,
-                     "vocabulary": spec.vocabulary}  # fmt: skip
-        return probe.trace(spec, training=not args.forward_only), described
+        described = _described(spec)
+        updates: dict[Update, float] = {}
+        if profile.prices_updates and not args.forward_only:
+            from fairseq_dsq.plugin.footprint import Step
+
+            step = Step(spec)
+            updates[step.update] = 1 / step.batches_of_update
+            described["optimizer"] = step.optimizer_name
+
+        def trace(level: PrecisionConfig) -> Work:
+            work = probe.trace(spec, not args.forward_only, level)
+            work.updates = dict(updates)
+            return work
+
+        return trace, described
     text = args.layer or DEFAULT_LAYER
     match = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
     if match is None:
         raise ValueError(f"--layer: got {quoted(text)}, expected MxKxN such as {DEFAULT_LAYER}")
     m, k, n = (int(size) for size in match.groups())
-    return pricing.layer_work(m, k, n, training=not args.forward_only), {"layer": text}
+    return pricing.layer_work(m, k, n, training=not args.forward_only).at_precision, {"layer": text}
+
+
+def _described(spec: Any) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in ("arch", "flags", "tokens", "length", "vocabulary")}
+
+
+def _memory(args: argparse.Namespace, levels: Sequence[PrecisionConfig]) -> int:
+    """Print what a training step holds: of the float model, and at each level with each stash scope."""
+    if not args.memory:
+        raise ValueError("--fit: got it without --memory, expected it beside that")
+    if not args.model:
+        raise ValueError("--memory: got no --arch beside it, expected one")
+    if args.layer or args.forward_only:
+        raise ValueError(f"{'--layer' if args.layer else '--forward-only'}: got it beside --memory, expected none")
+    with blame("--fit"):
+        limit = _bytes(args.fit) if args.fit else None
+    from fairseq_dsq.nn import STASH_SCOPES
+    from fairseq_dsq.plugin import footprint
+
+    spec = find_model(args, "--arch")
+    settings: list[tuple[str, str, Any, Any]] = []
+    if not footprint.is_quantized(spec):
+        settings.append(("float32", "", spec, None))
+    with blame("--arch"):
+        for level in levels:
+            settings += [(str(level), scope, footprint.quantized(spec, scope), level) for scope in STASH_SCOPES]
+    rows = []
+    for name, scope, own, level in settings:
+        step = footprint.Step(own, level)
+        held = step.held(spec.batch)
+        row = {"precision": name, "stash_scope": scope, **dataclasses.asdict(held), "total": held.total}
+        if limit is not None:
+            row["largest_batch"] = step.largest_batch(limit)
+            row["largest_tokens"] = row["largest_batch"] * spec.length
+        rows.append(row)
+    described = {**_described(spec), "batch": spec.batch, "optimizer": step.optimizer_name}
+    result = {"format": args.format, "workload": described, "memory": rows}
+    if limit is not None:
+        result["fit"] = limit
+    print(json.dumps(result, indent=1) if args.json else _memory_text(result))
+    return 0
+
+
+def _memory_text(result: Mapping[str, Any]) -> str:
+    workload = ", ".join(f"{key} {value}" for key, value in result["workload"].items() if value != "")
+    sizes = ("weights", "gradients", "states", "stash", "saved", "total")
+    counts = ("largest_batch", "largest_tokens") if "fit" in result else ()
+    cells = [
+        [row["precision"].replace(" ", ""), row["stash_scope"], *(f"{row[size] / 1e6:,.1f}" for size in sizes)]
+        + [f"{row[count]:,}" for count in counts]
+        for row in result["memory"]
+    ]
+    headers = ["precision", "scope", *sizes, *(count.replace("_", " ") for count in counts)]
+    aligned = ("left", "left", *["right"] * (len(headers) - 2))
+    fit = f"; the largest batch (sentences, tokens) that fits in {result['fit']:,} bytes" if counts else ""
+    return (
+        f"{result['format']}, {workload}\nMB (10^6 bytes) that a training step holds{fit}\n"
+        f"{tabulate(cells, headers, colalign=aligned, disable_numparse=True)}\n"
+        "saved: what autograd keeps for backward beside the stash, as on a CPU. Not counted: what comes and goes\n"
+        "within an operation, gradients of activations, tables of positions, workspaces, what allocators take"
+    )
+
+
+_UNITS = {f"{prefix}{ending}": base**power for power, prefix in enumerate("KMGT", 1)
+          for ending, base in (("", 1000), ("B", 1000), ("i", 1024), ("iB", 1024))}  # fmt: skip
+
+
+def _bytes(text: str) -> int:
+    """Bytes of ``16GB`` (16 * 10^9), ``16G`` (the same) or ``16GiB`` (16 * 2^30)."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]i?B?)?", text)
+    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
+    if size < 1:
+        raise ValueError(f"got {quoted(text)}, expected a size such as 16GB (16 * 10^9 bytes) or 16GiB (16 * 2^30)")
+    return size
 
 
 def _title(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ result along its last dimension.
 from __future__ import annotations
 
 from fairseq_dsq.formats import Float32, Format
-from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.ledger import Gemm, Stash, Update
 from fairseq_dsq.precision import PrecisionConfig
 
 
@@ -37,3 +37,8 @@ def gemm_bytes(gemm: Gemm, precision: PrecisionConfig) -> int:
 def stash_bytes(stash: Stash, precision: PrecisionConfig) -> int:
     """Bytes of a packed stash, written once by the forward pass."""
     return precision.stash(stash.role).nbytes(stash.shape, stash.dim)
+
+
+def update_bytes(update: Update) -> int:
+    """Bytes of an update: weights and states are read and written, gradients read, all as they are held."""
+    return 2 * update.weight_bytes + update.gradient_bytes + 2 * update.state_bytes

@@ -1,4 +1,4 @@
-"""What a step's GEMMs and stashes cost at a level, over a trajectory of levels, by layer and by GEMM.
+"""What a step's GEMMs, stashes and update cost at a level, over a trajectory of levels, by layer and by GEMM.
 
 Rows are dictionaries of plain numbers: as a notebook tabulates them and ``fairseq-dsq cost --json`` prints them.
 """
@@ -32,32 +32,34 @@ def layer_work(m: int, k: int, n: int, training: bool = True) -> Work:
 
 def price(profile: CostProfile, work: Work) -> Cost:
     """The cost of what ran, at the precision it ran at."""
-    return total_cost(profile, work.gemms.items(), work.stashes.items())
+    return total_cost(profile, work.gemms.items(), work.stashes.items(), work.updates.items())
 
 
 def price_level(profile: CostProfile, work: Work, precision: PrecisionConfig, details: bool = False) -> dict[str, Any]:
     """A step at one level: relative to 32- and 16-bit fixed point, and absolute.
 
     Args:
+        work: of the step, at that level.
         details: also by layer and by GEMM.
     """
-    work = work.at_precision(precision)
     cost = price(profile, work)
     row = {"precision": list(precision.q), **_relative(cost), **_below_fixed16(profile, work, cost)}
     row |= _absolute(work, cost)
+    if profile.prices_updates and work.updates:
+        row["update_dram_bytes"] = _update_cost(profile, work).dram_bytes
     return row | ({"layers": by_layer(profile, work), "gemms": by_gemm(profile, work)} if details else {})
 
 
-def price_trajectory(profile: CostProfile, work: Work, levels: Sequence[tuple[PrecisionConfig, int]]) -> dict[str, Any]:
-    """Steps at (level, epochs), and the mean over all epochs."""
-    costs = [price(profile, work.at_precision(precision)) for precision, _ in levels]
-    epochs = sum(count for _, count in levels)
-    total = sum((cost * count for cost, (_, count) in zip(costs, levels, strict=True)), Cost())
+def price_trajectory(profile: CostProfile, steps: Sequence[tuple[Work, PrecisionConfig, int]]) -> dict[str, Any]:
+    """Steps, each (its work, its level, epochs), and the mean over all epochs."""
+    costs = [price(profile, work) for work, _, _ in steps]
+    epochs = sum(count for _, _, count in steps)
+    total = sum((cost * count for cost, (_, _, count) in zip(costs, steps, strict=True)), Cost())
     rows = [
         {"precision": list(precision.q), "epochs": count, **_relative(cost)}
-        for cost, (precision, count) in zip(costs, levels, strict=True)
+        for cost, (_, precision, count) in zip(costs, steps, strict=True)
     ]
-    below = _below_fixed16(profile, work, total * (1 / epochs))
+    below = _below_fixed16(profile, steps[0][0], total * (1 / epochs))
     return {"trajectory": rows, "epochs": epochs, **_relative(total), **below}
 
 
@@ -93,12 +95,14 @@ def price_settings(
 
 
 def by_layer(profile: CostProfile, work: Work) -> list[dict[str, Any]]:
-    """One row per module, in the order in which they first ran."""
+    """One row per module, in the order in which they first ran, and one of the update where it is priced."""
     parts: defaultdict[str, Work] = defaultdict(Work)
     for key, count in work.gemms.items():
         parts[key.scope].gemms[key] += count
     for stash, count in work.stashes.items():
         parts[stash.scope].stashes[stash] += count
+    if profile.prices_updates and work.updates:
+        parts["(update)"].updates.update(work.updates)
     return [{"layer": scope, **_absolute(part, price(profile, part))} for scope, part in parts.items()]
 
 
@@ -125,11 +129,18 @@ def _relative(cost: Cost) -> dict[str, float]:
 
 
 def _below_fixed16(profile: CostProfile, work: Work, cost: Cost) -> dict[str, float]:
-    fixed = price(profile, work.at_precision(FIXED16))
+    fixed16 = work.at_precision(FIXED16)
+    # Its weights and states are float32.
+    updates = [(update.in_float32, count) for update, count in work.updates.items()]
+    fixed = total_cost(profile, fixed16.gemms.items(), fixed16.stashes.items(), updates)
     return {
         "arithmetic_below_fixed16": fixed.arithmetic / cost.arithmetic,
         "dram_below_fixed16": fixed.dram_bytes / cost.dram_bytes,
     }
+
+
+def _update_cost(profile: CostProfile, work: Work) -> Cost:
+    return total_cost(profile, [], [], work.updates.items())
 
 
 def _absolute(work: Work, cost: Cost) -> dict[str, float]:

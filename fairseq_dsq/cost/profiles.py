@@ -1,8 +1,8 @@
-"""Cost profiles: what a GEMM costs at a precision.
+"""Cost profiles: what a GEMM costs at a precision, and what an update does.
 
 A profile is a data file in configs/cost/ (or anywhere) whose ``kind`` names one of the classes below; it holds the
 coefficients, where they come from and what they do not fit. Costs are given beside those of the same GEMMs and stashes
-in 32-bit fixed point, the paper's baseline.
+in 32-bit fixed point, the paper's baseline, and of the same updates by Adam in float32.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fairseq_dsq import data_files
-from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
-from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes, update_bytes
+from fairseq_dsq.ledger import Gemm, Stash, Update
 from fairseq_dsq.precision import GemmKind, PrecisionConfig
 
 BASELINE_BITS = 32
@@ -26,13 +27,13 @@ FOLDER = "cost"
 
 @dataclass(frozen=True)
 class Cost:
-    """What GEMMs cost; costs add up.
+    """What GEMMs and updates cost; costs add up.
 
     Attributes:
         arithmetic: in MACs of 32-bit fixed point.
         arithmetic_baseline: the same GEMMs' MACs.
         dram_bytes: modelled DRAM traffic.
-        dram_baseline_bytes: traffic of the same GEMMs in 32-bit fixed point.
+        dram_baseline_bytes: traffic of the same GEMMs in 32-bit fixed point, of the same updates by Adam in float32.
     """
 
     arithmetic: float = 0.0
@@ -100,12 +101,15 @@ class CostProfile(ABC):
         derivation: where the formulas and numbers come from.
         misfits: what the profile is known not to reproduce or not to model.
         formats: coefficients by format name; ``*`` serves the formats without an entry.
+        prices_updates: whether updates cost anything.
     """
 
     name: str
     derivation: str
     formats: dict[str, FormatCost]
     misfits: list[str] = field(default_factory=list)
+
+    prices_updates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if ANY_FORMAT not in self.formats:
@@ -128,6 +132,10 @@ class CostProfile(ABC):
     @abstractmethod
     def stash(self, stash: Stash, precision: PrecisionConfig) -> Cost:
         """Cost of writing one stash; reading it belongs to the GEMM that reads it."""
+
+    def update(self, update: Update) -> Cost:
+        """Cost of one update, whatever the level; nothing unless ``prices_updates``."""
+        return Cost()
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,9 @@ class SettingProfile(CostProfile):
 
 @dataclass(frozen=True)
 class OperandProfile(CostProfile):
-    """Charges every operand, result and stash at the bits and bytes that its packed format takes."""
+    """Charges every operand, result and stash at the bits and bytes that its packed format takes; updates likewise."""
+
+    prices_updates: ClassVar[bool] = True
 
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
         first, second = precision.operands(gemm.kind)
@@ -181,6 +191,9 @@ class OperandProfile(CostProfile):
             dram_bytes=stash_bytes(stash, precision),
             dram_baseline_bytes=BASELINE_BYTES * stash.elements,
         )
+
+    def update(self, update: Update) -> Cost:
+        return Cost(dram_bytes=update_bytes(update), dram_baseline_bytes=update_bytes(update.in_float32))
 
 
 KINDS: dict[str, type[CostProfile]] = {"setting": SettingProfile, "operands": OperandProfile}
@@ -199,6 +212,7 @@ def total_cost(
     profile: CostProfile,
     gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool, str], int]],
     stashes: Iterable[tuple[tuple[Stash, PrecisionConfig, str], int]],
+    updates: Iterable[tuple[Update, float]] = (),
 ) -> Cost:
     """Sum over the items of what ran, as :class:`fairseq_dsq.nn.Work` counts it: ((gemm, precision, ...), times)."""
     total = Cost()
@@ -206,4 +220,6 @@ def total_cost(
         total += profile.gemm(gemm, precision, training) * count
     for (stash, precision, _), count in stashes:
         total += profile.stash(stash, precision) * count
+    for update, count_of_update in updates:
+        total += profile.update(update) * count_of_update
     return total

@@ -3,7 +3,15 @@
 from fairseq_dsq.ledger import Ledger, LedgerKey, StashKey, Work
 from fairseq_dsq.nn.attention import DSQAttention
 from fairseq_dsq.nn.coded import WEIGHT_SCALES, CodedWeight, update_codes, weight_format
-from fairseq_dsq.nn.coded_linear import CodedLinear, decoded, formats_of_codes, hold_codes, holds_codes, weight_bytes
+from fairseq_dsq.nn.coded_linear import (
+    CodedLinear,
+    decoded,
+    formats_of_codes,
+    hold_codes,
+    holds_codes,
+    parameter_bytes,
+    weight_bytes,
+)
 from fairseq_dsq.nn.context import (
     BOX_DIMS,
     STASH_SCOPES,
@@ -60,6 +68,7 @@ __all__ = [
     "log_softmax",
     "matching_patterns",
     "matmul",
+    "parameter_bytes",
     "register_dropout",
     "register_elementwise",
     "register_twin",

@@ -71,6 +71,8 @@ def weight_scale(weight: Tensor, fmt: Integer, rule: WeightScale) -> Tensor:
         largest = groups.abs().amax(-1, keepdim=True)
         scale = _least_squared_error(groups, fmt, [*(mean * multiple for multiple in _MULTIPLES), largest])
     scale = torch.where(scale.isfinite(), scale, torch.nan)
+    if scale.is_meta:  # a shape without values
+        return scale
     if not (scale != 0).any():
         raise ValueError("holds nothing but zeros, expected values that a scale follows from")
     return torch.where(scale == 0, scale[scale != 0].mean(), scale)

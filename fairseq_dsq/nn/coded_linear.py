@@ -197,12 +197,14 @@ def hold_codes(model: nn.Module, context: DSQContext, fmt: Integer, rule: Weight
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes that a model's weights take: its parameters', and in place of placeholders the codes' and scales'."""
-    total = 0
-    for parameter in model.parameters():
-        layer = getattr(parameter, "dsq_codes", None)
-        total += parameter.numel() * parameter.element_size() if layer is None else layer.coded.nbytes
-    return total
+    """Bytes that a model's weights take."""
+    return sum(map(parameter_bytes, model.parameters()))
+
+
+def parameter_bytes(parameter: Tensor) -> int:
+    """Bytes that a parameter takes; those of the codes and scales where it is their placeholder."""
+    layer = getattr(parameter, "dsq_codes", None)
+    return parameter.numel() * parameter.element_size() if layer is None else int(layer.coded.nbytes)
 
 
 def saved_format(state: Mapping[str, Tensor], prefix: str) -> Integer | None:

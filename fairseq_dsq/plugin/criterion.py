@@ -29,7 +29,8 @@ class DSQCriterionMixin:
     """Adds ``dsq_*`` metrics to the criterion it is mixed into.
 
     Summed over an epoch's batches and all workers: ``dsq_arithmetic`` (MACs of 32-bit fixed point), ``dsq_dram_bytes``;
-    ``dsq_arithmetic_relative`` and ``dsq_dram_relative`` are these over the same GEMMs in 32-bit fixed point.
+    ``dsq_arithmetic_relative`` and ``dsq_dram_relative`` are these over the same GEMMs in 32-bit fixed point. What an
+    update costs is added by :func:`fairseq_dsq.plugin.held.log_update`.
     Averaged over batches: ``dsq_level`` (index from 0), ``dsq_stash_bytes`` (bytes packed for one backward pass),
     ``dsq_weight_bytes`` (of all weights as they are held). With ``--dsq-weights direct``, ``dsq_flips`` is the share of
     codes that an update changed; an epoch's last update is counted with the next epoch's.
@@ -58,6 +59,7 @@ class DSQCriterionMixin:
                 f"got {CRITERION_PREFIX}* with {type(model).__name__}, which has no DSQ layers, expected an --arch "
                 "that ends in _dsq or contains _dsq_",
             )
+        state.cost_profile = self.cost_profile  # type: ignore[attr-defined]
         ledger = state.context.ledger
         ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]

@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
+from fairseq_dsq.plugin.held import log_update
 from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
@@ -36,6 +37,7 @@ class _Hooks:
         self.own_reduce_metrics = getattr(task, "reduce_metrics", None)
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
+        self.own_optimizer_step = getattr(task, "optimizer_step", None)
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
@@ -79,6 +81,12 @@ class _Hooks:
         done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch
         for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):
             logger.warning(warning)
+
+    def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
+        """The task's; where a gradient overflows it raises, and there was no update."""
+        assert self.own_optimizer_step is not None
+        self.own_optimizer_step(optimizer, model=model, update_num=update_num)
+        log_update(model, optimizer, _state(model).cost_profile)
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
@@ -157,6 +165,6 @@ def hang_on_training(task: Any, args: Any) -> None:
         return
     hooks = task._dsq_hooks = _Hooks(task, args)
     names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
-    names += [name for name in ("get_batch_iterator", "reduce_metrics") if hasattr(task, name)]
+    names += [name for name in ("get_batch_iterator", "optimizer_step", "reduce_metrics") if hasattr(task, name)]
     for name in names:
         setattr(task, name, getattr(hooks, name))

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import options
@@ -35,6 +35,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig, Ledger, Work
 from fairseq_dsq.plugin.attach import quantize
 from fairseq_dsq.plugin.state import DSQState
+from fairseq_dsq.precision import PrecisionConfig
 
 FOLDER = "models"
 # Operators that allocate or inspect and move no data; gathers read no more than they write.
@@ -106,7 +107,7 @@ def find_model(name: str) -> ModelSpec:
         raise
 
 
-class _NoData(TorchDispatchMode):
+class NoData(TorchDispatchMode):
     """Answers what the meta device cannot: a value is zero (there is no padding), and a copy stays on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,8 +137,16 @@ def training_config(flags: Sequence[str]) -> Any:
         return convert_namespace_to_omegaconf(args)
 
 
-def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
-    """The float (or ``*_dsq``) model of a spec, in training mode.
+class Setup(NamedTuple):
+    """What fairseq-train makes of a spec's flags: its configuration, task and model."""
+
+    config: Any
+    task: Any
+    model: nn.Module
+
+
+def set_up(spec: ModelSpec, device: str = "meta") -> Setup:
+    """The float (or ``*_dsq``) model of a spec, in training mode; the optimizer is ``adam`` unless flags name one.
 
     Raises:
         ValueError: flags that fairseq-train refuses, or an architecture of another family than those in ``TASKS``.
@@ -148,7 +157,8 @@ def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
         raise ValueError(f"arch: got {spec.arch!r}, expected a translation, language or masked language model")
     task_class = TASK_REGISTRY[names[0]]
     try:
-        config = training_config(["data", "--arch", spec.arch, "--task", names[0], *spec.flags.split()])
+        own = ["--arch", spec.arch, "--task", names[0], "--optimizer", "adam"]
+        config = training_config(["data", *own, *spec.flags.split()])
     except ValueError as error:
         raise ValueError(f"--flags: {error}") from None
     dictionary = Dictionary()
@@ -156,9 +166,14 @@ def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
         dictionary.add_symbol(f"token{index}")
     dictionaries = (dictionary, dictionary) if names[0] == "translation" else (dictionary,)
     task = task_class(config.task, *dictionaries)
-    with torch.device(device), _NoData():
+    with torch.device(device), NoData():
         model: nn.Module = task.build_model(config.model)
-    return model.train()
+    return Setup(config, task, model.train())
+
+
+def build(spec: ModelSpec, device: str = "meta") -> nn.Module:
+    """The model of :func:`set_up`; errors are its own."""
+    return set_up(spec, device).model
 
 
 def sample(model: nn.Module, spec: ModelSpec) -> dict[str, Any]:
@@ -177,14 +192,14 @@ def step(model: nn.Module, spec: ModelSpec, training: bool = True) -> None:
 
     A masked language model projects every position to the vocabulary; translation has a source as long as the target.
     """
-    with next(model.parameters()).device, _NoData():
+    with next(model.parameters()).device, NoData():
         with torch.set_grad_enabled(training):
             output = model.train(training)(**sample(model, spec)["net_input"])[0]
         if training:
             output.sum().backward()
 
 
-class _Traffic(_NoData):
+class _Traffic(NoData):
     """Counts the elements that operators other than GEMMs read and write, inside attention and outside."""
 
     def __init__(self) -> None:
@@ -248,18 +263,25 @@ def _nodes(last: Any, stop: set[Any]) -> set[Any]:
     return found
 
 
-def trace(spec: ModelSpec, training: bool = True) -> Work:
+def put_in_force(state: DSQState, precision: PrecisionConfig) -> None:
+    """Put a level in force; modules with rules take theirs for the level of ``--dsq-levels`` that it equals, if any."""
+    equal = [number for number, level in enumerate(state.levels) if level.by_value == precision.by_value]
+    state.context.set_precision(precision, equal[0] if equal else 0)
+
+
+def trace(spec: ModelSpec, training: bool = True, precision: PrecisionConfig = FLOAT32) -> Work:
     """The GEMMs and stashes of one step, each with the module it serves as its scope.
 
-    They come from the ledger of the converted model, at float32; :meth:`Work.at_precision` puts them at another level.
+    They come from the ledger of the converted model: the layers of a ``*_dsq`` model have their rules' and weights'
+    formats. :meth:`Work.at_precision` puts all of them at another level.
     """
     model = build(spec)
     state = getattr(model, "dsq", None)
     if isinstance(state, DSQState):
         ledger = state.context.ledger
-        state.context.set_precision(FLOAT32)
+        put_in_force(state, precision)
     else:
-        context = DSQContext(GemmConfig(FLOAT32))
+        context = DSQContext(GemmConfig(precision))
         quantize(model, context)
         ledger = context.ledger
     with ledger_scopes(model, ledger):

@@ -15,6 +15,7 @@ import torch
 from fairseq.distributed.utils import get_global_rank
 from torch import Tensor, nn
 
+from fairseq_dsq.cost import CostProfile
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
@@ -95,6 +96,7 @@ class DSQState(nn.Module):
         level_in_force: index of the level that GEMMs run at.
         updates: those done, as fairseq says before each one and when it loads a checkpoint.
         epoch: of the next update.
+        cost_profile: what the criterion in use charges by; None without one that charges.
     """
 
     def __init__(self, levels: Sequence[PrecisionConfig], schedule: Policy[Any], context: DSQContext) -> None:
@@ -105,6 +107,7 @@ class DSQState(nn.Module):
         self.state: State = schedule.start()
         self.counted_update = -1
         self.updates = self.epoch = 0
+        self.cost_profile: CostProfile | None = None
         self._begun = False
         self._asked = (-1, -1)  # updates and epoch
         self._values = tuple(level.by_value for level in self.levels)

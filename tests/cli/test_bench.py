@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fairseq_dsq.bench import optimizer, train_step
-from fairseq_dsq.bench.memory import saved_bytes
 from fairseq_dsq.bench.peers import microxcaling_style, naive
 from fairseq_dsq.bench.timing import interleave
 from fairseq_dsq.cli import main
+from fairseq_dsq.plugin.held import saved_bytes
 
 
 @pytest.fixture(autouse=True)

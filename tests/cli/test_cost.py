@@ -68,10 +68,66 @@ def test_a_model_s_layers_and_gemms_add_up_to_it(capsys):
         assert sum(row["arithmetic"] for row in result[table]) == pytest.approx(result["arithmetic"])
     for key in ("dram_bytes", "stash_bytes"):
         assert sum(row[key] for row in result["layers"]) == result[key]
-    # The per-GEMM table leaves out the writing of stashes.
-    assert sum(row["dram_bytes"] for row in result["gemms"]) == result["dram_bytes"] - result["stash_bytes"]
+    # The per-GEMM table leaves out the writing of stashes, and the update.
+    rest = result["stash_bytes"] + result["update_dram_bytes"]
+    assert sum(row["dram_bytes"] for row in result["gemms"]) == result["dram_bytes"] - rest
+    assert result["layers"][-1]["layer"] == "(update)"
     text = run(capsys, "cost", "--arch", "transformer_iwslt_de_en", "--tokens", 64, "--profile", "operands")
     assert "decoder.output_projection" in text and f"{result['macs']:,} MACs" in text
+
+
+SMALL = (
+    "--arch", "transformer_dsq_iwslt_de_en", "--tokens", 64, "--vocabulary", 100, "--flags",
+    "--encoder-layers 1 --decoder-layers 1 --share-decoder-input-output-embed ",
+)  # fmt: skip
+
+
+def small(flags=""):
+    return (*SMALL[:-1], SMALL[-1] + flags)
+
+
+def test_an_update_is_charged_where_the_profile_prices_it_and_shared_by_its_batches(capsys):
+    adam = as_json(capsys, "cost", *small(), "--profile", "operands")
+    values = adam["update_dram_bytes"] / 28
+    assert values == int(values) > 1_000_000 and adam["workload"]["optimizer"] == "adam"
+    shared = as_json(capsys, "cost", *small("--update-freq 4"), "--profile", "operands")
+    assert shared["update_dram_bytes"] == adam["update_dram_bytes"] / 4
+    low = as_json(capsys, "cost", *small("--optimizer dsq_adam --dsq-weights direct"), "--profile", "operands")
+    # A byte each of codes and moments, and their scales, of embeddings the moments alone.
+    assert 10 < low["update_dram_bytes"] / values < 10.3
+    for argv in (("--profile", "paper"), ("--profile", "operands", "--forward-only")):
+        assert "update_dram_bytes" not in as_json(capsys, "cost", *small(), *argv)
+
+
+def test_sixteen_bit_fixed_point_has_float_weights_and_states(capsys):
+    for flags in ("", "--optimizer dsq_adam"):
+        result = as_json(capsys, "cost", *small(flags), "--profile", "operands", "--format", "fixed", "--precision",
+                         "16,16,16,16")  # fmt: skip
+        assert (result["dram_below_fixed16"] == pytest.approx(1, abs=1e-3)) == (flags == "")
+        assert result["dram_below_fixed16"] >= 1
+
+
+def test_what_a_step_holds_by_part_and_the_batch_that_fits(capsys):
+    flags = "--optimizer dsq_adam"
+    result = as_json(
+        capsys, "cost", "--arch", "transformer_tiny", "--tokens", 96, "--precision", "2,2,2,16",
+        "--memory", "--fit", "0.1GiB", "--flags", flags,
+    )  # fmt: skip
+    rows = result["memory"]
+    assert result["fit"] == int(0.1 * 2**30) and result["workload"]["optimizer"] == "dsq_adam"
+    assert [(row["precision"], row["stash_scope"]) for row in rows] == [
+        ("float32", ""), ("[2,2,2,16]", "gemm"), ("[2,2,2,16]", "all"),
+    ]  # fmt: skip
+    for row in rows:
+        parts = [row[part] for part in ("weights", "gradients", "states", "stash", "saved")]
+        assert row["total"] == sum(parts) and row["largest_tokens"] == 32 * row["largest_batch"]
+        assert row["states"] < row["weights"] == row["gradients"]
+    assert [row["stash"] for row in rows[1:3]] == [rows[1]["stash"]] * 2 and rows[0]["stash"] == 0
+    assert rows[2]["saved"] < rows[1]["saved"] < rows[0]["saved"]
+    assert rows[0]["largest_batch"] < rows[1]["largest_batch"] < rows[2]["largest_batch"]
+    text = run(capsys, "cost", *small(), "--memory", "--trajectory", "2,2,2,16:1 16,4,4,16:1")
+    assert text.count("[2,2,2,16]") == text.count("[16,4,4,16]") == 2 and "float32" not in text
+    assert "largest" not in text and "Not counted" in text
 
 
 def test_flags_change_the_model_and_validation_has_no_backward(capsys):
@@ -99,6 +155,12 @@ def test_flags_change_the_model_and_validation_has_no_backward(capsys):
         (("--arch", "roberta-base", "--tokens", "100"), "--tokens: got 100, expected a multiple of length 512"),
         (("--arch", "roberta-base", "--flags", "--nix 3"), "--flags: unrecognized arguments: --nix 3"),
         (("--arch", "roberta_dsq", "--flags", "--dsq-format nix"), "--flags: argument --dsq-format: got 'nix'"),
+        (("--memory",), "--memory: got no --arch beside it"),
+        (("--arch", "roberta-base", "--fit", "16G"), "--fit: got it without --memory"),
+        (("--arch", "roberta-base", "--memory", "--fit", "16X"), "--fit: got '16X', expected a size such as 16GB"),
+        (("--arch", "roberta-base", "--memory", "--forward-only"), "--forward-only: got it beside --memory"),
+        (("--arch", "lightconv", "--memory"), "--arch: got 'lightconv', expected one with a twin"),
+        (("--arch", "transformer", "--memory", "--flags", " --fp16"), "--flags: got --fp16, expected none"),
         (("--paper-table", "--arch", "roberta-base"), "--paper-table: got a model beside it"),
     ],
 )

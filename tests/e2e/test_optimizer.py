@@ -16,6 +16,7 @@ from fairseq_dsq import record
 from fairseq_dsq.adam import Moments
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.formats import parse
+from fairseq_dsq.plugin import hooks
 
 # Minutes of fairseq's commands: scripts/readme.sh runs them.
 pytestmark = pytest.mark.slow
@@ -178,3 +179,21 @@ def test_weights_that_are_codes_take_their_steps_in_integers_and_resume(cli, tmp
     )
     assert first.keys() == second.keys() and any(name.endswith("weight_codes") for name in first)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_an_update_is_charged_once_whatever_its_batches(train, tmp_path, monkeypatch):
+    flags = ("--dsq-cost-profile", "operands", "--update-freq", 2, "--max-epoch", 1, "--max-tokens", 200)
+    train(tmp_path / "whole", *flags)
+    whole = record.read(tmp_path / "whole" / record.NAME)[-1].train
+    monkeypatch.setattr(hooks, "log_update", lambda *args: None)
+    train(tmp_path / "gemms", *flags)
+    gemms = record.read(tmp_path / "gemms" / record.NAME)[-1].train
+    values = sum(state.numel() for (_, name), state in moments(load(tmp_path / "whole")).items() if name == "exp_avg")
+    assert (whole["dsq_gradient_bytes"], whole["dsq_state_bytes"]) == (4 * values, 8 * values)
+    assert whole["dsq_weight_bytes"] == 4 * values
+    for name in ("dsq_dram_bytes", "dsq_dram_baseline_bytes"):
+        assert whole[name] - gemms[name] == 28 * values * whole["num_updates"] > 0
+    assert whole["dsq_dram_relative"] == pytest.approx(
+        whole["dsq_dram_bytes"] / whole["dsq_dram_baseline_bytes"], abs=1e-6
+    )
+    assert "dsq_gradient_bytes" not in gemms and whole["dsq_arithmetic"] == gemms["dsq_arithmetic"]

@@ -191,6 +191,26 @@ def held_bytes(saved, parameters=()):
     return held
 
 
+def tensors_of(value, found, seen=None):
+    """Every tensor that is reachable from an object: the address of its storage -> bytes."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return found
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        tensors_of(value.grad, found, seen)
+    elif isinstance(value, dict):
+        for item in value.values():
+            tensors_of(item, found, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            tensors_of(item, found, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, DSQContext)):
+        tensors_of(vars(value), found, seen)
+    return found
+
+
 # Attention out of single GEMMs
 
 

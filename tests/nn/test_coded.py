@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from nn.common import tensors_of
 from torch import nn
 
 from fairseq_dsq.formats import parse
@@ -263,22 +264,6 @@ def test_a_held_weight_in_generation_is_the_same():
         assert coded._held is not None
     coded.subtract_(torch.ones(10, 21), 1)
     assert coded._held is None
-
-
-def tensors_of(value, found):
-    """Every tensor that is reachable from an object, by storage."""
-    if isinstance(value, torch.Tensor):
-        found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        tensors_of(value.grad, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            tensors_of(item, found)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            tensors_of(item, found)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, DSQContext)):
-        tensors_of({k: v for k, v in vars(value).items() if v is not value}, found)
-    return found
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
