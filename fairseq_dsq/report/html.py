@@ -45,6 +45,8 @@ def page(table: Table, runs: Sequence[Run], drawings: Sequence[Drawing], skipped
         rows=[tables.cells(table, row) for row in table.rows],
         left=len(tables.header(table)) - len(table.metrics) - 2,
         notes=tables.all_notes(table),
+        held=tables.held(table),
+        held_note=tables.HELD_NOTE,
         drawings=[
             {"caption": each.caption, "svg": Markup(inline_svg(each.figure, each.name, each.caption))}
             for each in drawings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_dsq import record
-from fairseq_dsq.cost.metrics import LEVEL, RELATIVE, STASH_BYTES
+from fairseq_dsq.cost.metrics import GRADIENT_BYTES, LEVEL, RELATIVE, STASH_BYTES, STATE_BYTES, WEIGHT_BYTES
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
 from fairseq_dsq.record import Point, Start
 from fairseq_dsq.schedules import own_flags
@@ -60,6 +60,8 @@ class Epoch:
         dram_bytes, dram_baseline_bytes: modelled traffic of training; of the same GEMMs in 32-bit fixed point.
         arithmetic_relative, dram_relative: each over its baseline, as logged.
         stash_bytes: mean bytes packed for one backward pass.
+        weight_bytes, gradient_bytes, state_bytes: of all weights as they are held, of their gradients, of the
+            optimizer's states.
     """
 
     number: int
@@ -75,6 +77,9 @@ class Epoch:
     arithmetic_relative: float | None
     dram_relative: float | None
     stash_bytes: float | None
+    weight_bytes: float | None = None
+    gradient_bytes: float | None = None
+    state_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +280,9 @@ def _run(path: Path, flags: Mapping[str, str], history: History, ended: Set[tupl
                 arithmetic_relative=train.get(arithmetic_relative),
                 dram_relative=train.get(dram_relative),
                 stash_bytes=train.get(STASH_BYTES),
+                weight_bytes=train.get(WEIGHT_BYTES),
+                gradient_bytes=train.get(GRADIENT_BYTES),
+                state_bytes=train.get(STATE_BYTES),
             )
         )
     for key, values in history.items():

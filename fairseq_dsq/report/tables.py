@@ -10,12 +10,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq.cost import load_profile
 from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
@@ -41,6 +42,8 @@ class Row:
         differences: of those scores from the baseline's, where both have them.
         arithmetic, dram: of the whole training, over the same GEMMs in 32-bit fixed point; None without dsq metrics.
         arithmetic_total, dram_total: MACs of 32-bit fixed point; bytes.
+        weight_bytes, gradient_bytes, state_bytes: held at the end of the training; None where nothing says it.
+        stash_bytes: packed for one backward pass, the mean of the epoch that packed most.
         epochs: how many were trained, the last one perhaps in part.
         notes: what a reader has to know.
     """
@@ -54,6 +57,10 @@ class Row:
     dram: float | None
     arithmetic_total: float | None
     dram_total: float | None
+    weight_bytes: float | None
+    gradient_bytes: float | None
+    state_bytes: float | None
+    stash_bytes: float | None
     epochs: int
     notes: tuple[str, ...]
 
@@ -173,6 +180,8 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
     profiles = {run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"]) for run in runs if _costs(run)}
     if len(profiles) > 1:
         notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
+    if priced := [name for name in sorted(profiles) if _prices_updates(name)]:
+        notes.append(f"DRAM by profile {', '.join(priced)} includes updates, relative to Adam's in float32")
     for run in runs:
         trained = [epoch.level for epoch in run.epochs if epoch.level is not None]
         if trained and (unreached := levels(run)[math.ceil(max(trained)) + 1 :]):
@@ -194,6 +203,12 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
                 dram=costs[2],
                 arithmetic_total=costs[1],
                 dram_total=costs[3],
+                weight_bytes=_last(epoch.weight_bytes for epoch in run.epochs),
+                gradient_bytes=_last(epoch.gradient_bytes for epoch in run.epochs),
+                state_bytes=_last(epoch.state_bytes for epoch in run.epochs),
+                stash_bytes=max(
+                    (known for epoch in run.epochs if (known := epoch.stash_bytes) is not None), default=None
+                ),
                 epochs=sum(epoch.train_loss is not None for epoch in run.epochs),
                 notes=_notes(run),
             )
@@ -206,6 +221,14 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
         named=len(set(described)) < len(described),
         notes=tuple(notes),
     )
+
+
+def _prices_updates(profile: str) -> bool:
+    """Whether a profile, where it is still found, prices updates."""
+    try:
+        return load_profile(profile).prices_updates
+    except (ValueError, OSError):
+        return False
 
 
 def find(runs: Sequence[Run], wanted: str) -> int:
@@ -229,6 +252,12 @@ def _costs(run: Run) -> tuple[float, float, float, float] | None:
     if not sums[1] or not sums[3]:
         return None
     return sums[0] / sums[1], sums[0], sums[2] / sums[3], sums[2]
+
+
+def _last(values: Iterable[float | None]) -> float | None:
+    """The last one that is known."""
+    known = [value for value in values if value is not None]
+    return known[-1] if known else None
 
 
 def _notes(run: Run) -> tuple[str, ...]:
@@ -291,11 +320,42 @@ def all_notes(table: Table) -> list[str]:
     return notes
 
 
+HELD_NOTE = (
+    "Held (MB, 10^6 bytes): weights as they are held, gradients and optimizer states at the end of the training, the "
+    "stash of one backward pass in the epoch that packed most; measured."
+)
+
+
+def held(table: Table) -> list[list[str]]:
+    """Lines of the table of what the runs hold, its header first; none where no run says more than its stash."""
+    parts = [(row.weight_bytes, row.gradient_bytes, row.state_bytes, row.stash_bytes) for row in table.rows]
+    if not any(value is not None for row in parts for value in row[:3]):
+        return []
+    lines = [["Held (MB)", "Weights", "Gradients", "States", "Stash", "Sum"]]
+    for row, values in zip(table.rows, parts, strict=True):
+        known = [value for value in values if value is not None]
+        total = sum(known) if len(known) == len(values) else None
+        texts = [_MISSING if value is None else fixed(value / 1e6, 2) for value in (*values, total)]
+        lines.append([table.label(row), *texts])
+    return lines
+
+
 def markdown(table: Table) -> str:
-    """The table and its notes as Markdown, columns aligned."""
+    """The tables and their notes as Markdown, columns aligned."""
     lines = [header(table)] + [cells(table, row) for row in table.rows]
+    parts = [_markdown(lines, _left(table)), *map(escape_markdown, all_notes(table))]
+    if lines := held(table):
+        parts += [_markdown(lines, 1), escape_markdown(HELD_NOTE)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _left(table: Table) -> int:
+    """How many of the first columns are text."""
+    return len(header(table)) - len(table.metrics) - 2
+
+
+def _markdown(lines: list[list[str]], left: int) -> str:
     lines = [[escape_markdown(cell) for cell in line] for line in lines]
-    left = len(lines[0]) - len(table.metrics) - 2
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     padded = [
@@ -305,19 +365,22 @@ def markdown(table: Table) -> str:
         ]
         for line in lines
     ]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
-    notes = "".join(f"\n{escape_markdown(note)}\n" for note in all_notes(table))
-    return f"{text}\n{notes}"
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
 def tex(table: Table) -> str:
-    """The table as LaTeX for the package booktabs."""
-    columns = "l" * (len(header(table)) - len(table.metrics) - 2) + "r" * (len(table.metrics) + 2)
+    """The tables as LaTeX for the package booktabs."""
     lines = [header(table), *(cells(table, row) for row in table.rows)]
+    text = _tex(lines, _left(table), all_notes(table))
+    return text + (_tex(lines, 1, [HELD_NOTE]) if (lines := held(table)) else "")
+
+
+def _tex(lines: list[list[str]], left: int, notes: Sequence[str]) -> str:
+    columns = "l" * left + "r" * (len(lines[0]) - left)
     rows = [" & ".join(map(escape_tex, line)) + r" \\" for line in lines]
     # After a row's end a bracket would be its optional argument.
     rows = [f"{{[}}{row[1:]}" if row.startswith("[") else row for row in rows]
-    notes = [f"% {' '.join(note.split())}" for note in all_notes(table)]
+    notes = [f"% {' '.join(note.split())}" for note in notes]
     body = [rows[0], r"\midrule", *rows[1:]]
     return (
         "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", *notes])
@@ -335,6 +398,10 @@ def csv_text(table: Table) -> str:
         "DRAM traffic (relative to 32-bit fixed point)",
         "arithmetic (MACs of 32-bit fixed point)",
         "DRAM traffic (bytes)",
+        "weights (bytes)",
+        "gradients (bytes)",
+        "states (bytes)",
+        "stash (bytes)",
         "epochs",
         "notes",
     ]
@@ -344,6 +411,7 @@ def csv_text(table: Table) -> str:
     for row in table.rows:
         quality = [part.get(name) for name in table.metrics for part in (row.scores, row.differences)]
         costs = [row.arithmetic, row.dram, row.arithmetic_total, row.dram_total]
+        costs += [row.weight_bytes, row.gradient_bytes, row.state_bytes, row.stash_bytes]
         writer.writerow([row.name, row.method, row.setup, *quality, *costs, row.epochs, "; ".join(row.notes)])
     return buffer.getvalue()
 

@@ -33,14 +33,18 @@ def costs(relative):
     }  # fmt: skip
 
 
-def point_line(epoch, update, valid=None, train=None, level=0, relative=LOW, ended=True, stash=2e6, **metrics):
-    """A validation of loss ``valid``, or an epoch's end without one; ``train``: the training loss so far."""
+def point_line(epoch, update, valid=None, train=None, level=0, relative=LOW, ended=True, stash=2e6, held=(), **metrics):
+    """A validation of loss ``valid``, or an epoch's end without one; ``train``: the training loss so far.
+
+    ``held``: bytes of weights, gradients and states.
+    """
     line = {
         "update": update, "epoch": epoch, "epoch_ended": ended, "counts": valid is not None, "level": int(level),
         "precision": "[bfp2,bfp2,bfp2,bfp16]",
         "train": {
             "loss": valid if train is None else train, "num_updates": update, "dsq_level": level,
             "dsq_stash_bytes": stash, **costs(relative),
+            **dict(zip(("dsq_weight_bytes", "dsq_gradient_bytes", "dsq_state_bytes"), held, strict=False)),
         },
         "valid": {} if valid is None else {"valid": {"loss": valid, **metrics}}, "wall_s": 3.5,
     }  # fmt: skip

@@ -53,6 +53,15 @@ def test_out_writes_tables_figures_and_a_page_twice_the_same(tmp_path, capsys):
     assert err == ""
 
 
+def test_the_page_has_a_table_of_what_is_held_where_runs_say_it(tmp_path):
+    text = samples.start_line(1, **samples.DSQ) + samples.point_line(1, 10, 7.0, held=(1e6, 4e6, 2.5e6))
+    for name, run in (("held", text), ("plain", samples.record(samples.DSQ, [7]))):
+        path, out = samples.write(tmp_path, name, run), tmp_path / name / "out"
+        assert cli.main(["report", str(path), "--out", str(out)]) == 0
+        page = (out / "index.html").read_text()
+        assert ("Held in memory" in page) == ("<td>9.50</td>" in page) == (name == "held")
+
+
 def test_json_is_one_object_on_standard_output(tmp_path, capsys):
     runs = [*samples.write_runs(tmp_path, 2), tmp_path / "nothing"]
     assert cli.main(["report", *map(str, runs), "--json"]) == 0

@@ -33,6 +33,47 @@ def test_markdown(tmp_path):
     )
 
 
+def held_runs(folder):
+    """A run of float32 whose stash is said alone, one of codes over two epochs, one that is cut before an update."""
+    codes = samples.start_line(2, **samples.DSQ)
+    codes += samples.point_line(1, 10, 7.0, stash=3e6, held=(1e6, 4e6, 2.5e6), level=0)
+    codes += samples.point_line(2, 20, 6.0, stash=5.125e6, held=(1e6, 4e6, 2e6), level=1)
+    cut = samples.start_line(2, **samples.STATIC) + samples.point_line(1, 10, 7.0, held=(4e6,))
+    texts = {"float32": samples.record(samples.FLOAT32, [5.0]), "codes": codes, "cut": cut}
+    return [samples.write(folder, name, text) for name, text in texts.items()]
+
+
+def test_what_the_runs_hold_is_a_table_of_its_own(tmp_path):
+    paths = held_runs(tmp_path)
+    table, runs = table_of(paths)
+    first, second = tables.markdown(table).split("\n\n| Held")
+    assert "| Held" + second == (
+        "| Held (MB)                        | Weights | Gradients | States | Stash |   Sum |\n"
+        "| -------------------------------- | ------: | --------: | -----: | ----: | ----: |\n"
+        "| Float32                          |       - |         - |      - |  2.00 |     - |\n"
+        "| DSQ (BFP) [2,2,2,16] [16,4,4,16] |    1.00 |      4.00 |   2.00 |  5.13 | 12.13 |\n"
+        "| Stashing (BFP) [16,4,4,16]       |    4.00 |         - |      - |  2.00 |     - |\n"
+        f"\n{tables.HELD_NOTE}\n"
+    )
+    # Table 1 is what it is without.
+    without, _ = table_of([paths[0]])
+    assert "Held" not in tables.markdown(without) and tables.held(without) == []
+    assert first.splitlines()[0].endswith("| Arithmetic | DRAM |")
+    row = json.loads(tables.to_json(table, runs, []))["summary"]["rows"][1]
+    assert [row[f"{part}_bytes"] for part in ("weight", "gradient", "state", "stash")] == [1e6, 4e6, 2e6, 5.125e6]
+    _, codes, cut = csv.DictReader(io.StringIO(tables.csv_text(table)))
+    assert (float(codes["states (bytes)"]), cut["states (bytes)"]) == (2e6, "")
+    assert tables.tex(table).count(r"\begin{tabular}") == 2 and r"{lrrrrr}" in tables.tex(table)
+
+
+def test_a_profile_that_prices_updates_is_noted(tmp_path):
+    flags = {**samples.DSQ, "dsq_cost_profile": "operands"}
+    table, _ = table_of([samples.write(tmp_path, "run", samples.record(flags, [7]))])
+    assert "DRAM by profile operands includes updates, relative to Adam's in float32." in tables.all_notes(table)
+    table, _ = table_of([samples.write(tmp_path, "gone", samples.record({**flags, "dsq_cost_profile": "x.yaml"}, [7]))])
+    assert not any("updates" in note for note in tables.all_notes(table))
+
+
 def test_costs_are_of_the_whole_training(tmp_path):
     text = samples.record(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH])
     path = samples.write(tmp_path, "dsq", text)
