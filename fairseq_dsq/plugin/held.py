@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fairseq.distributed.utils import get_global_world_size
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
@@ -62,7 +61,7 @@ def log_update(model: nn.Module, optimizer: Any, profile: CostProfile | None) ->
     for key, value in held.items():
         metrics.log_scalar(key, value, weight=1, priority=200, round=0)
     if profile is not None and profile.prices_updates:
-        cost = profile.update(update) * get_global_world_size()  # each worker makes it
+        cost = profile.update(update)  # once, though each worker makes it: as of one that accumulates their batches
         absolute, baseline = RELATIVE["dsq_dram_relative"]
         metrics.log_scalar_sum(absolute, cost.dram_bytes, priority=201)
         metrics.log_scalar_sum(baseline, cost.dram_baseline_bytes, priority=202)
