@@ -8,7 +8,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.published import compare, printed
 from fairseq_dsq.formats import BlockFloat, Float32, FormatOptions
-from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.ledger import Gemm, Stash, Update
 from fairseq_dsq.precision import PrecisionConfig
 
 PAPER, OPERANDS = load_profile("paper"), load_profile("operands")
@@ -181,6 +181,18 @@ def test_floats_are_charged_four_bytes():
     gemm = Gemm("grad_weight", 2, 3, 5, batch=7)
     cost = OPERANDS.gemm(gemm, PrecisionConfig((32,) * 4, "float32"), training=True)
     assert cost.dram_bytes == cost.dram_baseline_bytes == Float32().nbytes((7, 31))
+
+
+def test_an_update_reads_all_and_writes_weights_and_states():
+    # Ternary codes, float gradients, a byte of each moment; over 4+4, 4 and 8+8 bytes.
+    update = Update(values=1000, weight_bytes=250, gradient_bytes=4000, state_bytes=2000)
+    cost = OPERANDS.update(update)
+    assert cost.dram_bytes == 250 + 250 + 4000 + 2000 + 2000
+    assert cost.dram_baseline_bytes == 1000 * (4 + 4 + 4 + 8 + 8)
+    assert cost.arithmetic == cost.arithmetic_baseline == 0
+    assert OPERANDS.update(update.in_float32).dram_relative == 1
+    assert PAPER.update(update) == Cost() and OPERANDS.prices_updates and not PAPER.prices_updates
+    assert total_cost(OPERANDS, [], [], [(update, 0.5)]) == cost * 0.5
 
 
 # Sums
