@@ -49,9 +49,9 @@ INSTRUCTION_SETS = {"baseline": []}
 # What gemm.cpp wants besides; with a compiler that does not know it, the set has no GEMM.
 GEMM_FLAGS = {}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-    GEMM_FLAGS = {"avx2": ["-mfma"], "avx512": ["-mfma", "-mavx512vnni", "-mavx512bf16"]}
+    GEMM_FLAGS = {"avx512": ["-mfma", "-mavx512vnni", "-mavx512bf16"]}
 # Results must equal torch's bit for bit: no fused multiply-add, no fast math.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # GCC says so of the vectors' own operations, and of its own headers.
@@ -80,7 +80,7 @@ class BuildKernels(build_ext):
         objects = self._compile("cpu.cpp", "cpu", flags)
         for isa, isa_flags in INSTRUCTION_SETS.items():
             isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
-            for source in ("quantize.cpp", "rows.cpp", "masks.cpp"):
+            for source in ("quantize.cpp", "rows.cpp", "adam.cpp", "masks.cpp"):
                 objects += self._compile(source, isa, isa_flags)
             try:
                 objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])

@@ -25,18 +25,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal
+from functools import cache, cached_property, lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import Float32, Format
+from fairseq_dsq.kernels import native
+from fairseq_dsq.kernels.native import AdamMoments, AdamStep
 from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, noise_seed, pack
 
 # Parameters of fewer values, and all of one dimension, hold their moments in float32.
 SMALL = 4096
+_FLOAT32 = Float32()
 _HALF = (torch.float16, torch.bfloat16)
 # What a parameter group holds beside Adam's own, of which the first two say how its states' bytes are read.
 HELD = ("moment1", "moment2", "rounding", "seed", "residual")
@@ -69,12 +72,16 @@ class Moments:
     @property
     def of_ratio(self) -> bool:
         """Whether m / sqrt(v) is held in place of m."""
-        return not self.second.signed and self.first != Float32()
+        return not self.second.signed and self.first != _FLOAT32
+
+    @cached_property
+    def by_row(self) -> bool:
+        """Whether the native update decodes and encodes them."""
+        return (self.first.row_kernel, self.second.row_kernel) == ("int8", "log8")
 
     def formats(self, shape: torch.Size) -> tuple[Format, Format]:
         """The formats of the two moments of a parameter."""
-        small = len(shape) < 2 or shape.numel() < SMALL
-        return (Float32(), Float32()) if small else (self.first, self.second)
+        return (_FLOAT32, _FLOAT32) if _is_small(shape) else (self.first, self.second)
 
     def nbytes(self, shape: torch.Size) -> int:
         """Bytes of a parameter's moments."""
@@ -89,7 +96,7 @@ class Moments:
         held_v = self._pack(v, second, seeds[1])
         if self.of_ratio and first == self.first:
             # No root of a float32 lies below 2^-75 but 0, where m is 0 or next to it.
-            m = m / _dequantize(held_v, second, v.shape).sqrt_().clamp_(min=2.0**-75)
+            m = m / _root(_dequantize(held_v, second, v.shape)).clamp_(min=2.0**-75)
         return self._pack(m, first, seeds[0]), held_v
 
     def decode(self, exp_avg: Tensor, exp_avg_sq: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -102,10 +109,14 @@ class Moments:
         for name, held, fmt in (("exp_avg", exp_avg, first), ("exp_avg_sq", exp_avg_sq, second)):
             _check(name, held, fmt, shape)
         m, v = _dequantize(exp_avg, first, shape), _dequantize(exp_avg_sq, second, shape)
-        return (m.mul_(v.sqrt()) if self.of_ratio and first == self.first else m), v
+        return (m.mul_(_root(v)) if self.of_ratio and first == self.first else m), v
 
     def _pack(self, x: Tensor, fmt: Format, seed: int) -> Tensor:
-        return x if fmt == Float32() else pack(x.float().reshape(_matrix(x.shape)), fmt, -1, self.rounding, seed).data
+        return x if fmt == _FLOAT32 else pack(x.float().reshape(_matrix(x.shape)), fmt, -1, self.rounding, seed).data
+
+
+def _is_small(shape: torch.Size) -> bool:
+    return len(shape) < 2 or shape.numel() < SMALL
 
 
 def _matrix(shape: torch.Size) -> torch.Size:
@@ -113,14 +124,19 @@ def _matrix(shape: torch.Size) -> torch.Size:
     return torch.Size((shape[0], shape.numel() // shape[0])) if len(shape) > 1 and shape[0] else shape
 
 
+def _root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded: torch's own of a float32 is not, and differs between CPUs."""
+    return x.double().sqrt_().to(x.dtype)
+
+
 def _dequantize(held: Tensor, fmt: Format, shape: torch.Size) -> Tensor:
-    if fmt == Float32():
+    if fmt == _FLOAT32:
         return held
     return QuantizedTensor(held, _matrix(shape), torch.float32, fmt, -1).dequantize().view(shape)
 
 
 def _check(name: str, held: Tensor, fmt: Format, shape: torch.Size) -> None:
-    if fmt == Float32():
+    if fmt == _FLOAT32:
         fits, expected = held.shape == shape and held.is_floating_point(), f"{tuple(shape)} of floats"
     else:
         nbytes = fmt.nbytes(_matrix(shape))
@@ -203,45 +219,58 @@ class LowBitAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        together: dict[AdamStep, list[Tensor]] = {}
         for index, group, p in self._parameters():
-            if p.grad is not None:
-                self._update(index, group, p, p.grad)
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+            number = self.state[p].get("step", 0) + 1
+            rates = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+            step = _step(*rates, group["residual"], number)
+            if (
+                _is_small(p.shape)
+                and p.is_cpu
+                and p.dtype is p.grad.dtype is torch.float32
+                and not hasattr(p, "dsq_codes")
+            ):
+                together.setdefault(step, []).append(p)
+            else:
+                self._update(index, group, number, step, p)
+        for step, parameters in together.items():
+            self._update_small(step, parameters)
         return loss
 
-    def _update(self, index: int, group: Mapping[str, Any], p: Tensor, grad: Tensor) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        # A weight that is held as codes has no values of its own, and takes its step in integers.
-        codes = getattr(p, "dsq_codes", None)
-        held_values = p.data if codes is None else codes.coded.dequantize()
-        values, grad = (x.float() if x.dtype in _HALF else x for x in (held_values, grad))
-        moments, state = _moments_of(group), self.state[p]
-        step = state.get("step", 0) + 1
-        if state:
-            m, v = moments.decode(state["exp_avg"], state["exp_avg_sq"], p.shape)
-        else:
-            m, v = torch.zeros_like(values), torch.zeros_like(values)
-        beta1, beta2 = group["betas"]
-        # In the order of fairseq's Adam, for its bits.
-        m.mul_(beta1).add_(grad, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        step_size = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        deviation, decay = v.sqrt().add_(group["eps"]), group["weight_decay"] * group["lr"]
-        if codes is not None:
-            taken = values.mul_(decay).addcdiv_(m, deviation, value=step_size)
-            if group["residual"] == "moment1" and step_size != 0:
-                codes.subtract_(taken, _seed(group, step, index, 2), leave_rest=True)
-                m.addcmul_(taken, deviation, value=(1 / beta1 - 1) / step_size)
-            else:
-                codes.subtract_(taken, _seed(group, step, index, 2))
-        else:
-            if decay != 0:
-                values.add_(values, alpha=-decay)
-            values.addcdiv_(m, deviation, value=-step_size)
-            if p.dtype in _HALF:
-                p.data.copy_(values)
-        held = moments.encode(m, v, _seeds(group, step, index))
-        state.update(step=step, exp_avg=held[0], exp_avg_sq=held[1])
+    def _update(self, index: int, group: Mapping[str, Any], number: int, step: AdamStep, p: Tensor) -> None:
+        assert p.grad is not None
+        state, codes = self.state[p], getattr(p, "dsq_codes", None)
+        seeds = _seeds(group, number, index)
+        m, v = _run(_Update(p, p.grad, codes, state, _moments_of(group), step, seeds))
+        state.update(step=number, exp_avg=m, exp_avg_sq=v)
+
+    def _update_small(self, step: AdamStep, parameters: list[Tensor]) -> None:
+        """The definition's update with moments in float32; in a call for all tensors, which takes them in turn."""
+        grads, m, v = [], [], []
+        for p in parameters:
+            state, grad = self.state[p], p.grad
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            for name in ("exp_avg", "exp_avg_sq"):
+                _check(name, state[name], _FLOAT32, p.shape)
+            assert grad is not None
+            state["step"] += 1
+            grads.append(grad)
+            m.append(state["exp_avg"])
+            v.append(state["exp_avg_sq"])
+        torch._foreach_mul_(m, step.beta1)
+        torch._foreach_add_(m, grads, alpha=step.rest1)
+        torch._foreach_mul_(v, step.beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=step.rest2)
+        deviations = torch._foreach_sqrt(v)
+        torch._foreach_add_(deviations, step.eps)
+        if step.decay != 0:
+            torch._foreach_add_(parameters, parameters, alpha=-step.decay)
+        torch._foreach_addcdiv_(parameters, m, deviations, value=-step.size)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up states, bytes as they are; those in other formats, or of another Adam, are encoded in this one's.
@@ -263,6 +292,117 @@ class LowBitAdam(torch.optim.Optimizer):
                     raise ValueError(f"state of parameter {index}: {error}") from None
 
 
+@lru_cache(maxsize=64)
+def _step(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, residual: Residual, number: int
+) -> AdamStep:
+    """What the update of this number multiplies by."""
+    size = lr * math.sqrt(1 - beta2**number) / (1 - beta1**number)
+    kept = (1 / beta1 - 1) / size if residual == "moment1" and size != 0 else 0.0
+    return AdamStep(beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay * lr, size, kept)
+
+
+class _Update(NamedTuple):
+    """Of one parameter.
+
+    Attributes:
+        codes: what holds its weight; None for a float.
+        state: empty before the first.
+        seeds: of the moments' noise and of the codes'.
+    """
+
+    p: Tensor
+    grad: Tensor
+    codes: Any
+    state: Mapping[str, Any]
+    moments: Moments
+    step: AdamStep
+    seeds: tuple[int, int, int]
+
+
+def _run(update: _Update) -> tuple[Tensor, Tensor]:
+    """Update the parameter; gives what holds its moments."""
+    p, grad, codes, _, moments, _, _ = update
+    kernels = native.kernels
+    covered = moments.by_row and not _is_small(p.shape) and p.is_cpu and grad.is_cpu
+    covered = covered and p.dtype is grad.dtype is torch.float32
+    covered = covered and (p.is_contiguous() if codes is None else codes.kernel_codes is not None)
+    if covered and kernels is not None and (fused := _fused(kernels)) is not None:
+        return _run_kernel(kernels, fused, update)
+    return _run_definition(update)
+
+
+def _run_definition(update: _Update) -> tuple[Tensor, Tensor]:
+    p, grad, codes, state, moments, step, seeds = update
+    held_values = p.data if codes is None else codes.coded.dequantize()
+    values, grad = (x.float() if x.dtype in _HALF else x for x in (held_values, grad))
+    if state:
+        m, v = moments.decode(state["exp_avg"], state["exp_avg_sq"], p.shape)
+    else:
+        m, v = torch.zeros_like(values), torch.zeros_like(values)
+    # In the order of fairseq's Adam, for its bits.
+    m.mul_(step.beta1).add_(grad, alpha=step.rest1)
+    v.mul_(step.beta2).addcmul_(grad, grad, value=step.rest2)
+    root = v.sqrt() if moments.formats(p.shape) == (_FLOAT32, _FLOAT32) else _root(v)
+    deviation = root.add_(step.eps)
+    if codes is not None:
+        taken = values.mul_(step.decay).addcdiv_(m, deviation, value=step.size)
+        if step.residual != 0:
+            codes.subtract_(taken, seeds[2], leave_rest=True)
+            m.addcmul_(taken, deviation, value=step.residual)
+        else:
+            codes.subtract_(taken, seeds[2])
+    else:
+        if step.decay != 0:
+            values.add_(values, alpha=-step.decay)
+        values.addcdiv_(m, deviation, value=-step.size)
+        if p.dtype in _HALF:
+            p.data.copy_(values)
+    return moments.encode(m, v, seeds[:2])
+
+
+def _run_kernel(kernels: native.Kernels, fused: bool, update: _Update) -> tuple[Tensor, Tensor]:
+    p, grad, codes, state, moments, step, seeds = update
+    m, v = (state.get(name) for name in ("exp_avg", "exp_avg_sq"))
+    if m is None or v is None:
+        m, v = (torch.empty(fmt.nbytes(_matrix(p.shape)), dtype=torch.uint8) for fmt in moments.formats(p.shape))
+    else:
+        _check("exp_avg", m, moments.first, p.shape)
+        _check("exp_avg_sq", v, moments.second, p.shape)
+        m, v = m.contiguous(), v.contiguous()
+    held = AdamMoments(m, v, moments.second, moments.rounding == "stochastic", seeds[:2], not state)
+    if codes is None:
+        kernels.adam(step, fused, p, grad.contiguous(), held)
+    else:
+        changed = kernels.adam_of_codes(step, fused, codes.kernel_codes, seeds[2], grad.contiguous(), held)
+        codes.record_update(changed)
+    return m, v
+
+
+@cache
+def _fused(kernels: native.Kernels) -> bool | None:
+    """Whether torch rounds a product and its sum at once on this CPU, as the kernels are then told to.
+
+    None where they do not give the definition's bits in either way.
+    """
+    moments, generator = Moments(formats.parse("int8/row"), formats.parse("log8/row")), torch.Generator()
+
+    def sample(run: Callable[[_Update], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        generator.manual_seed(0)
+        p, state = torch.randn(67, 65, generator=generator), dict[str, Tensor]()
+        for number in (1, 2):
+            step = _step(0.1, 0.9, 0.98, 1e-8, 0.1, "none", number)
+            m, v = run(_Update(p, torch.randn(67, 65, generator=generator), None, state, moments, step, (1, 2, 3)))
+            state = {"exp_avg": m, "exp_avg_sq": v}
+        return [p, m, v]
+
+    expected = sample(_run_definition)
+    for fused in (True, False):
+        if all(map(torch.equal, sample(partial(_run_kernel, kernels, fused)), expected)):
+            return fused
+    return None
+
+
 def _restored(
     entry: Mapping[str, Any], saved: Moments, group: Mapping[str, Any], p: Tensor, index: int
 ) -> dict[str, Any]:
@@ -274,7 +414,7 @@ def _restored(
     m, v = saved.decode(exp_avg, exp_avg_sq, p.shape)
     if saved.formats(p.shape) != own.formats(p.shape):
         m = m.masked_fill(v == 0, 0.0)  # as it is in Adam; not where v fell into a zero bin
-        exp_avg, exp_avg_sq = own.encode(m.float(), v.float(), _seeds(group, step, index))
+        exp_avg, exp_avg_sq = own.encode(m.float(), v.float(), _seeds(group, step, index)[:2])
     return {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
@@ -282,6 +422,6 @@ def _seed(group: Mapping[str, Any], step: int, index: int, which: int) -> int:
     return noise_seed(group["seed"], step, index, which)
 
 
-def _seeds(group: Mapping[str, Any], step: int, index: int) -> tuple[int, int]:
-    """Of the two moments."""
-    return _seed(group, step, index, 0), _seed(group, step, index, 1)
+def _seeds(group: Mapping[str, Any], step: int, index: int) -> tuple[int, int, int]:
+    """Of the two moments and of the codes."""
+    return _seed(group, step, index, 0), _seed(group, step, index, 1), _seed(group, step, index, 2)

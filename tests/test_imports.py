@@ -23,7 +23,7 @@ ARROWS = {
     "quantized": {"formats", "kernels"},
     "gemm": {"formats", "kernels"},
     "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized"},
-    "adam": {"formats", "quantized"},
+    "adam": {"formats", "kernels", "quantized"},
     "data_files": {"text"},
     "cost": {"data_files", "formats", "ledger", "precision"},
     # What knows fairseq, and what is made of it.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_dsq.formats import Integer
 from fairseq_dsq.gemm import Operand, Side
+from fairseq_dsq.kernels import native
 from fairseq_dsq.nn.coded import (
     CodedWeight,
     WeightScale,
@@ -80,6 +81,19 @@ class CodedLinear(DSQLinear):
         """The level in force, but for the weight: its codes are multiplied as they are, never rounded again."""
         return super().config.with_weight(self.weight_format)
 
+    @property
+    def kernel_codes(self) -> native.Codes | None:
+        """What the native kernels update in place; None where the definition is to."""
+        codes, scale = self.weight_codes, self.weight_scale
+        if self.weight_format.bits != 8 or not (codes.is_cpu and codes.is_contiguous() and scale.is_contiguous()):
+            return None
+        return native.Codes(codes, scale, code_limits(self.weight_format, self.weight_rule))
+
+    def record_update(self, changed: Tensor | int) -> None:
+        """Take note that an update changed so many codes."""
+        self._held = None
+        self.context.ledger.record_update(changed, self.out_features * self.in_features)
+
     @torch.no_grad()
     def subtract_(self, step: Tensor, seed: int, leave_rest: bool = False) -> None:
         """Subtract ``step``, N x K, from the weight, rounding stochastically to its codes.
@@ -91,17 +105,21 @@ class CodedLinear(DSQLinear):
             leave_rest: ``step`` holds afterwards what of it rounding left undone: the weight held less the exact one,
                 the latter clamped to what the codes can hold.
         """
-        coded = self.coded
+        coded, kernels, weight = self.coded, native.kernels, self.kernel_codes
+        covered = step.is_cpu and step.is_contiguous() and step.dtype is torch.float32 and step.numel() > 0
+        if kernels is not None and weight is not None and covered:
+            self.record_update(kernels.subtract(weight, step, seed, leave_rest))
+            return
         limits = code_limits(self.weight_format, self.weight_rule)
         rows = max(1, _AT_A_TIME // max(1, self.in_features))
-        changed = torch.zeros((), dtype=torch.int64, device=step.device)
+        changed, bad = torch.zeros((), dtype=torch.int64, device=step.device), []
         for start in range(0, self.out_features, rows):
             part = slice(start, start + rows)
             held = coded.codes[part]
             scale = coded.scale if len(coded.scale) == 1 else coded.scale[part]
             delta = step[part].float() / -scale
             finite = delta.isfinite()
-            bad = ~(finite.all() if len(coded.scale) == 1 else finite.all(1, keepdim=True))
+            bad.append(~finite.all(1, keepdim=True))
             before = integers(held, self.in_features, coded.fmt)
             delta.masked_fill_(~finite, 0.0)
             after = update_codes(before, delta, limits, seed, start * self.in_features)
@@ -111,9 +129,9 @@ class CodedLinear(DSQLinear):
                 within = delta.clamp_(limits[0] - before, limits[1] - before)
                 step[part] = (after - before).sub_(within).mul_(scale)
             held.copy_(to_bytes(after, coded.fmt))
-            scale.masked_fill_(bad, torch.nan)
-        self._held = None
-        self.context.ledger.record_update(changed, self.out_features * self.in_features)
+        found = torch.cat(bad)
+        coded.scale.masked_fill_(found.any() if len(coded.scale) == 1 else found, torch.nan)
+        self.record_update(changed)
 
     def _held_weight(self, config: GemmConfig, side: Side) -> Operand:
         if self._held is None or self._held[0] != config:

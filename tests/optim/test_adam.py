@@ -247,6 +247,8 @@ def test_states_in_other_formats_are_encoded_in_those_of_the_flags(saved):
 class Coded:
     """What a weight that is held as codes offers an optimizer."""
 
+    kernel_codes = None
+
     def __init__(self, weight):
         self.weight, self.seeds, self.coded = weight, [], self
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from fairseq_dsq.formats import Format, KernelSpec
 ISAS = ("avx512", "avx2", "baseline")
 NO_KERNELS = "torch"
 VARIABLE = "FAIRSEQ_DSQ_ISA"
+# float32 numbers in a vector of the widest instruction set.
+MOST_LANES = 16
 # Fewer values than this are not worth waking a thread for.
 VALUES_PER_THREAD = 1 << 16
 
@@ -42,8 +44,11 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "factorize": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _UINT64, _INT32),
     "pack_int8": (_POINTER, _POINTER, _INT64, _INT64, _INT32, _UINT64, _INT32),
-    "pack_log8": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT32, _INT32, _INT32, _UINT64, _INT32),
+    "pack_log8": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _UINT64, _INT32),
     "unpack_bytes": (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32),
+    "adam": (_POINTER, _INT32, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
+    "adam_of_codes": (_POINTER, _INT32, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
+    "subtract": (_POINTER, _POINTER, _INT32, _INT64, _INT64, _INT32),
     "dropout": (_POINTER, _POINTER, _INT64, ctypes.c_float, ctypes.c_float, _UINT64, _INT32),
     "pack_positive": (_POINTER, _POINTER, _INT64, _INT32),
     "mask": (_POINTER, _POINTER, _POINTER, _INT64, _INT32),
@@ -68,6 +73,86 @@ class _Format(ctypes.Structure):
 def _format(spec: KernelSpec) -> Any:
     """A pointer to a format as the library reads it."""
     return ctypes.pointer(_Format(*spec))
+
+
+class AdamStep(NamedTuple):
+    """What an update of Adam multiplies by: DsqAdam of adam.cpp, in this order, which says what each field means."""
+
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    eps: float
+    decay: float
+    size: float
+    residual: float = 0.0
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_float) for name in AdamStep._fields)
+
+
+@lru_cache(maxsize=64)
+def _adam_step(step: AdamStep) -> Any:
+    """A pointer to a step as the library reads it."""
+    return ctypes.pointer(_Adam(*step))
+
+
+class AdamMoments(NamedTuple):
+    """Two moments that an update changes in place; contiguous.
+
+    Attributes:
+        m, v: uint8, packed in ``int8/row`` (m / sqrt(v), that is) and in ``fmt``.
+        fmt: ``log8/row``.
+        stochastic: how they round.
+        seeds: of the noise of each.
+        first: they count as zero, whatever they hold.
+    """
+
+    m: Tensor
+    v: Tensor
+    fmt: Format
+    stochastic: bool
+    seeds: tuple[int, int]
+    first: bool
+
+
+class _Moments(ctypes.Structure):
+    """DsqMoments of adam.cpp."""
+
+    _fields_ = (
+        *(("m", _POINTER), ("v", _POINTER), ("log8", _POINTER)),
+        *(("m_seed", _UINT64), ("v_seed", _UINT64), ("scratch", _POINTER), ("stochastic", _INT32), ("first", _INT32)),
+    )
+
+
+class Codes(NamedTuple):
+    """A weight, N x K, of 8-bit integers, which an update changes in place; contiguous.
+
+    Attributes:
+        codes: uint8, N x K, two's complement.
+        scale: float32, N x 1 or 1 x 1; becomes NaN where a step holds Inf or NaN.
+        limits: the smallest and the largest code.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    limits: tuple[int, int]
+
+
+class _Codes(ctypes.Structure):
+    """DsqCodes of adam.cpp."""
+
+    _fields_ = (
+        *(("codes", _POINTER), ("scales", _POINTER), ("scale_stride", _INT64)),
+        *(("min_code", ctypes.c_float), ("max_code", ctypes.c_float), ("seed", _UINT64)),
+        *(("changed", _INT64), ("bad", _INT64)),
+    )
+
+
+def _codes(weight: Codes, seed: int) -> _Codes:
+    codes, scale, limits = weight
+    return _Codes(codes.data_ptr(), scale.data_ptr(), scale.numel() > 1, *limits, seed, 0, 0)
 
 
 class _Operand(ctypes.Structure):
@@ -137,6 +222,9 @@ class Kernels:
     _pack_int8: Any
     _pack_log8: Any
     _unpack_bytes: Any
+    _adam: Any
+    _adam_of_codes: Any
+    _subtract: Any
     _dropout: Any
     _pack_positive: Any
     _mask: Any
@@ -236,8 +324,7 @@ class Kernels:
         if fmt.row_kernel == "int8":
             self._pack_int8(*memory, *rounding)
         else:
-            elements, starts, shift, base = _search(fmt)
-            self._pack_log8(*memory, elements.data_ptr(), starts.data_ptr(), shift, base, *rounding)
+            self._pack_log8(*memory, _log8(fmt).data_ptr(), *rounding)
 
     def unpack_rows(self, data: Tensor, out: Tensor, fmt: Format) -> None:
         """Write the values of such bytes to ``out``."""
@@ -246,6 +333,34 @@ class Kernels:
             *(data.data_ptr(), out.data_ptr(), out.numel() // length, length, _elements(fmt).data_ptr()),
             self._threads(out),
         )
+
+    def adam(self, step: AdamStep, fused: bool, values: Tensor, grad: Tensor, moments: AdamMoments) -> None:
+        """Update ``values`` and ``moments``; ``fused`` rounds once where a product is added to a number."""
+        rows, length, threads = self._cut(values)
+        held, _scratch = _held(moments, length, threads)
+        self._adam(_adam_step(step), fused, values.data_ptr(), grad.data_ptr(), held, rows, length, threads)
+
+    def adam_of_codes(
+        self, step: AdamStep, fused: bool, weight: Codes, seed: int, grad: Tensor, moments: AdamMoments
+    ) -> int:
+        """Update the codes and ``moments``; gives how many codes changed."""
+        rows, length, threads = self._cut(weight.codes)
+        held, _scratch = _held(moments, length, threads)
+        codes = _codes(weight, seed)
+        self._adam_of_codes(_adam_step(step), fused, ctypes.byref(codes), grad.data_ptr(), held, rows, length, threads)
+        return int(codes.changed)
+
+    def subtract(self, weight: Codes, step: Tensor, seed: int, leave_rest: bool) -> int:
+        """Subtract ``step`` from a weight; leave in it what rounding left undone; gives how many codes changed."""
+        codes = _codes(weight, seed)
+        self._subtract(ctypes.byref(codes), step.data_ptr(), leave_rest, *self._cut(step))
+        return int(codes.changed)
+
+    def _cut(self, x: Tensor) -> tuple[int, int, int]:
+        """The rows of its first dimension (one, of a vector), their length, and threads for them."""
+        count = x.numel()
+        rows = x.shape[0] if x.dim() > 1 else 1
+        return rows, count // rows, self._threads_for(count // VALUES_PER_THREAD)
 
     def dropout(self, x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
         """Write ``x * scale`` where the noise of ``seed`` is at least ``p``, else 0, to ``out``."""
@@ -260,6 +375,14 @@ class Kernels:
         self._mask(x.data_ptr(), data.data_ptr(), out.data_ptr(), x.numel(), self._threads(x))
 
 
+def _held(moments: AdamMoments, length: int, threads: int) -> tuple[Any, Tensor]:
+    """A pointer to the moments as the library reads them, and memory that has to live as long."""
+    m, v, fmt, stochastic, seeds, first = moments
+    scratch = torch.empty(threads * 2 * (length + MOST_LANES))
+    log8, memory = _log8(fmt).data_ptr(), scratch.data_ptr()
+    return ctypes.byref(_Moments(m.data_ptr(), v.data_ptr(), log8, *seeds, memory, stochastic, first)), scratch
+
+
 @cache
 def _elements(fmt: Format) -> Tensor:
     """The element of every byte."""
@@ -267,16 +390,14 @@ def _elements(fmt: Format) -> Tensor:
 
 
 @cache
-def _search(fmt: Format) -> tuple[Tensor, Tensor, int, int]:
-    """What encode_log8 of rows.cpp looks its neighbours up in: elements, starts, shift, base.
-
-    A float's bits without the lowest ``shift`` are its bucket, a sixteenth of an octave: less than between elements.
-    """
-    elements, shift = _elements(fmt).flip(0).contiguous(), 23 - 4
-    first, last = (int(bits) >> shift for bits in elements[[0, -1]].view(torch.int32))
-    smallest = (torch.arange(first, last + 1, dtype=torch.int32) << shift).view(torch.float32)
-    starts = (torch.bucketize(smallest, elements, right=True) - 1).clamp_(0, len(elements) - 2)
-    return elements, starts.to(torch.uint8), shift, first
+def _log8(fmt: Format) -> Tensor:
+    """Log8 of rows.h: the elements, smallest first, and two factors of each, of which one is the same for 16."""
+    elements = _elements(fmt).flip(0)
+    smallest = float(elements[0])
+    fine = smallest ** -(torch.arange(18, dtype=torch.float64) / 255)
+    coarse = smallest ** (1 - torch.arange(0, 256, 16, dtype=torch.float64) / 255)
+    parts = [part for factor in (coarse, fine) for part in (factor.float(), (factor - factor.float()).float())]
+    return torch.cat([elements, *parts])
 
 
 def _operand(x: Tensor, bits: int, terms: int) -> Any:

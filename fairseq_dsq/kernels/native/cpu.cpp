@@ -25,7 +25,7 @@ EXPORT const char* dsq_openmp() {
 EXPORT int32_t dsq_baseline_runs() { return 1; }
 
 #if defined(__x86_64__)
-EXPORT int32_t dsq_avx2_runs() { return __builtin_cpu_supports("avx2") != 0; }
+EXPORT int32_t dsq_avx2_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 EXPORT int32_t dsq_avx512_runs() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

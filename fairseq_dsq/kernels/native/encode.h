@@ -94,15 +94,18 @@ INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, int 
 
 // ---- Rounding
 
-// The noise of an element: uniform multiples of 2^-24 in [0, 1). definition.noise is the definition.
 INLINE U mix(U h) {
     h = (h ^ (h >> 16)) * 0x7feb352du;
     h = (h ^ (h >> 15)) * 0x846ca68bu;
     return h ^ (h >> 16);
 }
+// Uniform integers of an element below 2^32: definition.random_bits is the definition.
+INLINE U random_bits(U index, uint64_t seed) {
+    return mix(mix(index + (uint32_t)seed) ^ (uint32_t)(seed >> 32));
+}
+// The noise of an element: uniform multiples of 2^-24 in [0, 1). definition.noise is the definition.
 INLINE F noise(U index, uint64_t seed) {
-    U h = mix(mix(index + (uint32_t)seed) ^ (uint32_t)(seed >> 32));
-    return __builtin_convertvector((I)(h >> 8), F) * 0x1p-24f;
+    return __builtin_convertvector((I)(random_bits(index, seed) >> 8), F) * 0x1p-24f;
 }
 
 // Codes, as float. `index` is the first lane's place in the tensor.

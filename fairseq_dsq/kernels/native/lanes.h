@@ -83,6 +83,24 @@ INLINE F round_even(F v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+INLINE F square_root(F v) { return _mm512_sqrt_ps(v); }
+INLINE F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+INLINE F square_root(F v) { return _mm256_sqrt_ps(v); }
+INLINE F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+INLINE F square_root(F v) {
+    for (int lane = 0; lane < LANES; lane++) v[lane] = __builtin_sqrtf(v[lane]);
+    return v;
+}
+// a * b + c, rounded once; the C library's where the instruction set has none.
+INLINE F multiply_add(F a, F b, F c) {
+    for (int lane = 0; lane < LANES; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+}
+#endif
+
 INLINE F floor(F v) {
     F rounded = round_even(v);
     return rounded - bits<F>(bits<U>((I)(rounded > v)) & bits<U>(all(1.0f)));
@@ -103,6 +121,19 @@ INLINE uint32_t largest_lane(U v) {
     uint32_t found = 0;
     for (int lane = 0; lane < LANES; lane++) found = v[lane] > found ? v[lane] : found;
     return found;
+}
+
+// Whether a comparison holds in any lane.
+INLINE bool any(I condition) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)condition) != 0;
+#else
+    int32_t found = 0;
+    for (int lane = 0; lane < LANES; lane++) found |= condition[lane];
+    return found != 0;
+#endif
 }
 
 // The largest lane of v[0], of v[1], ...: each round halves the lanes that a vector's maximum is spread over.
@@ -216,6 +247,19 @@ INLINE U widen<uint8_t>(Vector<uint8_t>::type v) {
 template <>
 INLINE U widen<uint16_t>(Vector<uint16_t>::type v) {
     return (U)_mm256_cvtepu16_epi32((__m128i)v);
+}
+#endif
+
+#if defined(__AVX512F__)
+#define LOOKUP16
+// table[index % 16].
+INLINE F lookup16(const float* table, U index) { return _mm512_permutexvar_ps((__m512i)index, load<F>(table)); }
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LOOKUP16
+INLINE F lookup16(const float* table, U index) {
+    F low = _mm256_permutevar8x32_ps(load<F>(table), (__m256i)index);
+    F high = _mm256_permutevar8x32_ps(load<F>(table + 8), (__m256i)index);
+    return _mm256_blendv_ps(low, high, bits<F>(index << 28));
 }
 #endif
 

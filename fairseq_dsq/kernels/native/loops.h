@@ -1,6 +1,10 @@
 // Loops over the parts of a tensor, on several threads where that pays.
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "lanes.h"
 
 namespace {
@@ -11,6 +15,15 @@ constexpr int CHUNK = 1024;
 constexpr int BOXES = 512;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Of the thread that runs a body of for_each, from 0.
+INLINE int thread_number() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 template <class Body>
 void for_each(int64_t items, int threads, Body body) {
