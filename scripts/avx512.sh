@@ -7,7 +7,8 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 use_env dev
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || set -- tests/kernels/test_gemm.py tests/kernels/test_native.py
+[ $# -gt 0 ] || set -- tests/kernels/test_gemm.py tests/kernels/test_native.py tests/kernels/test_rows.py \
+    tests/kernels/test_adam.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -16,11 +17,11 @@ cd "$folder"
 native=fairseq_dsq/kernels/native
 source_number=$(python -c 'from fairseq_dsq.kernels import native; print(native.source_number())')
 for lacks in nothing avx512bf16; do
-    for source in cpu quantize masks gemm; do
+    for source in cpu quantize rows adam masks gemm; do
         g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/kernels/emulated_avx512.h \
             "-DEMULATED_WITHOUT=\"$lacks\"" -DDSQ_ISA=avx512 "-DDSQ_SOURCE=${source_number}u" -c $native/$source.cpp -o $source.o
     done
-    g++ -shared -fopenmp cpu.o quantize.o masks.o gemm.o -o $native/_kernels.so
+    g++ -shared -fopenmp cpu.o quantize.o rows.o adam.o masks.o gemm.o -o $native/_kernels.so
     echo "emulated: AVX-512, of AVX512-VNNI and AVX512-BF16 lacks $lacks"
     FAIRSEQ_DSQ_ISA=avx512 PYTHONPATH=$folder python -m pytest -q -c .pytest.ini "$@"
 done

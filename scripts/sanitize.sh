@@ -8,7 +8,7 @@ set -euo pipefail
 use_env dev
 export OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- tests/kernels/test_bounds.py tests/kernels/test_native.py tests/kernels/test_packing.py \
-    tests/kernels/test_gemm.py tests/nn/test_threads.py
+    tests/kernels/test_rows.py tests/kernels/test_adam.py tests/kernels/test_gemm.py tests/nn/test_threads.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -74,41 +74,43 @@ struct FloatRow {
 struct CodedRow {
     DsqCodes& weight;
     uint8_t* codes;
-    float* scale;
+    float* held_scale;
+    // Copies, which no store to the codes can change.
+    F scale, min_code, max_code;
+    uint64_t seed;
     I changed{}, bad{};
 
     INLINE CodedRow(DsqCodes* weight, int64_t row, int64_t length)
-        : weight(*weight), codes(weight->codes + row * length), scale(weight->scales + row * weight->scale_stride) {}
+        : weight(*weight), codes(weight->codes + row * length),
+          held_scale(weight->scales + row * weight->scale_stride), scale(all(*held_scale)),
+          min_code(all(weight->min_code)), max_code(all(weight->max_code)), seed(weight->seed) {}
 
     template <bool FUSED>
     INLINE void update(const DsqAdam& adam, F& m, F deviation, int64_t at, int64_t count, uint32_t place) {
-        F value = load_int8(codes + at, count) * *scale;
+        F value = load_int8(codes + at, count) * scale;
         F rest = subtract(add_quotient(value * adam.decay, m * adam.size, deviation), at, count, place);
         if (adam.residual != 0) m = add_product<FUSED>(m, adam.residual * rest, deviation);
     }
 
     // Gives what rounding left undone of the step. `place` is the first value's in the weight.
     INLINE F subtract(F step, int64_t at, int64_t count, uint32_t place) {
-        F delta = step / -*scale;
+        F delta = step / -scale;
         U size = bits<U>(delta) & ~SIGN, sign = bits<U>(delta) & SIGN;
         I finite = (I)(size < INFINITE);
         bad |= keep(~finite, count);
         F magnitude = bits<F>(size & bits<U>(finite)), whole = floor(magnitude);
-        // The fraction in units of 2^-32, 16 bits at a time.
-        F upper = (magnitude - whole) * 0x1p16f, lower = (upper - floor(upper)) * 0x1p16f;
-        U threshold = (U) __builtin_convertvector(upper, I) << 16 | (U) __builtin_convertvector(lower, I);
-        I away = (I)(random_bits(lane_numbers() + place, weight.seed) < threshold);
-        F moved = whole + one_where(away);
-        F before = load_int8(codes + at, count), after = bits<F>(bits<U>(moved) | sign) + before;
-        after = min(all(weight.max_code), max(all(weight.min_code), after));
+        U threshold = whole_part((magnitude - whole) * 0x1p32f);  // the fraction in units of 2^-32
+        I away = (I)(random_bits(lane_numbers() + place, seed) < threshold);
+        F moved = bits<F>(bits<U>(whole + one_where(away)) | sign);
+        F before = load_int8(codes + at, count), after = min(max_code, max(min_code, moved + before));
         changed -= keep((I)(after != before), count);  // a comparison is -1
         store_int8(codes + at, after, count);
-        F within = max(bits<F>(bits<U>(magnitude) | sign), weight.min_code - before);
-        return (after - before - min(within, weight.max_code - before)) * *scale;
+        F within = max(bits<F>(bits<U>(magnitude) | sign), min_code - before);
+        return (after - before - min(within, max_code - before)) * scale;
     }
 
     INLINE void finish() {
-        if (any(bad) && weight.scale_stride) *scale = __builtin_nanf("");
+        if (any(bad) && weight.scale_stride) *held_scale = __builtin_nanf("");
         int64_t count = 0;
         for (int lane = 0; lane < LANES; lane++) count += changed[lane];
         __atomic_fetch_add(&weight.changed, count, __ATOMIC_RELAXED);

@@ -101,10 +101,24 @@ INLINE F multiply_add(F a, F b, F c) {
 }
 #endif
 
+#if defined(__AVX512F__)
+INLINE F floor(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+// The whole part of numbers from 0 to 2^32.
+INLINE U whole_part(F v) { return (U)_mm512_cvttps_epu32(v); }
+#else
+#if defined(__AVX2__)
+INLINE F floor(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+#else
 INLINE F floor(F v) {
     F rounded = round_even(v);
     return rounded - bits<F>(bits<U>((I)(rounded > v)) & bits<U>(all(1.0f)));
 }
+#endif
+INLINE U whole_part(F v) {  // 16 bits at a time
+    F upper = floor(v * 0x1p-16f);
+    return (U) __builtin_convertvector(upper, I) << 16 | (U) __builtin_convertvector(v - upper * 0x1p16f, I);
+}
+#endif
 
 #if defined(__clang__)
 #define SHUFFLE2(a, b, mask) shuffle_lanes(a, b, mask)
