@@ -164,6 +164,7 @@ def assert_codes_are_the_definition_s(monkeypatch, kernels, *arguments, steps=3,
 def test_a_weight_of_codes_is_the_definition_s(monkeypatch, kernels, fmt, rule, pair):
     for lr, decay in ((1e-3, 0.0), (2.0, 0.1)):  # steps of less than a code, and of some that clip
         flags = {"lr": lr, "weight_decay": decay, "moment1": pair[0], "moment2": pair[1]}
+        flags["residual"] = "moment1" if rule == "own" else "none"
         *_, changed = assert_codes_are_the_definition_s(monkeypatch, kernels, fmt, rule, **flags)
         assert all(0 < count < total for count, total in map(torch.Tensor.tolist, changed))
 
