@@ -23,6 +23,7 @@ stays. Source: "ECO: Quantized Training without Full-Precision Master Weights", 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
@@ -400,6 +401,11 @@ def _fused(kernels: native.Kernels) -> bool | None:
     for fused in (True, False):
         if all(map(torch.equal, sample(partial(_run_kernel, kernels, fused)), expected)):
             return fused
+    warnings.warn(
+        f"dsq_adam: the {kernels.isa} kernels do not give the definition's bits on this CPU; it updates in plain "
+        "torch, which is slower",
+        stacklevel=2,
+    )
     return None
 
 
