@@ -135,6 +135,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "gfloat",
             "ruff",
             "mypy",
             "qtorch",

@@ -200,7 +200,7 @@ def factorize(
         TypeError, IndexError, ValueError: as for :func:`fake_quantize`, or a format with groups inside of a row.
     """
     _check(x, dim, rounding)
-    if not isinstance(fmt.group, str):
+    if not isinstance(fmt.group, str) and not fmt.outer_scale:
         raise ValueError(f"fmt: got {fmt}, expected one scale for each row or for the tensor")
     return ops.factorize(_without_grad(x), dim, fmt.text, _seed(rounding, generator))
 

@@ -45,9 +45,9 @@ ARROWS = {
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "bench": {"adam", "formats", "nn", "plugin", "precision", "quantized"},
     "cli": {
-        *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "glue", "kernels"),
-        *("ledger", "lm", "nn", "plugin", "precision", "quantized", "recipes", "record", "report", "schedules"),
-        *("text", "translation"),
+        *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "gemm", "glue"),
+        *("kernels", "ledger", "lm", "nn", "plugin", "precision", "quantized", "recipes", "record", "report"),
+        *("schedules", "text", "translation"),
     },
 }
 

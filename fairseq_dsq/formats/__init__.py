@@ -16,6 +16,7 @@ from fairseq_dsq.formats.base import (
     Group,
     KernelSpec,
     ScaleRule,
+    examples,
     make_format,
     names,
     parse,
@@ -25,8 +26,12 @@ from fairseq_dsq.formats.base import (
 from fairseq_dsq.formats.bfp import BlockFloat
 from fairseq_dsq.formats.fixed import FixedPoint
 from fairseq_dsq.formats.float32 import Float32
+from fairseq_dsq.formats.fp8 import ScaledE4M3, ScaledE5M2
 from fairseq_dsq.formats.integer import Integer
 from fairseq_dsq.formats.logarithmic import Logarithmic
+from fairseq_dsq.formats.mx import MX_RULES, MXFP4, MXFP6E2M3, MXFP6E3M2, MXFP8E4M3, MXFP8E5M2, MXInt8
+from fairseq_dsq.formats.nvfp4 import NVFP4
+from fairseq_dsq.formats.small_float import SmallFloat
 from fairseq_dsq.formats.ternary import Ternary
 
 __all__ = [
@@ -35,6 +40,13 @@ __all__ = [
     "MAX_BITS",
     "MAX_BOX_SIZE",
     "MIN_BITS",
+    "MXFP4",
+    "MXFP6E2M3",
+    "MXFP6E3M2",
+    "MXFP8E4M3",
+    "MXFP8E5M2",
+    "MX_RULES",
+    "NVFP4",
     "SCALE_RULES",
     "BlockFloat",
     "FixedPoint",
@@ -46,8 +58,13 @@ __all__ = [
     "Integer",
     "KernelSpec",
     "Logarithmic",
+    "MXInt8",
     "ScaleRule",
+    "ScaledE4M3",
+    "ScaledE5M2",
+    "SmallFloat",
     "Ternary",
+    "examples",
     "make_format",
     "names",
     "parse",

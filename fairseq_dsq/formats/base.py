@@ -43,15 +43,20 @@ SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
 
 
 class KernelSpec(NamedTuple):
-    """A format of power-of-two scales and integer codes, as the kernels take it: DsqFormat in C++, in this order.
+    """A format of power-of-two scales, as the kernels take it: DsqFormat in C++, in this order.
+
+    Codes are integers, or minifloats: sign, exponent with a bias of half its range, and mantissa.
 
     Attributes:
         bits: bits of a code.
-        signed_zero: 1 for sign-magnitude codes, 0 for two's complement.
+        signed_zero: 1 for sign-magnitude codes, minifloats among them, 0 for two's complement.
         box_size: values that share a scale; 0 for the whole tensor.
         fixed_exponent: the biased exponent of every scale; 0 where it follows from the values.
-        min_code, max_code: the smallest and the largest code.
+        min_code, max_code: the smallest and the largest integer, or minifloat, which saturates.
         headroom: added to the bits of a box's largest magnitude, a float32, before its exponent is read.
+        exponent_bits: of a minifloat; 0 for integers.
+        element_exponent: taken from that exponent.
+        least_exponent: the smallest biased exponent of a scale.
     """
 
     bits: int
@@ -61,6 +66,9 @@ class KernelSpec(NamedTuple):
     min_code: float
     max_code: float
     headroom: int
+    exponent_bits: int = 0
+    element_exponent: int = 0
+    least_exponent: int = 1
 
 
 # What engines and kernels are told about a format's values, and the methods that it tells of.
@@ -89,6 +97,8 @@ class Format(ABC):
     # Bytes of a stored scale, and what it is stored as.
     scale_bytes: ClassVar[int] = 1
     scale_dtype: ClassVar[torch.dtype] = torch.uint8
+    # Bytes of what all of a tensor shares beside that, in front of all else; see of_tensor.
+    tensor_bytes: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
         """A class with methods of its own inherits no claim about those of its parent: it makes its own, or none."""
@@ -149,10 +159,22 @@ class Format(ABC):
     def from_codes(self, codes: Tensor) -> Tensor:
         """The inverse of :meth:`to_codes`."""
 
+    def of_tensor(self, x: Tensor) -> Format:
+        """The format of one tensor: the same, or one that knows what all of the tensor shares."""
+        return self
+
+    def tensor_to_bytes(self) -> Tensor:
+        """What all of a tensor shares, ``tensor_bytes`` of uint8, of a format that :meth:`of_tensor` gave."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def tensor_from_bytes(self, data: Tensor) -> Format:
+        """The inverse of :meth:`tensor_to_bytes`."""
+        return self
+
     @property
     def mixes(self) -> bool:
         """Whether one scale follows from all of a tensor: a sentence's values then depend on its batch."""
-        return self.group == "tensor"
+        return self.group == "tensor" or self.tensor_bytes > 0
 
     def by_row(self) -> Format | None:
         """The format with one scale for each row; None where there is no such."""
@@ -200,7 +222,7 @@ class Format(ABC):
         per_fibre = full * (self.scale_bytes + self.codes_nbytes(values))
         if rest:
             per_fibre += self.scale_bytes + self.codes_nbytes(rest)
-        return count // length * per_fibre
+        return self.tensor_bytes + count // length * per_fibre
 
     def codes_nbytes(self, values: int) -> int:
         """Bytes of a group's codes, its scale not among them."""
@@ -219,23 +241,37 @@ def _check_spec(fmt: Format, spec: KernelSpec) -> None:
         ("bits", spec.bits, fmt.bits),
         ("box_size", spec.box_size, kernel_box_size(fmt.group)),
         ("scale_bytes", fmt.scale_bytes, 1),
+        ("tensor_bytes", fmt.tensor_bytes, 0),
         ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
     ):
         if got != expected:
             raise ValueError(f"{fmt}: {name}: got {got} for the kernels, expected {expected}")
     check_bits(spec.bits)
     magnitudes = 1 << (spec.bits - 1)
-    smallest = 1 - magnitudes if spec.signed_zero else -magnitudes
+    smallest, largest = float(1 - magnitudes if spec.signed_zero else -magnitudes), float(magnitudes - 1)
+    if spec.exponent_bits:
+        mantissa_bits = spec.bits - 1 - spec.exponent_bits
+        if not (2 <= spec.exponent_bits <= 5 and mantissa_bits >= 1 and spec.bits <= 8 and spec.signed_zero):
+            raise ValueError(
+                f"{fmt}: exponent_bits: got {spec.exponent_bits} of {spec.bits} bits, expected 2 to 5 of at most 8, "
+                "a sign and a mantissa beside them"
+            )
+        largest = (2.0 - 2.0**-mantissa_bits) * 2.0 ** (1 << spec.exponent_bits - 1)
+        smallest = -largest
     for name, code, low, high in (
-        ("min_code", int(spec.min_code), smallest, 0),
-        ("max_code", int(spec.max_code), 0, magnitudes - 1),
+        ("min_code", spec.min_code, smallest, 0),
+        ("max_code", spec.max_code, 0, largest),
     ):
         if not low <= code <= high:
-            raise ValueError(f"{fmt}: {name}: got {code}, expected {low} to {high} in {spec.bits} bits")
+            raise ValueError(f"{fmt}: {name}: got {code:.15g}, expected {low:.15g} to {high:.15g} in {spec.bits} bits")
     if not 0 <= spec.fixed_exponent <= 254:
         raise ValueError(f"{fmt}: fixed_exponent: got {spec.fixed_exponent}, expected 0 to 254")
     if not 0 <= spec.headroom < 1 << (SIGNIFICAND_BITS - 1):
         raise ValueError(f"{fmt}: headroom: got {spec.headroom}, expected 0 to {(1 << (SIGNIFICAND_BITS - 1)) - 1}")
+    if not 0 <= spec.element_exponent <= 15:
+        raise ValueError(f"{fmt}: element_exponent: got {spec.element_exponent}, expected 0 to 15")
+    if spec.least_exponent not in (0, 1):
+        raise ValueError(f"{fmt}: least_exponent: got {spec.least_exponent}, expected 0 or 1")
 
 
 def check_bits(bits: int) -> None:
@@ -310,7 +346,7 @@ def register(name: str, make: Make | None, parse: Parse | None = None, example: 
         name: the family's.
         make: gives the format of one q; None for a family that no q stands for, which is no value of the flag.
         parse: gives the format of a text, or None for one of another family; left out, a text is the name and q.
-        example: a text or several, for messages.
+        example: a text or several, for messages and tables; by itself the name and 8.
 
     Raises:
         ValueError: the name is taken.
@@ -337,6 +373,11 @@ def names() -> list[str]:
     return sorted(name for name, family in _FAMILIES.items() if family.make)
 
 
+def examples() -> dict[str, list[str]]:
+    """Texts of each registered family."""
+    return {name: (family.example or f"{name}8").split(", ") for name, family in _FAMILIES.items()}
+
+
 def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> Format:
     """The format that a flag's name and q stand for.
 
@@ -352,7 +393,7 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 def parse(text: str) -> Format:
     """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``ternary``,
-    ``log8/row``, ``float32``.
+    ``log8/row``, ``float32``, ``mxfp4``, ``mxfp8e4m3/16-rceil``, ``nvfp4``, ``fp8e4m3/row``, ``bf16``, ``e5m2``.
 
     Raises:
         ValueError: text that names no format.
@@ -371,5 +412,5 @@ def _parsed(text: str) -> Format:
 
 
 def _examples() -> str:
-    *others, last = [family.example or f"{name}8" for name, family in _FAMILIES.items()]
+    *others, last = [texts[0] for texts in examples().values()]
     return f"{', '.join(others)} or {last}"

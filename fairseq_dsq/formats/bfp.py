@@ -66,4 +66,4 @@ def _parse(text: str) -> BlockFloat | None:
     return BlockFloat(int(match[1]), box_size, "fit" if match[3] else "floor")  # type: ignore[arg-type]
 
 
-register("bfp", _make, _parse, "bfp4, bfp4/32, bfp4-fit")
+register("bfp", _make, _parse, "bfp4, bfp8, bfp16, bfp4/32, bfp4-fit, bfp4/row")

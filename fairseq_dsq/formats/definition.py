@@ -1,7 +1,8 @@
 """What is done with any format, in plain torch: every other implementation must equal it bit for bit.
 
-Layout of packed bytes, for each part of :func:`split_groups` (full groups, then short ones): the groups' scales, then
-the groups' codes of exactly ``bits`` bits, each group starting on a byte, little-endian.
+Layout of packed bytes: what all of the tensor shares, where there is such; then for each part of
+:func:`split_groups` (full groups, then short ones) the groups' scales and the groups' codes of exactly ``bits`` bits,
+each group starting on a byte, little-endian.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _group_noise(x: Tensor, fmt: Format, dim: int, seed: int | None) -> list[Ten
 
 def fake_quantize(x: Tensor, fmt: Format, dim: int, seed: int | None, dtype: torch.dtype) -> Tensor:
     """See :func:`fairseq_dsq.quantized.fake_quantize`; ``seed`` None rounds to nearest."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out, fmt = torch.empty(x.shape, dtype=dtype, device=x.device), fmt.of_tensor(x)
     sources, targets = split_groups(x, fmt.group, dim), split_groups(out, fmt.group, dim)
     for source, target, random in zip(sources, targets, _group_noise(x, fmt, dim, seed), strict=True):
         groups = source.float()
@@ -101,7 +102,7 @@ def factorize(x: Tensor, fmt: Format, dim: int, seed: int | None) -> tuple[Tenso
     For formats with one scale for each row or for the tensor; the product of both is the value. Where a group holds Inf
     or NaN its elements are NaN, and its factor is 1.
     """
-    elements = torch.empty(x.shape, device=x.device)
+    elements, fmt = torch.empty(x.shape, device=x.device), fmt.of_tensor(x)
     sources = split_groups(x, fmt.group, dim)
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,34 +127,42 @@ def _join_factors(elements: Tensor, fmt: Format, dim: int, parts: Iterable[tuple
 
 def pack(x: Tensor, fmt: Format, dim: int, seed: int | None) -> Tensor:
     """The uint8 bytes of ``x``; see :func:`fairseq_dsq.quantized.pack`; ``seed`` None rounds to nearest."""
-    pieces = []
+    if x.numel() == 0:
+        return x.new_empty(0, dtype=torch.uint8)
+    fmt = fmt.of_tensor(x)
+    pieces = [fmt.tensor_to_bytes().to(x.device)]
     parts = split_groups(x, fmt.group, dim)
     for part, random in zip(parts, _group_noise(x, fmt, dim, seed), strict=True):
         groups = part.float()
         scale = fmt.scale_of(groups)
-        elements = fmt.encode(groups, scale, random).nan_to_num_(0.0)  # the scale says NaN; the bytes are the same
+        elements = fmt.encode(groups, scale, random)
+        if fmt.scale_bytes:
+            elements.nan_to_num_(0.0)  # the scale says NaN; the bytes are the same
         pieces.append(scale.contiguous().flatten().view(torch.uint8))
         pieces.append(to_bytes(fmt.to_codes(elements), fmt.bits).flatten())
-    return torch.cat(pieces) if pieces else x.new_empty(0, dtype=torch.uint8)
+    return torch.cat(pieces)
 
 
-def _unpacked(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(elements, scales) of each part of ``split_groups``."""
+def _unpacked(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> tuple[Format, list[tuple[Tensor, Tensor]]]:
+    """The format of the tensor, and (elements, scales) of each part of ``split_groups``."""
+    shared, data = data.tensor_split([fmt.tensor_bytes if data.numel() else 0])
+    found = []
     for part in split_groups(torch.empty(shape, device="meta"), fmt.group, dim):
         *outer, values = part.shape
         groups = part.numel() // values
         nbytes = fmt.codes_nbytes(values)
         scales, codes, data = data.tensor_split([groups * fmt.scale_bytes, groups * (fmt.scale_bytes + nbytes)])
         # Bytes may begin anywhere; a view of another dtype must not.
-        scale = scales.clone().view(fmt.scale_dtype).view(*outer, 1)
-        yield fmt.from_codes(from_bytes(codes.view(*outer, nbytes), values, fmt.bits)), scale
+        scale = scales.clone().view(fmt.scale_dtype).view(*outer, fmt.scale_bytes // fmt.scale_dtype.itemsize)
+        found.append((fmt.from_codes(from_bytes(codes.view(*outer, nbytes), values, fmt.bits)), scale))
+    return (fmt.tensor_from_bytes(shared) if found else fmt), found
 
 
 def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`pack`, as a tensor of ``shape`` and ``dtype``."""
     out = torch.empty(shape, dtype=dtype, device=data.device)
-    targets = split_groups(out, fmt.group, dim)
-    for target, (elements, scale) in zip(targets, _unpacked(data, shape, fmt, dim), strict=True):
+    fmt, parts = _unpacked(data, shape, fmt, dim)
+    for target, (elements, scale) in zip(split_groups(out, fmt.group, dim), parts, strict=True):
         target.copy_(fmt.decode(elements, scale))
     return out
 
@@ -161,8 +170,8 @@ def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: tor
 def unpack_factors(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> tuple[Tensor, Tensor]:
     """What :func:`factorize` gave of the tensor that was packed."""
     elements = torch.empty(shape, device=data.device)
-    parts = (fmt.factorize(*part) for part in _unpacked(data, shape, fmt, dim))
-    return elements, _join_factors(elements, fmt, dim, parts)
+    fmt, parts = _unpacked(data, shape, fmt, dim)
+    return elements, _join_factors(elements, fmt, dim, (fmt.factorize(*part) for part in parts))
 
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:

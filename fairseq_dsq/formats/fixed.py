@@ -86,4 +86,4 @@ def _parse(text: str) -> FixedPoint | None:
     return FixedPoint(int(match[1]), int(match[2])) if match else None
 
 
-register("fixed", _make, _parse, "fixed8, fixed8.4, fixed8/row")
+register("fixed", _make, _parse, "fixed8, fixed16, fixed8.4, fixed8/row")

@@ -76,4 +76,4 @@ def _make(q: int, options: FormatOptions) -> Integer:
     return Integer(options.bits(q), "row" if options.box_size is None else options.box_size)
 
 
-register("int", _make, Integer.parsed, "int8/row, int8/tensor, int8/128")
+register("int", _make, Integer.parsed, "int8/row, int8/tensor, int4/128")

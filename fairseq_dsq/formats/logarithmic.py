@@ -62,4 +62,4 @@ class Logarithmic(FloatScaled):
         return _rising(self.bits, codes.device).flip(0)[codes.to(torch.int32)]
 
 
-register("log", None, Logarithmic.parsed, "log8/row")
+register("log", None, Logarithmic.parsed, "log8/row, log8/128")

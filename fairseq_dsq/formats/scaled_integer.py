@@ -1,15 +1,13 @@
-"""Integers under a power of two: what block floating point and fixed point have in common.
+"""Integers under a power of two: what block floating point, fixed point and MX's integers have in common.
 
-With E the exponent of a group's scale, value = code * 2^(E - (bits - 2)). float32 arithmetic is exact throughout: a
-power of two is applied as two factors of half the exponent each, so that neither over- nor underflows, and no code has
-more significant bits than a float32.
+With E the exponent of a group's scale, value = code * 2^(E - (bits - 2)).
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,27 +15,15 @@ from torch import Tensor
 from fairseq_dsq.formats.base import (
     SCALE_RULES,
     SIGNIFICAND_BITS,
-    Format,
     KernelSpec,
-    ScaleRule,
     check_bits,
     kernel_box_size,
 )
-
-# The exponent of float32's largest and smallest normal numbers.
-MIN_EXPONENT, MAX_EXPONENT = -126, 127
-EXPONENT_BIAS = 127
-# The stored exponent of a group that held Inf or NaN.
-NAN_EXPONENT = 255
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent as float32, for int32 exponents of normal numbers."""
-    return ((exponent + EXPONENT_BIAS) << 23).view(torch.float32)
+from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, PowerOfTwoScaled, descaled, scaled
 
 
 @dataclass(frozen=True)
-class ScaledInteger(Format):
+class ScaledInteger(PowerOfTwoScaled):
     """Integer codes under a power of two that is stored as a biased exponent, a byte; 255 says NaN.
 
     Attributes:
@@ -47,14 +33,17 @@ class ScaledInteger(Format):
         TypeError, ValueError: a width or a scale that is not defined.
     """
 
+    # What ``scale`` may be.
+    rules: ClassVar[tuple[str, ...]] = SCALE_RULES
+
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.scale not in SCALE_RULES:
-            raise ValueError(f"scale: got {self.scale!r}, expected one of {', '.join(SCALE_RULES)}")
+        if self.scale not in self.rules:
+            raise ValueError(f"scale: got {self.scale!r}, expected one of {', '.join(self.rules)}")
 
     @property
     @abstractmethod
-    def scale(self) -> ScaleRule:
+    def scale(self) -> str:
         """``floor``: E follows from the power of two below the largest magnitude; ``fit``: twice that if it clips."""
 
     @property
@@ -69,11 +58,6 @@ class ScaledInteger(Format):
     @property
     def integer_elements(self) -> bool:
         return True
-
-    @property
-    def fixed_exponent(self) -> int | None:
-        """The E of every group; None where it follows from the values."""
-        return None
 
     @property
     def mixes(self) -> bool:
@@ -99,26 +83,9 @@ class ScaledInteger(Format):
         """
         return (1 << max(0, SIGNIFICAND_BITS + 1 - self.bits)) - 1 if self.scale == "fit" else 0
 
-    def scale_of(self, groups: Tensor) -> Tensor:
-        """Biased exponents: 1 to 254, or 255 for a group that holds Inf or NaN.
-
-        Read from the exponent field of the largest magnitude, never through a logarithm, so that an exact power of two
-        keeps its own exponent. Zero and subnormal maxima count as the smallest normal exponent.
-        """
-        largest = groups.abs().amax(dim=-1, keepdim=True).view(torch.int32)
-        exponent = (largest >> 23) & NAN_EXPONENT
-        if self.fixed_exponent is None:
-            found = ((largest & 0x7FFFFFFF) + self.headroom) >> 23
-            found.clamp_(MIN_EXPONENT + EXPONENT_BIAS, MAX_EXPONENT + EXPONENT_BIAS)
-        else:
-            found = torch.full_like(exponent, self.fixed_exponent + EXPONENT_BIAS)
-        return torch.where(exponent == NAN_EXPONENT, exponent, found).to(torch.uint8)
-
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         """Integers, as float32."""
-        shift = (self.bits - 2 + EXPONENT_BIAS) - scale.to(torch.int32)
-        half = shift >> 1
-        codes = (groups * _power_of_two(half)).mul_(_power_of_two(shift - half))
+        codes = descaled(groups, scale, self.bits - 2)
         if noise is None:
             codes.round_()
         else:
@@ -132,18 +99,11 @@ class ScaledInteger(Format):
 
     def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
         """Values of integers."""
-        exponent = scale.to(torch.int32)
-        shift = exponent - (self.bits - 2 + EXPONENT_BIAS)
-        half = shift >> 1
-        # NaN times anything is NaN: the mark needs no pass of its own.
-        first = torch.where(exponent == NAN_EXPONENT, math.nan, _power_of_two(half))
-        return elements.mul_(first).mul_(_power_of_two(shift - half))
+        return scaled(elements, scale, self.bits - 2)
 
     def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes times 2^-(bits - 2), and 2^E, which is a normal number for every E."""
-        exponent = scale.to(torch.int32)
-        factor = torch.where(exponent == NAN_EXPONENT, math.nan, _power_of_two(exponent - EXPONENT_BIAS))
-        return elements.mul_(2.0 ** (2 - self.bits)), factor
+        """Codes times 2^-(bits - 2), and 2^E."""
+        return elements.mul_(2.0 ** (2 - self.bits)), scaled(torch.ones_like(scale, dtype=torch.float32), scale)
 
     def to_codes(self, elements: Tensor) -> Tensor:
         """Sign-magnitude with the sign in the highest bit, or two's complement."""
@@ -164,7 +124,14 @@ class ScaledInteger(Format):
     def kernel_spec(self) -> KernelSpec:
         """The kernels run every format of this kind."""
         exponent = 0 if self.fixed_exponent is None else self.fixed_exponent + EXPONENT_BIAS
-        limits = float(self.min_code), float(self.max_code)
         return KernelSpec(
-            self.bits, int(self.signed_zero), kernel_box_size(self.group), exponent, *limits, self.headroom
+            self.bits,
+            int(self.signed_zero),
+            kernel_box_size(self.group),
+            exponent,
+            min_code=float(self.min_code),
+            max_code=float(self.max_code),
+            headroom=self.headroom,
+            element_exponent=self.element_exponent,
+            least_exponent=self.least_exponent + EXPONENT_BIAS,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import FixedPoint
-from fairseq_dsq.formats.scaled_integer import MIN_EXPONENT
+from fairseq_dsq.formats.power_of_two import MIN_EXPONENT
 from fairseq_dsq.gemm.base import Engine, Operand, Side, finish
 
 BITS = 8

@@ -34,8 +34,12 @@ def _shape_around(shape: Sequence[int], dim: int) -> native.Shape:
 
 
 def _kernel_dtype(dtype: torch.dtype, fmt: Format) -> torch.dtype:
-    """What the kernel writes, to be converted to ``dtype``, which rounds once as the definition does."""
+    """What the kernel writes, to be converted to ``dtype``, which rounds once as the definition does.
+
+    Minifloats under the smallest scales reach further down than bfloat16.
+    """
     exact = dtype is torch.bfloat16 and fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS
+    exact = exact and fmt.spec is not None and not fmt.spec.exponent_bits
     return torch.bfloat16 if exact else torch.float32
 
 

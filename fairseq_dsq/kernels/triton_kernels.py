@@ -209,8 +209,10 @@ class _Part(NamedTuple):
 
 
 def covers(spec: KernelSpec) -> bool:
-    """Whether the kernels know the format: sign-magnitude codes under the exponent of their box."""
+    """Whether the kernels know the format: sign-magnitude integers under the exponent of their box."""
     lopsided = not spec.signed_zero or spec.min_code != -spec.max_code
+    if spec.exponent_bits or spec.element_exponent or spec.least_exponent != 1:
+        return False
     return 0 < spec.box_size <= MAX_BOX_SIZE and not spec.fixed_exponent and not lopsided
 
 

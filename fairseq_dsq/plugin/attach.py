@@ -32,7 +32,7 @@ from fairseq_dsq.schedules import Policy
 
 logger = logging.getLogger(__name__)
 
-# The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
+# Of integers, under whichever scale. The paper's Appendix C: fixed-point training fails with gradients of 8 bits.
 SAFE_GRAD_BITS = 16
 
 
@@ -70,7 +70,8 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         flag_error("--dsq-levels", f"{error} (--dsq-format {flags.dsq_format}, --dsq-sign-bit {flags.dsq_sign_bit})")
     for number, level in enumerate(levels):
-        if min(level.bits[3]) < SAFE_GRAD_BITS:
+        gradients = zip(level.bits[3], level.formats[3], strict=True)
+        if any(bits < SAFE_GRAD_BITS and fmt.integer_elements for bits, fmt in gradients):
             logger.warning(
                 f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"

@@ -161,8 +161,8 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         "",
         _box_size,
         "N",
-        "values that share a scale, of bfp (by itself 16), int (row) and ternary (tensor): a number of them; row, all "
-        "of a row; tensor, all (not bfp)",
+        "values that share a scale, of bfp and nvfp4 (by itself 16), mx (32), int (row), fp8 and ternary (tensor): a "
+        "number of them; row, all of a row (not nvfp4); tensor, all (not bfp, mx, nvfp4)",
         "levels",
     )
     dsq_stash_scope: str = flag(

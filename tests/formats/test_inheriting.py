@@ -9,7 +9,20 @@ import torch
 from nn.common import normal
 
 from fairseq_dsq import formats, gemm
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Integer, Logarithmic, Ternary, definition, parse
+from fairseq_dsq.formats import (
+    MXFP4,
+    NVFP4,
+    BlockFloat,
+    FixedPoint,
+    Integer,
+    Logarithmic,
+    MXInt8,
+    ScaledE4M3,
+    SmallFloat,
+    Ternary,
+    definition,
+    parse,
+)
 from fairseq_dsq.nn import GemmConfig, linear, weight_format
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quantized import fake_quantize, pack, quantize_and_pack
@@ -34,8 +47,10 @@ def inheriting(parent):
     return dataclass(frozen=True)(type(f"More{parent.__name__}", (More, parent), {}))
 
 
-OWN = {parent: inheriting(parent) for parent in (Integer, Ternary, BlockFloat, FixedPoint, Logarithmic)}
+PARENTS = [Integer, Ternary, BlockFloat, FixedPoint, Logarithmic, MXFP4, MXInt8, NVFP4, ScaledE4M3, SmallFloat]
+OWN = {parent: inheriting(parent) for parent in PARENTS}
 TEXTS = ["int8/row", "int8/tensor", "int8/16", "ternary/row", "bfp8", "bfp8/row", "fixed8", "fixed8/row", "fixed8.4"]
+TEXTS += ["mxfp4", "mxfp4/row", "mxint8", "nvfp4", "fp8e4m3/row", "fp8e4m3/tensor", "fp16"]
 
 
 def parse_own(text):

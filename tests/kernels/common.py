@@ -23,6 +23,10 @@ BLOCK_FLOATS = [BlockFloat(bits) for bits in WIDTHS]
 DYNAMIC_FIXED = [FixedPoint(bits) for bits in WIDTHS]
 STATIC_FIXED = [FixedPoint(bits, bits // 2) for bits in WIDTHS]
 FITTED = [family(bits, scale="fit") for family in (BlockFloat, FixedPoint) for bits in WIDTHS]
+MX_NAMES = ("mxfp4", "mxfp6e2m3", "mxfp6e3m2", "mxfp8e4m3", "mxfp8e5m2", "mxint8")
+# Every element, every rule, the blocks that kernels know when compiling and others.
+MX_LAYOUTS = ("", "/16-rceil", "/5-even", "/row-ceil", "/64", "/100-rceil", "/1")
+MX_FORMATS = [formats.parse(name + layout) for name in MX_NAMES for layout in MX_LAYOUTS]
 SCALED_INTEGERS = BLOCK_FLOATS + DYNAMIC_FIXED + STATIC_FIXED
 # Scaled from what they hold: nothing is further than one step from where it was.
 SELF_SCALED = BLOCK_FLOATS + DYNAMIC_FIXED

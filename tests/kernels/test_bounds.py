@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernels.common import assert_equal_bits, awkward_tensor, kernels_here
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
+from fairseq_dsq.formats import BlockFloat, FixedPoint, definition, parse
 from fairseq_dsq.kernels import masks, native
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
@@ -23,6 +23,7 @@ LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 127, 129, 513, 1023, 1025)
 MATRICES = [(1, 1), (1, 17), (16, 1), (15, 3), (16, 16), (17, 33), (31, 8), (33, 129), (129, 7), (16, 513), (3, 1040)]
 FORMATS = [*(BlockFloat(bits) for bits in (2, 3, 4, 8, 9, 13, 16, 25, 32)), BlockFloat(4, 3), BlockFloat(5, 100)]
 FORMATS += [FixedPoint(2), FixedPoint(8), FixedPoint(16, 8), FixedPoint(31)]
+FORMATS += [parse(text) for text in ("mxfp4", "mxfp6e2m3", "mxfp8e5m2/16", "mxfp4/100", "mxint8")]
 CANARY = 0xA5
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,7 +87,7 @@ def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt)
         assert torch.equal(data, bytes_expected)
         kernels.unpack(data, out.fill_(1), shape, spec)
         assert_equal_bits(out, expected)
-        if fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS:
+        if fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS and not spec.exponent_bits:
             half = guarded.empty(x.shape, torch.bfloat16)
             kernels.fake_quantize(x, half, shape, spec, seed)
             assert_equal_bits(half, expected.bfloat16())
@@ -97,7 +98,7 @@ def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt)
             assert_equal_bits(out, definition.fake_quantize(values, BlockFloat(4), 1, None, torch.float32))
             assert torch.equal(data, bytes_expected)
         if dim == 1:
-            by_row = BlockFloat(fmt.bits, "row")
+            by_row = fmt.by_row() if spec.exponent_bits else BlockFloat(fmt.bits, "row")
             factors = guarded.empty((rows, 1))
             kernels.factorize(x, out, factors, by_row.spec, seed)
             for actual, wanted in zip((out, factors), definition.factorize(values, by_row, 1, seed), strict=True):

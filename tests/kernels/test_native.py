@@ -13,6 +13,7 @@ from kernels.common import (
     BLOCK_FLOATS,
     DYNAMIC_FIXED,
     FITTED,
+    MX_FORMATS,
     SCALED_INTEGERS,
     SHAPES_AND_DIMS,
     STATIC_FIXED,
@@ -27,7 +28,7 @@ from kernels.common import (
     seeded,
 )
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
+from fairseq_dsq.formats import MXFP4, BlockFloat, FixedPoint, definition, parse
 from fairseq_dsq.formats.definition import noise
 from fairseq_dsq.kernels import masks, native, ops
 from fairseq_dsq.quantized import ROUNDINGS, fake_quantize, pack, quantize_and_pack
@@ -77,6 +78,37 @@ def test_every_width_equals_the_definition(isa, fmt):
 def test_every_box_size_equals_the_definition(isa, fmt):
     for index, (shape, dim) in enumerate([*EDGES, *SHAPES_AND_DIMS]):
         assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, SEEDS[index % 2])
+
+
+@pytest.mark.parametrize("fmt", MX_FORMATS, ids=str)
+def test_mx_equals_the_definition(isa, fmt):
+    for index, (shape, dim) in enumerate([*EDGES, ((64, 1030), 0), ((64, 1024), 1), *SHAPES_AND_DIMS]):
+        assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, SEEDS[index % 2])
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in MX_FORMATS if str(fmt).endswith("/row-ceil")], ids=str)
+def test_every_byte_of_mx_unpacks_as_defined(isa, fmt):
+    codes = definition.to_bytes(torch.arange(1 << fmt.bits), fmt.bits)
+    for exponent in range(256):
+        data = torch.cat([torch.tensor([exponent], dtype=torch.uint8), codes])
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = definition.unpack(data, [1 << fmt.bits], fmt, 0, dtype)
+            assert_equal_bits(ops.unpack(data, [1 << fmt.bits], 0, fmt.text, dtype), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+@pytest.mark.parametrize("fmt", MX_FORMATS[:: len(MX_FORMATS) // 6], ids=str)
+def test_values_of_every_size_in_a_block_of_mx_equal_the_definition(isa, fmt, seed):
+    # Each block holds its scale, and float32 of every exponent below: all steps of the grid, ties among them.
+    generator = seeded(1)
+    significands = torch.randint(0, 64, (2000, 32), generator=generator) / 64 + 1
+    exponents = torch.randint(-30, 1, (2000, 32), generator=generator)
+    x = torch.ldexp(significands, exponents) * (1 - 2 * torch.randint(0, 2, (2000, 32), generator=generator))
+    x[:, 7] = 1.5
+    for scale in (1.0, 2.0**-120, 2.0**120):
+        for dim in (0, 1):
+            y = x * scale if dim == 1 else (x * scale).t().contiguous()
+            assert_equals_definition(y, fmt, dim, seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
@@ -164,6 +196,11 @@ FUSED = [
     (BlockFloat(4), BlockFloat(4)),
     (BlockFloat(2), BlockFloat(16)),
     (BlockFloat(7, 5), BlockFloat(3, 20)),
+]
+FUSED += [
+    (parse("mxfp4"), BlockFloat(4)),
+    (BlockFloat(4), parse("mxfp6e2m3")),
+    (parse("mxint8"), parse("mxfp8e5m2/16")),
 ]
 NOT_FUSED = [(BlockFloat(4), FixedPoint(4)), (FixedPoint(4, 2), BlockFloat(4))]
 
@@ -341,7 +378,7 @@ def test_dropout_keeps_its_share_and_the_mean(p):
 # The operators
 
 
-@pytest.mark.parametrize("fmt", [BlockFloat(4), BlockFloat(5, 3), FixedPoint(8), FixedPoint(6, 3)], ids=str)
+@pytest.mark.parametrize("fmt", [BlockFloat(4), BlockFloat(5, 3), FixedPoint(8), FixedPoint(6, 3), MXFP4()], ids=str)
 def test_operators_are_registered_as_torch_wants_them(fmt):
     text = str(fmt)
     x = awkward_tensor((33, 20), seed=1, finite=True)
@@ -446,6 +483,11 @@ def test_what_an_operator_refuses_it_refuses_in_every_implementation(message, na
         ("fixed_exponent: got -1, expected 0 to 254", {"fixed_exponent": -1}),
         ("headroom: got -1, expected 0 to 8388607", {"headroom": -1}),
         ("headroom: got 8388608, expected 0 to 8388607", {"headroom": 1 << 23}),
+        ("element_exponent: got 16, expected 0 to 15", {"element_exponent": 16}),
+        ("least_exponent: got 2, expected 0 or 1", {"least_exponent": 2}),
+        ("exponent_bits: got 3 of 4 bits, expected 2 to 5 of at most 8", {"exponent_bits": 3}),
+        ("exponent_bits: got -1 of 4 bits, expected 2 to 5 of at most 8", {"exponent_bits": -1}),
+        ("max_code: got 7, expected 0 to 6 in 4 bits", {"exponent_bits": 2, "min_code": -6.0}),
     ],
 )
 def test_a_format_that_tells_the_kernels_what_it_is_not_is_refused(message, bad):
@@ -455,6 +497,12 @@ def test_a_format_that_tells_the_kernels_what_it_is_not_is_refused(message, bad)
 
     with pytest.raises(ValueError, match=re.escape(f"bfp4: {message}")):
         _ = Lying(4).spec
+
+
+def test_what_all_of_a_tensor_shares_is_nothing_for_the_kernels():
+    lying = type("Lying", (MXFP4,), {"tensor_bytes": 4})
+    with pytest.raises(ValueError, match="tensor_bytes: got 4 for the kernels, expected 0"):
+        _ = lying().spec
 
 
 @pytest.mark.parametrize("overridden", ["nbytes", "codes_nbytes"])

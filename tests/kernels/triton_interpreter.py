@@ -20,7 +20,7 @@ from kernels.common import (
     seeded,
 )
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, definition
+from fairseq_dsq.formats import MXFP4, BlockFloat, FixedPoint, MXInt8, definition
 from fairseq_dsq.kernels import ops, triton_kernels
 from fairseq_dsq.quantized import ROUNDINGS
 
@@ -115,6 +115,8 @@ def test_other_formats_take_the_plain_path():
         Odd(5, 16, (0, 15), False),
         Odd(6, 16, (-3, 31), True),
         Odd(7, 16, (-63, 63), True, -40),
+        MXFP4(),
+        MXInt8(),
     ):
         assert not triton_kernels.covers(fmt.spec)
         with odd_registered():

@@ -60,6 +60,8 @@ _KINDS: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "min_code": ctypes.c_float,
     "max_code": ctypes.c_float,
     "headroom": ctypes.c_uint32,
+    "element_exponent": ctypes.c_uint32,
+    "least_exponent": ctypes.c_uint32,
 }
 
 

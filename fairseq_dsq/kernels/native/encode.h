@@ -1,9 +1,10 @@
 // The codes of a format and their scales, a vector at a time. Values of a box share a biased exponent e (float32's own;
 // 255 marks a box with Inf or NaN):
 //
-//   code  = clamp(round(x * 2^(bits - 2 + 127 - e)))       value = code * 2^(e - (bits - 2 + 127))
+//   code  = clamp(round(x * 2^(fraction_bits + 127 - e)))       value = code * 2^(e - (fraction_bits + 127))
 //
-// fairseq_dsq/formats/scaled_integer.py is the definition.
+// Codes are integers, with bits - 2 fraction bits, or minifloats, with none: those round on a grid whose step depends
+// on the value's exponent. fairseq_dsq/formats/scaled_integer.py and minifloat.py are the definition.
 #pragma once
 
 #include "loops.h"
@@ -17,15 +18,42 @@ struct DsqFormat {
     int32_t fixed_exponent;
     float min_code, max_code;
     uint32_t headroom;
+    int32_t exponent_bits;
+    uint32_t element_exponent, least_exponent;
 };
 }
 
 namespace {
 
-using Format = DsqFormat;
 constexpr int BIAS = 127;
 constexpr uint32_t NAN_EXPONENT = 255;
-constexpr uint32_t SIGN = 0x80000000u;
+constexpr uint32_t SIGN = 0x80000000u, EXPONENT = 0x7f800000u, ONE_EXPONENT = 0x00800000u;
+
+// A format by the kind of its elements: kernels are compiled for each.
+struct Integers : DsqFormat {
+    int fraction_bits() const { return bits - 2; }
+};
+
+struct Minifloats : DsqFormat {
+    int mantissa_bits, unused_bits;  // of a code; of a float32's mantissa
+    uint32_t least;                  // the bits of the smallest normal number, a float32
+
+    explicit Minifloats(const DsqFormat& format)
+        : DsqFormat(format),
+          mantissa_bits(bits - 1 - exponent_bits),
+          unused_bits(23 - mantissa_bits),
+          least((uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << 23) {}
+    int fraction_bits() const { return 0; }
+};
+
+// work(format) for the kind of its elements.
+template <class Work>
+INLINE void with_elements(const DsqFormat& format, Work work) {
+    if (format.exponent_bits)
+        work(Minifloats(format));
+    else
+        work(Integers{format});
+}
 
 // ---- Scales
 
@@ -51,15 +79,16 @@ INLINE F power_of_two(I exponent) { return bits<F>((exponent + BIAS) << 23); }
 // The biased exponent of boxes, given the magnitude bits of their largest values: floor(log2) of these, or what the
 // format makes of it.
 INLINE U exponent_of(U largest) { return max(largest >> 23, all(1u)); }
-INLINE U exponent_of(U largest, Format format) {
+INLINE U exponent_of(U largest, const DsqFormat& format) {
     U exponent = largest >> 23, raised = (largest + format.headroom) >> 23;
     raised += (U)(raised == NAN_EXPONENT);  // a comparison is -1: float32's largest exponent stays
+    raised = max(raised, all(format.element_exponent + format.least_exponent)) - format.element_exponent;
     if (format.fixed_exponent) raised = all((uint32_t)format.fixed_exponent);
-    return choose((I)(exponent == NAN_EXPONENT), exponent, max(raised, all(1u)));
+    return choose((I)(exponent == NAN_EXPONENT), exponent, raised);
 }
 
-INLINE Scale encode_scale(U exponent, int width) {
-    I shift = (width - 2 + BIAS) - (I)exponent, half = shift >> 1;
+INLINE Scale encode_scale(U exponent, int fraction_bits) {
+    I shift = (fraction_bits + BIAS) - (I)exponent, half = shift >> 1;
     return {power_of_two(half), power_of_two(shift - half)};
 }
 
@@ -67,8 +96,8 @@ INLINE Scale encode_scale(U exponent, int width) {
 INLINE F nan_where_marked(U exponent, F scale) {
     return choose((I)(exponent == NAN_EXPONENT), bits<F>(all(0x7fc00000u)), scale);
 }
-INLINE Scale decode_scale(U exponent, int width) {
-    I shift = (I)exponent - (width - 2 + BIAS), half = shift >> 1;
+INLINE Scale decode_scale(U exponent, int fraction_bits) {
+    I shift = (I)exponent - (fraction_bits + BIAS), half = shift >> 1;
     return {nan_where_marked(exponent, power_of_two(half)), power_of_two(shift - half)};
 }
 
@@ -80,13 +109,13 @@ INLINE void read_exponents(const uint8_t* from, int64_t boxes, Exponents& expone
     for (int64_t box = 0; box < boxes; box++) exponents[box] = from[box];
     clear_rest(exponents, boxes);
 }
-INLINE void exponents_of(Exponents& largest, int64_t boxes, Format format) {
+INLINE void exponents_of(Exponents& largest, int64_t boxes, const DsqFormat& format) {
     for (int64_t i = 0; i < boxes; i += LANES) store(largest + i, exponent_of(load<U>(largest + i), format));
 }
 template <class ScaleOf>
-INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, int width, ScaleOf scale_of) {
+INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, int fraction_bits, ScaleOf scale_of) {
     for (int64_t i = 0; i < boxes; i += LANES) {
-        Scale scale = scale_of(load<U>(exponents + i), width);
+        Scale scale = scale_of(load<U>(exponents + i), fraction_bits);
         store(scales.first + i, scale.first);
         store(scales.second + i, scale.second);
     }
@@ -110,7 +139,7 @@ INLINE F noise(U index, uint64_t seed) {
 
 // Codes, as float. `index` is the first lane's place in the tensor.
 template <bool STOCHASTIC>
-INLINE F encode(F x, Scale scale, Format format, uint32_t index, uint64_t seed) {
+INLINE F encode(F x, Scale scale, Integers format, uint32_t index, uint64_t seed) {
     F code = times(x, scale);
     if (STOCHASTIC) {
         F below = floor(code);
@@ -125,19 +154,82 @@ INLINE F encode(F x, Scale scale, Format format, uint32_t index, uint64_t seed) 
     return code + all(format.signed_zero ? -0.0f : 0.0f);  // -0 + 0 = 0, and -0 + -0 = -0
 }
 
+// The magnitude of a minifloat before it is rounded, and the bits of its exponent, at least the smallest's.
+struct Unrounded {
+    F magnitude;
+    U exponent, sign;
+
+    INLINE Unrounded(F value, Minifloats format) {
+        sign = bits<U>(value) & SIGN;
+        magnitude = min(all(format.max_code), bits<F>(bits<U>(value) ^ sign));  // a NaN stays
+        exponent = max(bits<U>(magnitude) & EXPONENT, all(format.least));
+    }
+    // So far above that a step is its last bit: a sum with it rounds to a whole number of steps.
+    INLINE F above(Minifloats format) const { return bits<F>(exponent + (uint32_t)format.unused_bits * ONE_EXPONENT); }
+};
+
+template <bool STOCHASTIC>
+INLINE F encode(F x, Scale scale, Minifloats format, uint32_t index, uint64_t seed) {
+    Unrounded value(times(x, scale), format);
+    if (!STOCHASTIC) {
+        F above = value.above(format);
+        return bits<F>(bits<U>((value.magnitude + above) - above) | value.sign);
+    }
+    F steps = bits<F>((uint32_t)(2 * BIAS + format.mantissa_bits) * ONE_EXPONENT - value.exponent);
+    F code = bits<F>(bits<U>(value.magnitude * steps) | value.sign), below = floor(code);
+    I up = noise(lane_numbers() + index, seed) < code - below;
+    code = below + bits<F>(bits<U>(up) & bits<U>(all(1.0f)));
+    F step = bits<F>(value.exponent - (uint32_t)format.mantissa_bits * ONE_EXPONENT);
+    return bits<F>((bits<U>(code * step) & ~SIGN) | value.sign);
+}
+
 // Codes as they are stored: sign and magnitude, or two's complement.
-INLINE U to_field(F code, Format format) {
+INLINE U to_field(F code, Integers format) {
     code = bits<F>(bits<U>(code) & bits<U>((I)(code == code)));  // a NaN is stored as 0
     if (!format.signed_zero) return (U) __builtin_convertvector(code, I) & (~0u >> (32 - format.bits));
     U sign = bits<U>(code) & SIGN;
     return (U) __builtin_convertvector(bits<F>(bits<U>(code) ^ sign), I) | sign >> (32 - format.bits);
 }
 
-INLINE F from_field(U field, Format format) {
+INLINE U to_field(F code, Minifloats format) {
+    code = bits<F>(bits<U>(code) & bits<U>((I)(code == code)));  // a NaN is stored as 0
+    U sign = bits<U>(code) & SIGN, magnitude = bits<U>(code) ^ sign, least = all(format.least);
+    // With the smallest normal number added, a subnormal one has its mantissa where it belongs, and no exponent.
+    U subnormal = bits<U>(bits<F>(magnitude) + bits<F>(least));
+    U code_bits = choose((I)(magnitude < least), subnormal, magnitude + ONE_EXPONENT) - least;
+    return code_bits >> format.unused_bits | sign >> (32 - format.bits);
+}
+
+INLINE F from_field(U field, Integers format) {
     U top = field << (32 - format.bits);
     if (!format.signed_zero) return __builtin_convertvector((I)top >> (32 - format.bits), F);
     U magnitude = (top & ~SIGN) >> (32 - format.bits);
     return bits<F>(bits<U>(__builtin_convertvector((I)magnitude, F)) | (top & SIGN));
+}
+
+INLINE F from_field(U field, Minifloats format) {
+    U top = field << (32 - format.bits), sign = top & SIGN, magnitude = (top ^ sign) >> (8 - format.exponent_bits);
+    // A subnormal number is a normal one of the smallest exponent, without its leading one.
+    U subnormal = (U)((I)magnitude < (int32_t)ONE_EXPONENT), base = all(format.least - ONE_EXPONENT);
+    F value = bits<F>(magnitude + base + (subnormal & ONE_EXPONENT)) - bits<F>(subnormal & format.least);
+    U special = bits<U>((I)(value > format.max_code)) & EXPONENT;  // Inf where the mantissa is zero, else NaN
+    return bits<F>(bits<U>(value) | special | sign);
+}
+
+// Values to codes as they are stored.
+template <bool STOCHASTIC>
+INLINE U encode_field(F x, Scale scale, Integers format, uint32_t index, uint64_t seed) {
+    return to_field(encode<STOCHASTIC>(x, scale, format, index, seed), format);
+}
+template <bool STOCHASTIC>
+INLINE U encode_field(F x, Scale scale, Minifloats format, uint32_t index, uint64_t seed) {
+    if (STOCHASTIC) return to_field(encode<true>(x, scale, format, index, seed), format);
+    F value = times(x, scale);
+    Unrounded finite(bits<F>(bits<U>(value) & bits<U>((I)(value == value))), format);  // a NaN is stored as 0
+    F above = finite.above(format);
+    U steps = bits<U>(finite.magnitude + above) - bits<U>(above);
+    U code = steps + ((finite.exponent - format.least) >> format.unused_bits);
+    return code | finite.sign >> (32 - format.bits);
 }
 
 INLINE void put(float* to, F value, int64_t count) { store(to, value, count); }

@@ -44,7 +44,7 @@ inline void transpose(F* x) {  // 8 x 8
 // The box's integer codes; returns each row's 2^(E - 127 - scale_shift), NaN if it holds Inf or NaN.
 inline F encode(const F (&x)[BOX], __m256i (&codes)[BOX], int width, int scale_shift) {
     U exponent = exponent_of_rows(x);
-    Scale down = encode_scale(exponent, width);
+    Scale down = encode_scale(exponent, width - 2);
     F max_code = all((float)((1 << (width - 1)) - 1)), min_code = -max_code;
     for (int k = 0; k < BOX; k++)  // the conversion rounds half to even
         codes[k] = _mm256_cvtps_epi32(max(min(times(x[k], down), max_code), min_code));

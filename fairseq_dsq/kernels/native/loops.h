@@ -14,6 +14,16 @@ constexpr int CHUNK = 1024;
 // Boxes of a run, columns of a tile: a tile of 16 rows is as large as the first-level cache.
 constexpr int BOXES = 512;
 
+// A number that is known when compiling, and one that is not.
+template <int N>
+struct Count {
+    constexpr int operator()() const { return N; }
+};
+struct Values {
+    int64_t n;
+    int64_t operator()() const { return n; }
+};
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Of the thread that runs a body of for_each, from 0.

@@ -36,7 +36,7 @@ struct Part {
 
 // work(part) for each part of a packed tensor.
 template <class Work>
-INLINE void for_parts(Shape shape, Format format, Work work) {
+INLINE void for_parts(Shape shape, const DsqFormat& format, Work work) {
     int64_t n = format.box_size, full = shape.length / n, rest = shape.length % n, at = 0;
     const Part parts[] = {{0, full, n, 0, 0, 0}, {full * n, 1, rest, 0, 0, 0}};
     for (Part part : parts) {
@@ -51,7 +51,7 @@ INLINE void for_parts(Shape shape, Format format, Work work) {
 }
 
 // Fibres without a short box follow on one another: they are one long one.
-INLINE Shape joined(Shape shape, Format format) {
+INLINE Shape joined(Shape shape, const DsqFormat& format) {
     return shape.after == 1 && shape.length % format.box_size == 0 ? Shape{1, shape.before * shape.length, 1} : shape;
 }
 
@@ -86,7 +86,7 @@ INLINE void for_chunks(Shape shape, int threads, Work work) {
              [&](int64_t chunk) { work(chunk * CHUNK, smaller(CHUNK, count - chunk * CHUNK)); });
 }
 
-U exponent_of_all(const float* x, Shape shape, Format format, int threads) {
+U exponent_of_all(const float* x, Shape shape, const DsqFormat& format, int threads) {
     int64_t count = shape.count(), shares = threads < 1 ? 1 : threads;
     int64_t share = (count / shares / CHUNK + 1) * CHUNK;
     uint32_t largest = 0;
@@ -99,7 +99,7 @@ U exponent_of_all(const float* x, Shape shape, Format format, int threads) {
 }
 
 // `index` is the place of x's first value in the tensor.
-template <bool STOCHASTIC, class Out>
+template <bool STOCHASTIC, class Out, class Format>
 void quantize_fibres(const float* x, Out* out, int64_t index, Shape shape, Format format, uint64_t seed, int threads) {
     shape = joined(shape, format);
     for_parts(shape, format, [&](const Part& part) {
@@ -109,11 +109,12 @@ void quantize_fibres(const float* x, Out* out, int64_t index, Shape shape, Forma
     });
 }
 
-template <bool STOCHASTIC, class Out>
+template <bool STOCHASTIC, class Out, class Format>
 void fake_quantize(const float* x, Out* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
         U exponent = exponent_of_all(x, shape, format, threads);
-        Scale down = encode_scale(exponent, format.bits), up = decode_scale(exponent, format.bits);
+        Scale down = encode_scale(exponent, format.fraction_bits()),
+              up = decode_scale(exponent, format.fraction_bits());
         for_chunks(shape, threads, [&](int64_t at, int64_t count) {
             quantize_stretch<STOCHASTIC>(x + at, out + at, count, (uint32_t)at, down, up, format, seed);
         });
@@ -129,7 +130,7 @@ void fake_quantize(const float* x, Out* out, Shape shape, Format format, uint64_
     });
 }
 
-template <bool STOCHASTIC>
+template <bool STOCHASTIC, class Format>
 void pack_row_of_boxes(const float* x, uint8_t* out, Shape shape, const Part& part, int64_t row_of_boxes, Format format,
                        uint64_t seed) {
     for_tiles(shape, part, row_of_boxes, [&](Tile tile, int64_t at, int64_t box) {
@@ -140,7 +141,7 @@ void pack_row_of_boxes(const float* x, uint8_t* out, Shape shape, const Part& pa
 
 // use(T()) with the T that holds a code.
 template <class Use>
-INLINE void with_code_type(Format format, Use use) {
+INLINE void with_code_type(const DsqFormat& format, Use use) {
     if (format.bits <= 8)
         use(uint8_t());
     else if (format.bits <= 16)
@@ -149,11 +150,11 @@ INLINE void with_code_type(Format format, Use use) {
         use(uint32_t());
 }
 
-template <bool STOCHASTIC>
+template <bool STOCHASTIC, class Format>
 void pack(const float* x, uint8_t* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
         U exponent = exponent_of_all(x, shape, format, threads);
-        Scale down = encode_scale(exponent, format.bits);
+        Scale down = encode_scale(exponent, format.fraction_bits());
         *out = (uint8_t)exponent[0];
         return with_code_type(format, [&](auto type) {
             for_chunks(shape, threads, [&](int64_t at, int64_t count) {
@@ -178,10 +179,10 @@ void pack(const float* x, uint8_t* out, Shape shape, Format format, uint64_t see
     });
 }
 
-template <class Out>
+template <class Out, class Format>
 void unpack(const uint8_t* data, Out* out, Shape shape, Format format, int threads) {
     if (!format.box_size) {
-        Scale up = decode_scale(all((uint32_t)*data), format.bits);
+        Scale up = decode_scale(all((uint32_t)*data), format.fraction_bits());
         return with_code_type(format, [&](auto type) {
             for_chunks(shape, threads, [&](int64_t at, int64_t count) {
                 unpack_stretch<decltype(type)>(data + 1 + at / 8 * format.bits, out + at, count, up, format);
@@ -208,9 +209,9 @@ void unpack(const uint8_t* data, Out* out, Shape shape, Format format, int threa
 
 // x as (before, length, after) once for two readers: the operand has its boxes along `after`, the stash along
 // `length`. Each row of the stash's boxes is quantized for the operand, and packed while it is in the cache.
-template <class Out>
-void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape, Format operand_format,
-                       Format stash_format, int threads) {
+template <class Out, class Operand, class Stash>
+void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape, Operand operand_format,
+                       Stash stash_format, int threads) {
     for_parts(shape, stash_format, [&](const Part& part) {
         for_each(shape.before * part.boxes, threads, [&](int64_t row_of_boxes) {
             int64_t fibre = row_of_boxes / part.boxes, box = row_of_boxes % part.boxes;
@@ -221,19 +222,19 @@ void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape
     });
 }
 
-// Rows, each one box: elements code * 2^-(bits - 2), NaN throughout where one holds Inf or NaN, and factors 2^E, there
-// 1. Their product is the value.
-template <bool STOCHASTIC>
+// Rows, each one box: elements code * 2^-fraction_bits, NaN throughout where one holds Inf or NaN, and factors 2^E,
+// there 1. Their product is the value.
+template <bool STOCHASTIC, class Format>
 void factorize(const float* x, float* elements, float* factors, int64_t rows, int64_t length, Format format,
                uint64_t seed, int threads) {
     for_each(rows, threads, [&](int64_t row) {
         int64_t at = row * length;
         U exponent = exponent_of(all(largest_of(x + at, length)), format);
         bool finite = exponent[0] != NAN_EXPONENT;
-        Scale up{all(finite ? 1.0f : __builtin_nanf("")), power_of_two(all(2 - format.bits))};
-        quantize_stretch<STOCHASTIC>(x + at, elements + at, length, (uint32_t)at, encode_scale(exponent, format.bits),
-                                     up, format, seed);
-        factors[row] = finite ? power_of_two((I)exponent - BIAS)[0] : 1.0f;
+        Scale down = encode_scale(exponent, format.fraction_bits()), factor = decode_scale(exponent, 0);
+        Scale up{all(finite ? 1.0f : __builtin_nanf("")), power_of_two(all(-format.fraction_bits()))};
+        quantize_stretch<STOCHASTIC>(x + at, elements + at, length, (uint32_t)at, down, up, format, seed);
+        factors[row] = finite ? times(all(1.0f), factor)[0] : 1.0f;
     });
 }
 
@@ -245,37 +246,48 @@ EXPORT void DSQ_NAME(fake_quantize)(const float* x, void* out, int32_t bfloat16,
                                     int64_t after, const DsqFormat* format, int32_t stochastic, uint64_t seed,
                                     int32_t threads) {
     Shape shape{before, length, after};
-    if (stochastic && bfloat16) return fake_quantize<true>(x, (uint16_t*)out, shape, *format, seed, threads);
-    if (stochastic) return fake_quantize<true>(x, (float*)out, shape, *format, seed, threads);
-    if (bfloat16) return fake_quantize<false>(x, (uint16_t*)out, shape, *format, seed, threads);
-    fake_quantize<false>(x, (float*)out, shape, *format, seed, threads);
+    with_elements(*format, [&](auto f) {
+        if (stochastic && bfloat16) return fake_quantize<true>(x, (uint16_t*)out, shape, f, seed, threads);
+        if (stochastic) return fake_quantize<true>(x, (float*)out, shape, f, seed, threads);
+        if (bfloat16) return fake_quantize<false>(x, (uint16_t*)out, shape, f, seed, threads);
+        fake_quantize<false>(x, (float*)out, shape, f, seed, threads);
+    });
 }
 
 EXPORT void DSQ_NAME(pack)(const float* x, uint8_t* out, int64_t before, int64_t length, int64_t after,
                            const DsqFormat* format, int32_t stochastic, uint64_t seed, int32_t threads) {
     Shape shape{before, length, after};
-    if (stochastic) return pack<true>(x, out, shape, *format, seed, threads);
-    pack<false>(x, out, shape, *format, seed, threads);
+    with_elements(*format, [&](auto f) {
+        if (stochastic) return pack<true>(x, out, shape, f, seed, threads);
+        pack<false>(x, out, shape, f, seed, threads);
+    });
 }
 
 EXPORT void DSQ_NAME(unpack)(const uint8_t* data, void* out, int32_t bfloat16, int64_t before, int64_t length,
                              int64_t after, const DsqFormat* format, int32_t threads) {
     Shape shape{before, length, after};
-    if (bfloat16) return unpack(data, (uint16_t*)out, shape, *format, threads);
-    unpack(data, (float*)out, shape, *format, threads);
+    with_elements(*format, [&](auto f) {
+        if (bfloat16) return unpack(data, (uint16_t*)out, shape, f, threads);
+        unpack(data, (float*)out, shape, f, threads);
+    });
 }
 
 EXPORT void DSQ_NAME(quantize_and_pack)(const float* x, void* operand, int32_t bfloat16, uint8_t* stash, int64_t before,
                                         int64_t length, int64_t after, const DsqFormat* operand_format,
                                         const DsqFormat* stash_format, int32_t threads) {
     Shape shape{before, length, after};
-    if (bfloat16)
-        return quantize_and_pack(x, (uint16_t*)operand, stash, shape, *operand_format, *stash_format, threads);
-    quantize_and_pack(x, (float*)operand, stash, shape, *operand_format, *stash_format, threads);
+    with_elements(*operand_format, [&](auto first) {
+        with_elements(*stash_format, [&](auto second) {
+            if (bfloat16) return quantize_and_pack(x, (uint16_t*)operand, stash, shape, first, second, threads);
+            quantize_and_pack(x, (float*)operand, stash, shape, first, second, threads);
+        });
+    });
 }
 
 EXPORT void DSQ_NAME(factorize)(const float* x, float* elements, float* factors, int64_t rows, int64_t length,
                                 const DsqFormat* format, int32_t stochastic, uint64_t seed, int32_t threads) {
-    auto run = stochastic ? factorize<true> : factorize<false>;
-    run(x, elements, factors, rows, length, *format, seed, threads);
+    with_elements(*format, [&](auto f) {
+        if (stochastic) return factorize<true>(x, elements, factors, rows, length, f, seed, threads);
+        factorize<false>(x, elements, factors, rows, length, f, seed, threads);
+    });
 }

@@ -9,10 +9,6 @@ namespace {
 // A few rows at a time: memory is read ahead row by row, and rows 2^n apart share few sets of the first-level cache.
 // work(row, rows), with rows() known when compiling.
 constexpr int ROWS_AT_ONCE = 4;
-template <int N>
-struct Count {
-    constexpr int operator()() const { return N; }
-};
 template <class Work>
 INLINE void for_rows(int64_t rows, Work work) {
     int64_t row = 0;
@@ -47,14 +43,14 @@ struct Tile {
     uint32_t index;  // the first value's place in the tensor
 };
 
-template <bool STOCHASTIC, class Out>
+template <bool STOCHASTIC, class Out, class Format>
 void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
     Exponents exponents;
     Scales down, up;
     largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
     exponents_of(exponents, tile.columns, format);
-    fill(down, exponents, tile.columns, format.bits, encode_scale);
-    fill(up, exponents, tile.columns, format.bits, decode_scale);
+    fill(down, exponents, tile.columns, format.fraction_bits(), encode_scale);
+    fill(up, exponents, tile.columns, format.fraction_bits(), decode_scale);
     for_rows(tile.rows, [&](int64_t row, auto rows) __attribute__((always_inline)) {
         for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
             Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
@@ -68,33 +64,33 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
     });
 }
 
-// Boxes of 16 codes of a width that divides 16: the codes of a column are WIDTH / 2 whole words of 32 bits.
-template <int WIDTH, bool STOCHASTIC>
+// Boxes of 16 or 32 codes of a width that divides 16: the codes of a column are whole words of 32 bits.
+template <int WIDTH, int N, bool STOCHASTIC, class Format>
 void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
-    constexpr int WORDS = WIDTH / 2;
+    constexpr int WORDS = WIDTH * N / 32;
     for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         U words[WORDS]{};
         Scale scale = down.of_columns(column);
-#pragma GCC unroll 16
-        for (int row = 0; row < 16; row++) {
+#pragma GCC unroll 32
+        for (int row = 0; row < N; row++) {
             int64_t at = row * tile.stride + column;
-            F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
-            words[row * WIDTH / 32] |= to_field(code, format) << (row * WIDTH % 32);
+            U field = encode_field<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
+            words[row * WIDTH / 32] |= field << (row * WIDTH % 32);
         }
         interleave<WORDS>(words);
         memcpy(out + column * WORDS * 4, words, (count == LANES ? LANES : count) * WORDS * 4);
     });
 }
-template <int WIDTH, class Out>
+template <int WIDTH, int N, class Out, class Format>
 void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
-    constexpr int WORDS = WIDTH / 2;
+    constexpr int WORDS = WIDTH * N / 32;
     for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         U words[WORDS]{};
         memcpy(words, from + column * WORDS * 4, (count == LANES ? LANES : count) * WORDS * 4);
         separate<WORDS>(words);
         Scale scale = up.of_columns(column);
-#pragma GCC unroll 16
-        for (int row = 0; row < 16; row++) {
+#pragma GCC unroll 32
+        for (int row = 0; row < N; row++) {
             U field = words[row * WIDTH / 32] >> (row * WIDTH % 32) & (~0u >> (32 - WIDTH));
             put(out + row * tile.stride + column, times(from_field(field, format), scale), count);
         }
@@ -104,7 +100,7 @@ void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Fo
 // Any width and box size: codes go through memory, where those of a column lie together.
 constexpr int ROWS = 64;  // a multiple of 8: whole bytes at every width
 
-template <bool STOCHASTIC>
+template <bool STOCHASTIC, class Format>
 void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     uint32_t codes[LANES][ROWS];
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
@@ -114,8 +110,7 @@ void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, For
             int64_t rows = smaller(ROWS, tile.rows - start);
             for (int64_t row = 0; row < rows; row++) {
                 int64_t at = (start + row) * tile.stride + column;
-                F code = encode<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
-                U field = to_field(code, format);
+                U field = encode_field<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
                 for (int lane = 0; lane < LANES; lane++) codes[lane][row] = field[lane];
             }
             for (int64_t lane = 0; lane < count; lane++)
@@ -123,7 +118,7 @@ void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, For
         }
     });
 }
-template <class Out>
+template <class Out, class Format>
 void unpack_codes(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     uint32_t codes[LANES][ROWS]{};
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
@@ -142,33 +137,41 @@ void unpack_codes(const uint8_t* from, Out* out, Tile tile, const Scales& up, Fo
     });
 }
 
-template <bool STOCHASTIC>
+// work(width, rows), known when compiling, for what pack_words takes; whether it does.
+template <class Work>
+INLINE bool with_words(int64_t rows, int width, Work work) {
+    if (rows == 16 && width == 2) return work(Count<2>(), Count<16>()), true;
+    if (rows == 16 && width == 4) return work(Count<4>(), Count<16>()), true;
+    if (rows == 16 && width == 8) return work(Count<8>(), Count<16>()), true;
+    if (rows == 16 && width == 16) return work(Count<16>(), Count<16>()), true;
+    if (rows == 32 && width == 4) return work(Count<4>(), Count<32>()), true;
+    if (rows == 32 && width == 8) return work(Count<8>(), Count<32>()), true;
+    return false;
+}
+
+template <bool STOCHASTIC, class Format>
 void pack_tile(const float* x, uint8_t* exponent_bytes, uint8_t* out, Tile tile, Format format, uint64_t seed) {
     Exponents exponents;
     Scales down;
     largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
     exponents_of(exponents, tile.columns, format);
-    fill(down, exponents, tile.columns, format.bits, encode_scale);
+    fill(down, exponents, tile.columns, format.fraction_bits(), encode_scale);
     for (int64_t column = 0; column < tile.columns; column++) exponent_bytes[column] = (uint8_t)exponents[column];
-    bool words = tile.rows == 16;
-    if (words && format.bits == 2) return pack_words<2, STOCHASTIC>(x, out, tile, down, format, seed);
-    if (words && format.bits == 4) return pack_words<4, STOCHASTIC>(x, out, tile, down, format, seed);
-    if (words && format.bits == 8) return pack_words<8, STOCHASTIC>(x, out, tile, down, format, seed);
-    if (words && format.bits == 16) return pack_words<16, STOCHASTIC>(x, out, tile, down, format, seed);
-    pack_codes<STOCHASTIC>(x, out, tile, down, format, seed);
+    auto packed = with_words(tile.rows, format.bits, [&](auto width, auto rows) {
+        pack_words<width(), rows(), STOCHASTIC>(x, out, tile, down, format, seed);
+    });
+    if (!packed) pack_codes<STOCHASTIC>(x, out, tile, down, format, seed);
 }
-template <class Out>
+template <class Out, class Format>
 void unpack_tile(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, Tile tile, Format format) {
     Exponents exponents;
     Scales up;
     read_exponents(exponent_bytes, tile.columns, exponents);
-    fill(up, exponents, tile.columns, format.bits, decode_scale);
-    bool words = tile.rows == 16;
-    if (words && format.bits == 2) return unpack_words<2>(from, out, tile, up, format);
-    if (words && format.bits == 4) return unpack_words<4>(from, out, tile, up, format);
-    if (words && format.bits == 8) return unpack_words<8>(from, out, tile, up, format);
-    if (words && format.bits == 16) return unpack_words<16>(from, out, tile, up, format);
-    unpack_codes(from, out, tile, up, format);
+    fill(up, exponents, tile.columns, format.fraction_bits(), decode_scale);
+    auto unpacked = with_words(tile.rows, format.bits, [&](auto width, auto rows) {
+        unpack_words<width(), rows()>(from, out, tile, up, format);
+    });
+    if (!unpacked) unpack_codes(from, out, tile, up, format);
 }
 
 }  // namespace
