@@ -20,6 +20,11 @@ def costs(log):
             ("--dsq-box-dim", "last", "--dsq-attention-matmul", "off"),
             "ternary,int8/row,ternary,float32",
         ),
+        (
+            "[mxfp8e4m3|4,nvfp4,mxfp6e2m3,mxfp8e5m2]",
+            ("--dsq-format", "mxfp4", "--dsq-scale", "fit", "--dsq-rounding", "stochastic", "--dsq-stash-scope", "all"),
+            "4,nvfp4,mxfp6e2m3",
+        ),
         ("[8,4,8,8]", ("--dsq-format", "int", "--dsq-box-size", "32", "--dsq-rounding", "stochastic"), "[8,4,8,8]"),
     ],
 )
