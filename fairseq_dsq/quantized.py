@@ -157,7 +157,7 @@ def fake_quantize(
         generator: draws one seed a call for stochastic rounding; None takes torch's default; an integer, 0 to
             2^62 - 1, is the seed.
         dtype: of the result; None takes ``x``'s. float32, or bfloat16 for formats of up to 8 significant bits, whose
-            values it holds exactly.
+            values it holds exactly, but for those below its smallest, 2^-133, that minifloats have in tiny blocks.
 
     Returns:
         A tensor of ``x``'s shape, without gradient; ``x`` itself for :class:`Float32`. A group that holds Inf or NaN

@@ -235,9 +235,12 @@ def test_what_rounds_past_the_largest_becomes_infinite_or_saturates():
 # Two scales
 
 
-def test_nvfp4_equals_its_description_in_scalar_arithmetic():
+@pytest.mark.parametrize("which", ["awkward", "fading"])
+def test_nvfp4_equals_its_description_in_scalar_arithmetic(which):
     x = awkward_tensor((40, 48), seed=2, finite=True).clamp(-1e30, 1e30)
     x[3] = 0.0
+    if which == "fading":  # through all scales of a block, the subnormal ones and those too small among them
+        x = torch.randn(40, 48, generator=seeded(2)) * 2.0 ** -torch.arange(0.0, 24.0, 0.6)[:, None]
     np = pytest.importorskip("numpy")
     tensor = np.float32(x.abs().max().item()) / np.float32(448 * 6)
     expected = []
