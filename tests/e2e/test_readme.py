@@ -236,7 +236,7 @@ RUN = {
     r"fairseq-dsq convert-hf \S+ \S+": convert_hf,
     r"fairseq-dsq export-float \S+ \S+": export_float,
     r"fairseq-dsq average .*": average,
-    r"fairseq-dsq (cost|roofline) .*": a_dsq_command,
+    r"fairseq-dsq (cost|roofline|formats)( .*)?": a_dsq_command,
     r"fairseq-(hydra-train|eval-lm) .*LM_DATA.*": a_language_model,
     r"fairseq-(train|hydra-train|generate|validate) .*": a_fairseq_command,
     r"python3? -c .*": python,
