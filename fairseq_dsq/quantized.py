@@ -60,6 +60,10 @@ class QuantizedTensor:
             return self.data.to(dtype)
         return ops.unpack(self.data, self.shape, self.dim, self.fmt.text, dtype)
 
+    def terms(self) -> Tensor:
+        """The tensor as bfloat16 terms, see :func:`round_terms`."""
+        return ops.unpack_terms(self.data, self.shape, self.dim, self.fmt.text)
+
     def factorize(self) -> tuple[Tensor, Tensor]:
         """The tensor as elements times a scale, see :func:`factorize`."""
         return ops.unpack_factors(self.data, self.shape, self.dim, self.fmt.text)
@@ -180,6 +184,18 @@ def fake_quantize(
         from_last = dim if dim < 0 else dim - x.dim()
         return ops.fake_quantize(x.mT, swapped.get(from_last, dim), fmt.text, seed, dtype).mT
     return ops.fake_quantize(x, dim, fmt.text, seed, dtype)
+
+
+def round_terms(
+    x: Tensor, fmt: Format, dim: int = -1, rounding: Rounding = "nearest", generator: Draw = None
+) -> Tensor:
+    """``fake_quantize(x, fmt, dim, ...)`` as the exact sum of bfloat16 terms, stacked in front.
+
+    Eight significant bits of ``fmt`` take one each, the largest first. Bits below the smallest bfloat16, 2^-133, are
+    lost.
+    """
+    _check(x, dim, rounding)
+    return ops.round_terms(_without_grad(x), dim, fmt.text, _seed(rounding, generator))
 
 
 def factorize(

@@ -43,7 +43,7 @@ ARROWS = {
     "recipes": {"artefact", "data_files", "translation"},
     "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
-    "bench": {"adam", "formats", "nn", "plugin", "precision", "quantized"},
+    "bench": {"adam", "formats", "gemm", "kernels", "nn", "plugin", "precision", "quantized"},
     "cli": {
         *("artefact", "bench", "cost", "criterions", "data_files", "download", "errors", "formats", "gemm", "glue"),
         *("kernels", "ledger", "lm", "nn", "plugin", "precision", "quantized", "recipes", "record", "report"),

@@ -10,4 +10,7 @@ from fairseq_dsq.gemm.native import NativeEngine
 for _engine in (Int8Engine(), NativeEngine(), CudaEngine(), Float32Engine()):
     register(_engine)
 
-__all__ = ["AUTO", "Engine", "Operand", "Plan", "Side", "check_mode", "names", "plan", "register", "unregister"]
+__all__ = [
+    "AUTO", "CudaEngine", "Engine", "Float32Engine", "Int8Engine", "NativeEngine", "Operand", "Plan", "Side",
+    "check_mode", "names", "plan", "register", "unregister",
+]  # fmt: skip

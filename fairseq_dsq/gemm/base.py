@@ -65,6 +65,7 @@ class Operand(NamedTuple):
         reduction: the dimension that the GEMM sums over, -1 or -2.
         rounded: False where the engine is to round it.
         scale: of each row, seen with the reduction last: (..., rows, 1), or one for all.
+        terms: bfloat16 tensors that are stacked in front and whose sum is the operand; 0 where it is given by value.
     """
 
     tensor: Tensor
@@ -72,6 +73,7 @@ class Operand(NamedTuple):
     reduction: int
     rounded: bool = True
     scale: Tensor | None = None
+    terms: int = 0
 
     @property
     def rows(self) -> Tensor:
@@ -83,6 +85,8 @@ class Engine(ABC):
     """What multiplies. Registered with :func:`register`; the order of registration is the order of trial."""
 
     name: ClassVar[str]
+    # Whether it takes operands as terms, and a float32 one has to be cut into these else.
+    in_terms: ClassVar[bool] = False
 
     def unavailable(self) -> str | None:
         """Why the engine runs nothing on this machine; None if it may."""
@@ -124,6 +128,11 @@ class Plan:
     sides: tuple[Side, Side]
     engines: tuple[Engine, ...]
     fused: tuple[bool, bool]
+
+    @property
+    def in_terms(self) -> bool:
+        """Whether operands may come as bfloat16 terms."""
+        return self.engines[0].in_terms
 
     def multiply(self, a: Operand, b: Operand, bias: Tensor | None = None, add_to: Tensor | None = None) -> Tensor:
         """The product of two operands over their reduction dimensions, exact products accumulated in float32.

@@ -1,44 +1,72 @@
-"""bfloat16 tensor cores: one term times one or two, written to be right by construction."""
+"""bfloat16 tensor cores, written to be right by construction: operands are exact sums of bfloat16 terms.
+
+Eight significant bits are one term, 16 two, 24 three; the product of two sums is the sum of the terms' products, each
+exact, accumulated in float32. No setting of torch cuts a bfloat16 operand, as TF32 cuts a float32 one. What lies below
+the smallest bfloat16, 2^-133, is lost. Half precision is multiplied as it is, into float32, and rounded once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.gemm.base import Engine, Operand, Side, finish, terms
+from fairseq_dsq.formats import Float32
+from fairseq_dsq.gemm.base import Engine, Operand, Side, finish
+from fairseq_dsq.kernels import ops
+
+# Products of terms for one of operands: 1x1, 2x1, 3x1, 2x2. More cost more than float32 on its own units.
+MOST_PRODUCTS = 4
 
 
 @cache
-def _has_tensor_cores(device: torch.device) -> bool:
-    """bfloat16 ones, and a torch whose products of bfloat16 can stay float32."""
-    return hasattr(torch.ops.aten.mm, "dtype") and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_tensor_cores(device: torch.device) -> bool:
+    """An NVIDIA GPU with bfloat16 ones, and a torch whose products of half precision can stay float32."""
+    if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch.ops.aten.mm, "dtype"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class CudaEngine(Engine):
-    """float32 tensors on NVIDIA GPUs; b of one bfloat16 term, a of one or two."""
+    """Quantized operands of 1x1, 2x1, 2x2 or 3x1 bfloat16 terms on NVIDIA GPUs; half precision."""
 
     name = "cuda"
+    in_terms = True
 
     def unavailable(self) -> str | None:
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
     def accepts(self, a: Side, b: Side, device: torch.device, dtype: torch.dtype) -> bool:
-        fits = terms(a.significand_bits) is not None and terms(b.significand_bits) == 1
-        on_nvidia = device.type == "cuda" and torch.version.cuda is not None
-        return fits and on_nvidia and dtype is torch.float32 and _has_tensor_cores(device)
+        if not has_tensor_cores(device) or any(isinstance(side.fmt, Float32) for side in (a, b)):
+            return False
+        if dtype is not torch.float32:
+            return dtype in (torch.bfloat16, torch.float16)
+        return ops.terms(a.significand_bits) * ops.terms(b.significand_bits) <= MOST_PRODUCTS
 
     def multiply(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
-        product = torch.bmm if a.tensor.dim() == 3 else torch.mm
-        columns = b.rows.mT.bfloat16()
-        parts = (a.rows,) if terms(a.side.significand_bits) == 1 else split(a.rows)
-        first, *second = (product(part.bfloat16(), columns, out_dtype=torch.float32) for part in parts)
-        return finish(first.add_(second[0]) if second else first, bias, add_to)
+        halves = a.tensor.dtype is b.tensor.dtype is not torch.float32 and not (a.terms or b.terms)
+        first, second = ((operand.rows,) for operand in (a, b)) if halves else (_terms(a), _terms(b))
+        product = torch.bmm if first[0].dim() == 3 else torch.mm
+        columns = [term.mT for term in second]
+        # The small ones first: less is lost of them.
+        pairs = sorted(((i, j) for i in range(len(first)) for j in range(len(columns))), key=lambda ij: -sum(ij))
+        total: Tensor | None = None
+        for i, j in pairs:
+            part = product(first[i], columns[j], out_dtype=torch.float32)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        total = finish(total, bias, add_to)
+        return total.to(a.tensor.dtype) if halves else total
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 ``x`` of at most 16 significant bits as the exact sum of two bfloat16 values, held in float32."""
-    high = (x.view(torch.int32) & -0x10000).view(torch.float32)
-    # Inf - Inf is NaN: what is not finite stays in the first.
-    return high, torch.where(high.isfinite(), x - high, 0.0)
+def _terms(operand: Operand) -> Sequence[Tensor]:
+    """The bfloat16 terms of an operand, seen with the reduction last, the largest first."""
+    rows = operand.rows
+    if operand.terms:
+        return rows.unbind(0)
+    if rows.dtype is torch.bfloat16:
+        return (rows,)
+    count = ops.terms(operand.side.significand_bits)
+    return (rows.bfloat16(),) if count == 1 else ops.split(rows.float(), count).unbind(0)

@@ -13,6 +13,8 @@ from fairseq_dsq.gemm.base import TERM_BITS, Engine, Operand, Side, finish
 
 # Significant bits that float32 products keep under torch's settings (TF32: 10 stored bits, 1 implicit).
 KEPT_BITS = {"tf32": 11, "bf16": TERM_BITS[0]}
+# torch's name for what multiplies float32 on a type of device, by which it keeps its settings.
+_BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 
 
 class Float32Engine(Engine):
@@ -37,7 +39,7 @@ class Float32Engine(Engine):
 
 def _float32_precision(device: str) -> str:
     """What a process-wide setting of torch makes of float32 products on a device: ``ieee``, ``tf32`` or ``bf16``."""
-    backend = {"cpu": "mkldnn", "cuda": "cuda"}.get(device)
+    backend = _BACKENDS.get(device)
     if backend is None:
         return "ieee"
     if hasattr(torch._C, "_get_fp32_precision_getter"):  # since torch 2.9; reading the old names may raise there

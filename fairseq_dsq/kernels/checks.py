@@ -109,6 +109,23 @@ def quantize_and_pack(x: Tensor, operand: Format, stash: Format, dtype: torch.dt
         raise ValueError("quantize_and_pack: expected formats with a box size: a whole tensor cannot go tile by tile")
 
 
+def quantize_both(
+    x: Tensor, first: Format | None, second: Format | None, stash: Format | None, dtype: torch.dtype, in_terms: bool
+) -> None:
+    """Refuse what cannot be read once for two directions.
+
+    Raises:
+        TypeError, IndexError, ValueError: one line names the argument.
+    """
+    quantize(x, -1, None, dtype)
+    along(x.shape, -2)
+    if in_terms and dtype is not torch.float32:
+        raise ValueError(f"in_terms: got True with {dtype}, expected torch.float32, of which terms are the sum")
+    for fmt in (first, second, stash):
+        if fmt is not None and not isinstance(fmt.group, int):
+            raise ValueError(f"quantize_both: got {fmt}, expected formats with a box size")
+
+
 def dropout(x: Tensor, p: float, seed: int) -> None:
     """Refuse a probability or seed that is none."""
     tensor(x)

@@ -33,19 +33,24 @@ def _shape_around(shape: Sequence[int], dim: int) -> native.Shape:
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
 
 
-def _kernel_dtype(dtype: torch.dtype, fmt: Format) -> torch.dtype:
+def _kernel_dtype(dtype: torch.dtype, fmt: Format, kernels: Any) -> torch.dtype:
     """What the kernel writes, to be converted to ``dtype``, which rounds once as the definition does.
 
     Minifloats under the smallest scales reach further down than bfloat16.
     """
     exact = dtype is torch.bfloat16 and fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS
     exact = exact and fmt.spec is not None and not fmt.spec.exponent_bits
-    return torch.bfloat16 if exact else torch.float32
+    return dtype if exact or _is_gpu(kernels) else torch.float32
+
+
+def _values(x: Tensor, kernels: Any) -> Tensor:
+    """A contiguous tensor of a dtype that the kernels read: the CPU's float32 alone."""
+    return (x if _is_gpu(kernels) else x.float()).contiguous()
 
 
 @cache
 def _triton_kernels(device: torch.device) -> Any:
-    """The CUDA kernels; None without Triton, where FAIRSEQ_DSQ_ISA says torch, or where they do not work.
+    """The CUDA kernels; None where FAIRSEQ_DSQ_ISA says torch, and where they do not work, which is said.
 
     No GPU was at hand when they were written: a device has to show that they equal the definition on it.
     """
@@ -53,15 +58,27 @@ def _triton_kernels(device: torch.device) -> Any:
         return None
     try:
         from fairseq_dsq.kernels import triton_kernels
-    except ImportError:
+    except ImportError as error:
+        _say_without_kernels(device, error, "pip install triton")
         return None
     try:
         triton_kernels.check(device)
     except Exception as error:  # no C compiler for Triton's launcher, a GPU that it does not support, ...
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        warnings.warn(f"{device}: no Triton kernels, quantization runs in plain, slow torch: {lines[0]}", stacklevel=2)
+        if isinstance(error, triton_kernels.DifferentResult):
+            remedy = "please report it"
+        else:
+            remedy = "Triton wants a C compiler and Python.h (apt install gcc python3-dev) and a GPU of 7.5 or later"
+        _say_without_kernels(device, error, remedy)
         return None
     return triton_kernels
+
+
+def _say_without_kernels(device: torch.device, error: Exception, remedy: str) -> None:
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    warnings.warn(
+        f"{device}: no Triton kernels, quantization runs in plain torch, about ten times slower: {line}: {remedy}",
+        stacklevel=3,
+    )
 
 
 def _kernels(device: torch.device) -> Any:
@@ -69,6 +86,11 @@ def _kernels(device: torch.device) -> Any:
     if device.type == "cpu":
         return native.kernels
     return _triton_kernels(device) if device.type == "cuda" else None
+
+
+def _is_gpu(kernels: Any) -> bool:
+    """Whether these are a GPU's kernels, which read and write every dtype."""
+    return kernels is not None and kernels is not native.kernels
 
 
 def _kernels_for(x: Tensor, fmt: Format) -> Any:
@@ -101,22 +123,38 @@ def _fake_quantize(x: Tensor, dim: int, fmt: str, seed: int | None, dtype: torch
     kernels = _kernels_for(x, parsed)
     if kernels is None:
         return definition.fake_quantize(x, parsed, dim, seed, dtype)
-    x = x.float().contiguous()
-    out = torch.empty_like(x, dtype=_kernel_dtype(dtype, parsed))
+    x = _values(x, kernels)
+    out = torch.empty_like(x, dtype=_kernel_dtype(dtype, parsed, kernels))
     kernels.fake_quantize(x, out, _shape_around(x.shape, dim), parsed.spec, seed)
     return out if out.dtype is dtype else out.to(dtype)
+
+
+def _round_terms(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
+    checks.quantize(x, dim, seed, torch.float32)
+    parsed = formats.parse(fmt)
+    kernels = _kernels_for(x, parsed)
+    if not _is_gpu(kernels):
+        return split(_fake_quantize(x, dim, fmt, seed, torch.float32), terms(parsed.significand_bits))
+    x = x.contiguous()
+    out = _terms_like(x, parsed)
+    kernels.fake_quantize(x, out, _shape_around(x.shape, dim), parsed.spec, seed, len(out))
+    return out
 
 
 def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
     checks.factorize(x, dim, seed)
     parsed = formats.parse(fmt)
-    by_row = parsed.group == "row" and dim in (-1, x.dim() - 1) and x.device.type == "cpu"
-    kernels = _kernels_for(x, parsed) if by_row else None
-    if kernels is None:
+    kernels = _kernels_for(x, parsed) if parsed.group == "row" else None
+    last = dim in (-1, x.dim() - 1)
+    if kernels is None or not (last or _is_gpu(kernels)):
         return definition.factorize(x, parsed, dim, seed)
-    x = x.float().contiguous()
-    elements, factors = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
-    kernels.factorize(x, elements, factors, parsed.spec, seed)
+    x = _values(x, kernels)
+    elements = torch.empty_like(x, dtype=torch.float32)
+    factors = elements.new_empty([1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)])
+    if _is_gpu(kernels):
+        kernels.factorize(x, elements, factors, _shape_around(x.shape, dim), parsed.spec, seed)
+    else:
+        kernels.factorize(x, elements, factors, parsed.spec, seed)
     return elements, factors
 
 
@@ -130,7 +168,7 @@ def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
     kernels = _kernels_for(x, parsed)
     if kernels is None:
         return definition.pack(x, parsed, dim, seed)
-    x = x.float().contiguous()
+    x = _values(x, kernels)
     data = x.new_empty(parsed.nbytes(x.shape, dim), dtype=torch.uint8)
     kernels.pack(x, data, _shape_around(x.shape, dim), parsed.spec, seed)
     return data
@@ -146,9 +184,20 @@ def _unpack(data: Tensor, shape: Sequence[int], dim: int, fmt: str, dtype: torch
     kernels = _kernels_for(data, parsed)
     if kernels is None:
         return definition.unpack(data, shape, parsed, dim, dtype)
-    out = data.new_empty(shape, dtype=_kernel_dtype(dtype, parsed))
+    out = data.new_empty(shape, dtype=_kernel_dtype(dtype, parsed, kernels))
     kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), parsed.spec)
     return out if out.dtype is dtype else out.to(dtype)
+
+
+def _unpack_terms(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> Tensor:
+    parsed = formats.parse(fmt)
+    checks.packed(data, shape, dim, parsed, torch.float32)
+    kernels = _kernels_for(data, parsed)
+    if not _is_gpu(kernels):
+        return split(_unpack(data, shape, dim, fmt, torch.float32), terms(parsed.significand_bits))
+    out = data.new_empty((terms(parsed.significand_bits), *shape), dtype=torch.bfloat16)
+    kernels.unpack(data.contiguous(), out, _shape_around(shape, dim), parsed.spec, len(out))
+    return out
 
 
 def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
@@ -160,14 +209,87 @@ def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> t
 def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     fmt, stash_fmt = formats.parse(operand), formats.parse(stash)
     checks.quantize_and_pack(x, fmt, stash_fmt, dtype)
-    kernels = _kernels_for(x, fmt) if _kernels_for(x, stash_fmt) is native.kernels else None
-    if kernels is None:
+    if reads_once(x, [fmt, stash_fmt]):
+        out, _, data = _quantize_both(x, operand, "", stash, dtype, False)
+        return out, data
+    kernels = _kernels_for(x, fmt)
+    if kernels is None or _kernels_for(x, stash_fmt) is None or _is_gpu(kernels):
         return _fake_quantize(x, -1, operand, None, dtype), _pack(x, -2, stash, None)
     x = x.float().contiguous()
-    out = torch.empty_like(x, dtype=_kernel_dtype(dtype, fmt))
+    out = torch.empty_like(x, dtype=_kernel_dtype(dtype, fmt, kernels))
     data = x.new_empty(stash_fmt.nbytes(x.shape, -2), dtype=torch.uint8)
     kernels.quantize_and_pack(x, out, data, _shape_around(x.shape, -2), fmt.spec, stash_fmt.spec)
     return out if out.dtype is dtype else out.to(dtype), data
+
+
+def _quantize_both(
+    x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    along_fmt, across_fmt, stash_fmt = (formats.parse(fmt) if fmt else None for fmt in (along, across, stash))
+    checks.quantize_both(x, along_fmt, across_fmt, stash_fmt, dtype, in_terms)
+    if not reads_once(x, [fmt for fmt in (along_fmt, across_fmt, stash_fmt) if fmt]):
+        first, second = (
+            _in_terms(_fake_quantize(x, dim, fmt.text, None, dtype), fmt, in_terms) if fmt else _none(x, dtype)
+            for fmt, dim in ((along_fmt, -1), (across_fmt, -2))
+        )
+        return first, second, _pack(x, -2, stash, None) if stash else _none(x, torch.uint8)
+    x = x.contiguous()
+    outs = [_rounded_like(x, fmt, dtype, in_terms) if fmt else None for fmt in (along_fmt, across_fmt)]
+    data = x.new_empty(stash_fmt.nbytes(x.shape, -2), dtype=torch.uint8) if stash_fmt else None
+    rounded = [
+        None if out is None or fmt is None else (out, fmt.spec, len(out) if in_terms else 0)
+        for out, fmt in zip(outs, (along_fmt, across_fmt), strict=True)
+    ]
+    _kernels(x.device).quantize_both(x, _shape_around(x.shape, -2), *rounded, stash_fmt and (data, stash_fmt.spec))
+    first, second = (_none(x, dtype) if out is None else out for out in outs)
+    return first, second, _none(x, torch.uint8) if data is None else data
+
+
+def reads_once(x: Tensor, fmts: Sequence[Format]) -> bool:
+    """Whether one kernel gives all that :func:`quantize_both` is asked for in these formats."""
+    kernels = _kernels(x.device)
+    if (
+        kernels is None
+        or kernels is native.kernels
+        or x.numel() == 0
+        or not kernels.fits_both(_shape_around(x.shape, -2))
+    ):
+        return False
+    return all(fmt.spec is not None and kernels.reads_once(fmt.spec) for fmt in fmts)
+
+
+def terms(significand_bits: int) -> int:
+    """bfloat16 terms that hold so many significant bits exactly: eight each."""
+    return -(-significand_bits // BFLOAT16_SIGNIFICAND_BITS)
+
+
+def split(x: Tensor, count: int) -> Tensor:
+    """float32 ``x`` as the exact sum of bfloat16 terms, the largest first, stacked in front.
+
+    Bits below the smallest bfloat16, 2^-133, are lost. What is not finite stays in the first.
+    """
+    parts = []
+    for _ in range(count - 1):
+        high = (x.view(torch.int32) & -0x10000).view(torch.float32)
+        parts.append(high)
+        x = torch.where(high.isfinite(), x - high, 0.0)
+    return torch.stack([*parts, x]).bfloat16()
+
+
+def _in_terms(x: Tensor, fmt: Format, in_terms: bool) -> Tensor:
+    return split(x, terms(fmt.significand_bits)) if in_terms else x
+
+
+def _rounded_like(x: Tensor, fmt: Format, dtype: torch.dtype, in_terms: bool) -> Tensor:
+    return _terms_like(x, fmt) if in_terms else torch.empty_like(x, dtype=dtype)
+
+
+def _terms_like(x: Tensor, fmt: Format) -> Tensor:
+    return x.new_empty((terms(fmt.significand_bits), *x.shape), dtype=torch.bfloat16)
+
+
+def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(0, dtype=dtype)
 
 
 def _gemm(
@@ -208,16 +330,12 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.stride(-2) == 1 else x.contiguous()
 
 
-def _cpu_kernels(x: Tensor) -> native.Kernels | None:
-    return native.kernels if x.device.type == "cpu" and x.numel() else None
-
-
 def _dropout(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
     checks.dropout(x, p, seed)
-    kernels = _cpu_kernels(x)
+    kernels = _kernels(x.device) if x.numel() else None
     if kernels is None:
         return masks.dropout(x, p, scale, seed)
-    values = x.float().contiguous()
+    values = _values(x, kernels)
     out = torch.empty_like(values)
     kernels.dropout(values, out, p, scale, seed)
     return out.to(x.dtype)
@@ -225,20 +343,20 @@ def _dropout(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
 
 def _pack_positive(x: Tensor) -> Tensor:
     checks.tensor(x)
-    kernels = _cpu_kernels(x)
+    kernels = _kernels(x.device) if x.numel() else None
     if kernels is None:
         return masks.pack_positive(x)
     data = x.new_empty(masks.nbytes(x.numel()), dtype=torch.uint8)
-    kernels.pack_positive(x.float().contiguous(), data)
+    kernels.pack_positive(_values(x, kernels), data)
     return data
 
 
 def _mask(x: Tensor, data: Tensor) -> Tensor:
     checks.mask(x, data)
-    kernels = _cpu_kernels(x)
+    kernels = _kernels(x.device) if x.numel() else None
     if kernels is None:
         return masks.mask(x, data)
-    values = x.float().contiguous()
+    values = _values(x, kernels)
     out = torch.empty_like(values)
     kernels.mask(values, data.contiguous(), out)
     return out.to(x.dtype)
@@ -250,6 +368,17 @@ def _mask(x: Tensor, data: Tensor) -> Tensor:
 def _fake_quantize_fake(x: Tensor, dim: int, fmt: str, seed: int | None, dtype: torch.dtype) -> Tensor:
     checks.quantize(x, dim, seed, dtype)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _round_terms_fake(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
+    checks.quantize(x, dim, seed, torch.float32)
+    return _terms_like(x, formats.parse(fmt))
+
+
+def _unpack_terms_fake(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> Tensor:
+    parsed = formats.parse(fmt)
+    checks.packed(data, shape, dim, parsed, torch.float32)
+    return data.new_empty((terms(parsed.significand_bits), *shape), dtype=torch.bfloat16)
 
 
 def _factorize_fake(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -277,6 +406,17 @@ def _unpack_factors_fake(data: Tensor, shape: Sequence[int], dim: int, fmt: str)
 def _quantize_and_pack_fake(x: Tensor, operand: str, stash: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     checks.quantize_and_pack(x, formats.parse(operand), formats.parse(stash), dtype)
     return _fake_quantize_fake(x, -1, operand, None, dtype), _pack_fake(x, -2, stash, None)
+
+
+def _quantize_both_fake(
+    x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    along_fmt, across_fmt, stash_fmt = (formats.parse(fmt) if fmt else None for fmt in (along, across, stash))
+    checks.quantize_both(x, along_fmt, across_fmt, stash_fmt, dtype, in_terms)
+    first, second = (
+        _rounded_like(x, fmt, dtype, in_terms) if fmt else _none(x, dtype) for fmt in (along_fmt, across_fmt)
+    )
+    return first, second, _pack_fake(x, -2, stash, None) if stash else _none(x, torch.uint8)
 
 
 def _gemm_fake(out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, *arguments: Any) -> None:
@@ -308,12 +448,20 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "unpack": (
         "(Tensor data, SymInt[] shape, int dim, str fmt, ScalarType dtype) -> Tensor", _unpack, _unpack_fake
     ),
+    "round_terms": ("(Tensor x, int dim, str fmt, int? seed) -> Tensor", _round_terms, _round_terms_fake),
+    "unpack_terms": (
+        "(Tensor data, SymInt[] shape, int dim, str fmt) -> Tensor", _unpack_terms, _unpack_terms_fake
+    ),
     "unpack_factors": (
         "(Tensor data, SymInt[] shape, int dim, str fmt) -> (Tensor, Tensor)", _unpack_factors, _unpack_factors_fake
     ),
     "quantize_and_pack": (
         "(Tensor x, str operand, str stash, ScalarType dtype) -> (Tensor, Tensor)",
         _quantize_and_pack, _quantize_and_pack_fake,
+    ),
+    "quantize_both": (
+        "(Tensor x, str along, str across, str stash, ScalarType dtype, bool in_terms) -> (Tensor, Tensor, Tensor)",
+        _quantize_both, _quantize_both_fake,
     ),
     "gemm": (
         "(Tensor(a!) out, Tensor a, Tensor b, int a_bits, int b_bits, int terms, Tensor? bias, bool accumulate) -> ()",
@@ -334,6 +482,9 @@ pack: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack.default
 unpack: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack.default
 unpack_factors: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.unpack_factors.default
 quantize_and_pack: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_and_pack.default
+round_terms: Callable[..., Tensor] = torch.ops.fairseq_dsq.round_terms.default
+unpack_terms: Callable[..., Tensor] = torch.ops.fairseq_dsq.unpack_terms.default
+quantize_both: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fairseq_dsq.quantize_both.default
 gemm: Callable[..., None] = torch.ops.fairseq_dsq.gemm.default
 dropout: Callable[..., Tensor] = torch.ops.fairseq_dsq.dropout.default
 pack_positive: Callable[..., Tensor] = torch.ops.fairseq_dsq.pack_positive.default

@@ -1,9 +1,14 @@
-"""The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for block floating point.
+"""The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for integers under a power of two.
 
-One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Floats are added
-and multiplied as on a CPU: nothing is fused (it would not show: products by powers of two are exact) and subnormal
-numbers are kept, but by Triton's ``floor``. There it does not show: a code just below zero comes out as -0 either way,
-rounded down to -0 or down to -1 and up again.
+One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Full boxes and
+the short last ones go in one launch. A row or tensor that shares a scale goes in chunks, which take the place of boxes,
+after a pass that finds its largest magnitude, which stays on the device. Floats are added and multiplied as on a CPU:
+nothing is fused (it would not show: products by powers of two are exact) and subnormal numbers are kept, but by
+Triton's ``floor``. There it does not show: a code just below zero comes out as zero either way, rounded down to -0 or
+down to -1 and up again.
+
+A call that is like one before, in everything that was compiled for it, launches what was compiled directly: Triton's
+own way there takes ten times as long as the rest.
 
 Imported by :mod:`fairseq_dsq.kernels.ops` at the first call for a CUDA tensor; needs Triton.
 """
@@ -12,15 +17,19 @@ Imported by :mod:`fairseq_dsq.kernels.ops` at the first call for a CUDA tensor; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from fairseq_dsq.formats import BlockFloat, KernelSpec, definition
+from fairseq_dsq.formats import BlockFloat, FixedPoint, KernelSpec, definition
+from fairseq_dsq.formats.base import MAX_BOX_SIZE as ALL_OF_A_ROW
+from fairseq_dsq.formats.scaled_integer import ScaledInteger
+from fairseq_dsq.kernels import masks
 
 Shape = tuple[int, int, int]
 # The values of a tile: eight for each thread of four warps.
@@ -29,22 +38,68 @@ TILE = 1024
 OPTIONS = {"enable_fp_fusion": False}
 # A row of a tile is a box.
 MAX_BOX_SIZE = 256
+# Chunks of what shares a scale and is longer: where its values are neighbours in memory, and where others lie between.
+CHUNK, CHUNK_ACROSS = 1024, 16
 # Offsets below this are computed in 32 bits, whose divisions are cheaper.
 WIDE_FROM = 1 << 30
+# A side of the square tiles that are read once for two directions, and the boxes that fit in.
+SIDE, BOTH_BOX = 64, 16
+# Launches that are remembered; a training meets some thousand shapes.
+MOST_LAUNCHES = 1 << 16
+
+
+class DifferentResult(RuntimeError):
+    """The kernels of a device do not give what the definition does."""
 
 
 @triton.jit
-def _boxes(first, length, boxes, after, BOX_SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The boxes of this program: their numbers and where each begins, in elements.
+def _boxes(length, boxes, after, BOX_SIZE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The boxes of this program: their numbers, fibres, places in these, columns, and where each begins, in elements.
 
-    They are counted over (before, boxes, after); the first of a fibre begins at ``first`` along ``length``.
+    They are counted over (before, boxes, after), a fibre being all boxes of a (before, after).
     """
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     box = program * BLOCK + tl.arange(0, BLOCK)[:, None]
     row = box // after
-    return box, ((row // boxes) * length + first + (row % boxes) * BOX_SIZE) * after + box % after
+    fibre, place = row // boxes, row % boxes
+    return box, fibre, place, box % after, (fibre * length + place * BOX_SIZE) * after + box % after
+
+
+@triton.jit
+def _in_bytes(
+    box, fibre, place, column, total, length, full, after, shorts, BITS: tl.constexpr, BOX_SIZE: tl.constexpr,
+    RAGGED: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Of each box: the place of its scale, of its first code, and the bytes of its codes.
+
+    ``total`` full boxes' scales, their codes, ``shorts`` short ones' scales, their codes; of chunks: the scales of the
+    fibres, their codes.
+    """
+    SIZE: tl.constexpr = (BOX_SIZE * BITS + 7) // 8
+    nbytes = tl.full(box.shape, SIZE, tl.int32)
+    if GROUPED:
+        fibre = fibre * after + column
+        scale_at = fibre
+        # Of length * BITS bits, of which 32 bits may not hold the number.
+        code_at = shorts + fibre * (length // 8 * BITS + (length % 8 * BITS + 7) // 8) + place * SIZE
+        if RAGGED:
+            rest = (((length - full * BOX_SIZE) * BITS + 7) // 8).to(tl.int32)
+            nbytes = tl.where(place == full, rest, nbytes)
+    elif RAGGED:
+        is_short = place == full
+        number = (fibre * full + place) * after + column
+        short = fibre * after + column
+        rest = (((length - full * BOX_SIZE) * BITS + 7) // 8).to(tl.int32)
+        begin = (number * 0 + total) * (1 + SIZE)  # in as many bits as the number
+        scale_at = tl.where(is_short, begin + short, number)
+        code_at = tl.where(is_short, begin + shorts + short * rest, total + number * SIZE)
+        nbytes = tl.where(is_short, rest, nbytes)
+    else:
+        scale_at = box
+        code_at = total + box * SIZE
+    return scale_at, code_at, nbytes
 
 
 @triton.jit
@@ -53,12 +108,19 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _exponent(x, headroom):
-    """Biased exponents (boxes, 1) of float32 boxes, 255 where one holds Inf or NaN: no float is compared."""
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+def _magnitude_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _exponent(largest, headroom, FIXED: tl.constexpr):
+    """Biased exponents of the bits of largest magnitudes, 255 where one is Inf or NaN: no float is compared."""
     finite = tl.minimum(largest, 0x7F7FFFFF)
-    raised = tl.minimum(tl.maximum((finite + headroom) >> 23, 1), 254)
-    return tl.where(largest == finite, raised, 255)[:, None]
+    if FIXED == 0:
+        found = tl.minimum(tl.maximum((finite + headroom) >> 23, 1), 254)
+    else:
+        found = tl.full(largest.shape, FIXED, tl.int32)
+    return tl.where(largest == finite, found, 255)
 
 
 @triton.jit
@@ -77,7 +139,10 @@ def _noise(index, low, high):
 
 
 @triton.jit
-def _magnitudes(x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _magnitudes(
+    x, exponent, index, low, high, BITS: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
     """Magnitudes of the codes, as float32: ScaledInteger.encode but for the sign, which is ``x``'s own."""
     shift = (BITS - 2 + 127) - exponent
     half = shift >> 1
@@ -90,142 +155,404 @@ def _magnitudes(x, exponent, index, low, high, BITS: tl.constexpr, MAX_CODE: tl.
         # hardware; what is larger is an integer already. No compiler may take the two additions for nothing.
         scaled = tl.abs(scaled)
         code = tl.where(scaled < 8388608.0, (scaled + 8388608.0) - 8388608.0, scaled)
-    return tl.minimum(code, MAX_CODE)
+    if MIN_CODE == -MAX_CODE:
+        return tl.minimum(code, MAX_CODE)
+    return tl.minimum(code, tl.where(x < 0, 0.0 - MIN_CODE, MAX_CODE))
 
 
 @triton.jit
-def _values(magnitude, negative, exponent, BITS: tl.constexpr):
+def _values(magnitude, negative, exponent, BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr):
     """ScaledInteger.decode of float32 magnitudes and uint32 signs, 0 or 1."""
     shift = exponent - (BITS - 2 + 127)
     half = shift >> 1
     value = magnitude * _power_of_two(half) * _power_of_two(shift - half)
+    if not SIGNED_ZERO:
+        negative = tl.where(magnitude == 0.0, 0, negative)
     bits = value.to(tl.uint32, bitcast=True) | (negative << 31)
     return tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _store(pointers, value, mask):
-    """Store float32 values that the target holds exactly: a bfloat16 is the upper half, without a conversion."""
+def _load(pointers, mask):
+    """float32 of any float: a bfloat16 is the upper half, without a conversion."""
+    x = tl.load(pointers, mask=mask, other=0.0)
     if pointers.dtype.element_ty == tl.bfloat16:
-        upper = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16)
-        value = upper.to(tl.bfloat16, bitcast=True)
-    tl.store(pointers, value, mask=mask)
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
 
 
-# The kernels. ``total`` boxes of ``values`` values each, see _Part; ``low`` and ``high`` are the halves of the seed.
+@triton.jit
+def _store(pointers, value, mask):
+    """Store float32 values, rounded to nearest even where the target is narrower."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        tl.store(pointers, upper.to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["headroom", "low", "high"])
+@triton.jit
+def _store_terms(pointers, plane, value, mask, TERMS: tl.constexpr):
+    """Store float32 as the exact sum of TERMS bfloat16, ``plane`` elements apart; without terms, as it is."""
+    if TERMS == 0:
+        _store(pointers, value, mask)
+    for term in tl.static_range(TERMS):
+        upper = value.to(tl.uint32, bitcast=True) & 0xFFFF0000
+        tl.store(pointers + term * plane, (upper >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        # NaN - NaN is NaN too: a product with any term is.
+        value = value - upper.to(tl.float32, bitcast=True)
+
+
+# The kernels. Shapes are (before, length, after); ``total`` full boxes and ``shorts`` short ones, of chunks: fibres;
+# ``all_boxes`` of both; ``low`` and ``high`` are the halves of the seed; ``largest`` is read where GROUPED.
+
+
+@triton.jit(do_not_specialize=["all_boxes", "boxes"])
+def _largest(
+    x_ptr, largest_ptr, all_boxes, length, boxes, after,
+    BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The bits of the largest magnitude of each fibre; the order in which chunks come does not matter."""
+    box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
+    along = tl.arange(0, BOX).to(base.dtype)[None, :]
+    exists = box < all_boxes
+    x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length))
+    found = tl.max(_magnitude_bits(x), axis=1)[:, None]
+    tl.atomic_max(largest_ptr + fibre * after + column, found, mask=exists)
+
+
+@triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom"])
 def _fake_quantize(
-    x_ptr, out_ptr, total, first, length, boxes, after, values, headroom, low, high,
-    BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
-    STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, out_ptr, largest_ptr, factor_ptr, low, high, all_boxes, length, boxes, after, headroom, plane,
+    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
+    GROUPED: tl.constexpr, FACTORS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
-    place = tl.arange(0, BOX).to(base.dtype)[None, :]
-    index = base + place * after
-    inside = (box < total) & (place < values)
-    x = tl.load(x_ptr + index, mask=inside, other=0.0)
-    exponent = _exponent(x, headroom)
-    magnitude = _magnitudes(x, exponent, index, low, high, BITS, MAX_CODE, STOCHASTIC)
-    value = _values(magnitude, x.to(tl.uint32, bitcast=True) >> 31, exponent, BITS)
-    _store(out_ptr + index, value, inside)
+    """The values; with FACTORS elements and factors apart, as ScaledInteger.factorize has them."""
+    box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
+    along = tl.arange(0, BOX).to(base.dtype)[None, :]
+    index = base + along * after
+    exists = box < all_boxes
+    inside = exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length)
+    x = _load(x_ptr + index, inside)
+    if GROUPED:
+        largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
+    else:
+        largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
+    exponent = _exponent(largest, headroom, FIXED)
+    magnitude = _magnitudes(x, exponent, index, low, high, BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
+    negative = x.to(tl.uint32, bitcast=True) >> 31
+    if FACTORS:
+        factor = tl.where(exponent == 255, 1.0, _power_of_two(exponent - 127))
+        tl.store(factor_ptr + fibre * after + column, factor, mask=exists & (place == 0))
+        exponent = tl.where(exponent == 255, 255, 127)
+    _store_terms(out_ptr + index, plane, _values(magnitude, negative, exponent, BITS, SIGNED_ZERO), inside, TERMS)
 
 
-@triton.jit(do_not_specialize=["headroom", "low", "high"])
+@triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom", "full", "shorts"])
 def _pack(
-    x_ptr, exponent_ptr, code_ptr, total, first, length, boxes, after, values, box_bytes, headroom, low, high,
-    BITS: tl.constexpr, MAX_CODE: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
-    STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
+    x_ptr, data_ptr, largest_ptr, low, high, all_boxes, length, boxes, after, headroom, total, full, shorts,
+    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
+    GROUPED: tl.constexpr, RAGGED: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
 ):  # fmt: skip
-    box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
-    place = tl.arange(0, BOX).to(base.dtype)[None, :]
-    exists = box < total
-    x = tl.load(x_ptr + base + place * after, mask=exists & (place < values), other=0.0)
-    exponent = _exponent(x, headroom)
-    tl.store(exponent_ptr + box, exponent.to(tl.uint8), mask=exists)
+    box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
+    exists = box < all_boxes
+    begins = place * BOX_SIZE
+    scale_at, code_at, nbytes = _in_bytes(
+        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED
+    )
+    if GROUPED:
+        largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
+    else:
+        along = tl.arange(0, BOX).to(base.dtype)[None, :]
+        x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (begins + along < length))
+        largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
+    exponent = _exponent(largest, headroom, FIXED)
+    tl.store(data_ptr + scale_at, exponent.to(tl.uint8), mask=exists & (place == 0) if GROUPED else exists)
     # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
     packed = tl.zeros([BLOCK, BYTES], tl.uint32)
     for step in tl.static_range(TOUCHED):
-        place = byte * 8 // BITS + step
-        shift = (place * BITS - byte * 8).to(tl.int32)
-        index = base + place * after
-        x = tl.load(x_ptr + index, mask=exists & (place < values) & (shift < 8), other=0.0)
+        along = byte * 8 // BITS + step
+        shift = (along * BITS - byte * 8).to(tl.int32)
+        index = base + along * after
+        inside = exists & (along < BOX_SIZE) & (begins + along < length) & (shift < 8)
+        x = _load(x_ptr + index, inside)
         x = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
-        magnitude = _magnitudes(x, exponent, index, low, high, BITS, MAX_CODE, STOCHASTIC)
+        magnitude = _magnitudes(x, exponent, index, low, high, BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
         sign = x.to(tl.uint32, bitcast=True) >> 31
-        code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (BITS - 1))
+        if SIGNED_ZERO:
+            code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (BITS - 1))
+        else:
+            code = magnitude.to(tl.int64).to(tl.uint32)  # 2^31 is one
+            code = tl.where(sign != 0, (~code) + 1, code)
+            if BITS < 32:
+                code = code & ((1 << BITS) - 1)
         # Only the first code may begin before the byte. One that was masked out is 0, whatever it is shifted by.
         if step == 0:
             packed |= code >> (-shift).to(tl.uint32)
         else:
             packed |= code << (shift & 7).to(tl.uint32)
-    place_in_codes = box * box_bytes + byte
-    tl.store(code_ptr + place_in_codes, (packed & 0xFF).to(tl.uint8), mask=exists & (byte < box_bytes))
+    tl.store(data_ptr + code_at + byte, (packed & 0xFF).to(tl.uint8), mask=exists & (byte < nbytes))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_boxes", "boxes", "full", "shorts"])
 def _unpack(
-    exponent_ptr, code_ptr, out_ptr, total, first, length, boxes, after, values, box_bytes,
-    BITS: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-    TOUCHED: tl.constexpr,
+    data_ptr, out_ptr, all_boxes, length, boxes, after, total, full, shorts, plane,
+    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, GROUPED: tl.constexpr, RAGGED: tl.constexpr, TOUCHED: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    box, base = _boxes(first, length, boxes, after, BOX_SIZE, BLOCK, WIDE)
-    place = tl.arange(0, BOX).to(base.dtype)[None, :]
-    exists = box < total
-    inside = exists & (place < values)
-    exponent = tl.load(exponent_ptr + box, mask=exists, other=0).to(tl.int32)
+    box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
+    along = tl.arange(0, BOX).to(base.dtype)[None, :]
+    exists = box < all_boxes
+    inside = exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length)
+    scale_at, code_at, _nbytes = _in_bytes(
+        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED
+    )
+    exponent = tl.load(data_ptr + scale_at, mask=exists, other=0).to(tl.int32)
     code = tl.zeros([BLOCK, BOX], tl.uint32)
     for step in tl.static_range(TOUCHED):
-        byte = place * BITS // 8 + step
-        shift = (8 * byte - place * BITS).to(tl.int32)
-        piece = tl.load(code_ptr + box * box_bytes + byte, mask=inside & (shift < BITS), other=0).to(tl.uint32)
+        byte = along * BITS // 8 + step
+        shift = (8 * byte - along * BITS).to(tl.int32)
+        piece = tl.load(data_ptr + code_at + byte, mask=inside & (shift < BITS), other=0).to(tl.uint32)
         if step == 0:
             code |= piece >> (-shift).to(tl.uint32)
         else:
             code |= piece << (shift & 31).to(tl.uint32)
-    magnitude = (code & ((1 << (BITS - 1)) - 1)).to(tl.int32).to(tl.float32)
-    value = _values(magnitude, (code >> (BITS - 1)) & 1, exponent, BITS)
-    _store(out_ptr + base + place * after, value, inside)
+    negative = (code >> (BITS - 1)) & 1
+    if SIGNED_ZERO:
+        magnitude = (code & ((1 << (BITS - 1)) - 1)).to(tl.int32).to(tl.float32)
+    else:
+        whole = tl.where(negative != 0, (~code) + 1, code)
+        if BITS < 32:
+            whole = whole & ((1 << BITS) - 1)
+        magnitude = whole.to(tl.int64).to(tl.float32)
+    value = _values(magnitude, negative, exponent, BITS, SIGNED_ZERO)
+    _store_terms(out_ptr + base + along * after, plane, value, inside, TERMS)
 
 
-class _Part(NamedTuple):
-    """The full boxes of a tensor, or the short last ones.
+@triton.jit(do_not_specialize=["n_headroom", "m_headroom", "s_headroom", "full", "rest"])
+def _both(
+    x_ptr, n_ptr, m_ptr, stash_ptr, n_headroom, m_headroom, s_headroom, M, N, plane, total, full, rest,
+    N_BITS: tl.constexpr, N_MAX: tl.constexpr, N_TERMS: tl.constexpr,
+    M_BITS: tl.constexpr, M_MAX: tl.constexpr, M_TERMS: tl.constexpr,
+    S_BITS: tl.constexpr, S_MAX: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Matrices M x N, read once for what is asked: rounded in boxes along N, along M, and packed in boxes along M.
+
+    ``total`` full boxes along M; ``full`` of a column, ``rest`` values in its short one.
+    """
+    batch = tl.program_id(2)
+    row = tl.program_id(1) * SIDE + tl.arange(0, SIDE)[:, None]
+    column = tl.program_id(0) * SIDE + tl.arange(0, SIDE)[None, :]
+    box_row = tl.program_id(1) * (SIDE // BOX) + tl.arange(0, SIDE // BOX)[:, None]
+    if WIDE:
+        batch, row, column, box_row = batch.to(tl.int64), row.to(tl.int64), column.to(tl.int64), box_row.to(tl.int64)
+    inside = (row < M) & (column < N)
+    index = (batch * M + row) * N + column
+    x = _load(x_ptr + index, inside)
+    bits = _magnitude_bits(x)
+    sign = x.to(tl.uint32, bitcast=True) >> 31
+    if N_BITS > 0:
+        largest = tl.max(tl.reshape(bits, [SIDE, SIDE // BOX, BOX]), axis=2)
+        exponent = _exponent(largest, n_headroom, 0)[:, :, None]
+        exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE, SIDE // BOX, BOX]), [SIDE, SIDE])
+        magnitude = _magnitudes(x, exponent, index, 0, 0, N_BITS, -N_MAX, N_MAX, False)
+        _store_terms(n_ptr + index, plane, _values(magnitude, sign, exponent, N_BITS, True), inside, N_TERMS)
+    if M_BITS + S_BITS > 0:
+        largest = tl.max(tl.reshape(bits, [SIDE // BOX, BOX, SIDE]), axis=1)
+    if M_BITS > 0:
+        exponent = _exponent(largest, m_headroom, 0)[:, None, :]
+        exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
+        magnitude = _magnitudes(x, exponent, index, 0, 0, M_BITS, -M_MAX, M_MAX, False)
+        _store_terms(m_ptr + index, plane, _values(magnitude, sign, exponent, M_BITS, True), inside, M_TERMS)
+    if S_BITS > 0:
+        scale = _exponent(largest, s_headroom, 0)
+        exponent = tl.reshape(tl.broadcast_to(scale[:, None, :], [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
+        finite = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
+        magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, -S_MAX, S_MAX, False)
+        sign = finite.to(tl.uint32, bitcast=True) >> 31
+        code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (S_BITS - 1))
+        is_short = box_row == full
+        number = (batch * full + box_row) * N + column
+        short = batch * N + column
+        begin = (number * 0 + total) * (1 + BOX * S_BITS // 8)
+        shorts = tl.num_programs(2).to(number.dtype) * N
+        rest_bytes = (rest * S_BITS + 7) // 8
+        exists = (box_row * BOX < M) & (column < N)
+        tl.store(stash_ptr + tl.where(is_short, begin + short, number), scale.to(tl.uint8), mask=exists)
+        code_at = tl.where(is_short, begin + shorts + short * rest_bytes, total + number * (BOX * S_BITS // 8))
+        nbytes = tl.where(is_short, rest_bytes, BOX * S_BITS // 8)
+        # A box's codes, as words of 64 bits: each is the sum of codes that share no bit.
+        place = (tl.arange(0, SIDE) % BOX)[:, None] * S_BITS
+        for word in tl.static_range((BOX * S_BITS + 63) // 64):
+            shift = place - 64 * word
+            left = code.to(tl.uint64) << tl.minimum(tl.maximum(shift, 0), 63).to(tl.uint64)
+            right = code.to(tl.uint64) >> tl.minimum(tl.maximum(-shift, 0), 63).to(tl.uint64)
+            part = tl.where(shift >= 64, 0, tl.where(shift >= 0, left, tl.where(shift > -S_BITS, right, 0)))
+            packed = tl.sum(tl.reshape(part, [SIDE // BOX, BOX, SIDE]), axis=1)
+            byte = tl.arange(0, 8)[None, None, :]
+            data = (packed[:, :, None] >> (8 * byte).to(tl.uint64)).to(tl.uint8)
+            mask = exists[:, :, None] & (8 * word + byte < nbytes[:, :, None])
+            tl.store(stash_ptr + code_at[:, :, None] + 8 * word + byte, data, mask=mask)
+
+
+@triton.jit(do_not_specialize=["low", "high"])
+def _dropout(x_ptr, out_ptr, low, high, p, scale, total, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    index = program * BLOCK + tl.arange(0, BLOCK)
+    x = _load(x_ptr + index, index < total)
+    _store(out_ptr + index, tl.where(_noise(index, low, high) >= p, x * scale, 0.0), index < total)
+
+
+@triton.jit
+def _pack_positive(x_ptr, data_ptr, total, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    byte = program * BLOCK + tl.arange(0, BLOCK)
+    index = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    x = _load(x_ptr + index, index < total)
+    one = tl.where((x <= 0) | (index >= total), 0, 1) << tl.arange(0, 8)[None, :]
+    tl.store(data_ptr + byte, tl.sum(one, axis=1).to(tl.uint8), mask=byte * 8 < total)
+
+
+@triton.jit
+def _mask(x_ptr, data_ptr, out_ptr, total, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    byte = program * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, 8)[None, :]
+    index = byte[:, None] * 8 + place
+    ones = tl.load(data_ptr + byte, mask=byte * 8 < total, other=0).to(tl.int32)
+    x = _load(x_ptr + index, index < total)
+    _store(out_ptr + index, tl.where(((ones[:, None] >> place) & 1) != 0, x, 0.0), index < total)
+
+
+class _Launch(NamedTuple):
+    """A kernel compiled for a device, with all arguments that follow from the call's shapes.
 
     Attributes:
-        total: boxes.
-        first: where a fibre's first begins along ``length``.
-        length, boxes, after: of the tensor; of a fibre; of the tensor.
-        values: in a box.
+        run: launches; of Triton's CompiledKernel, as are ``function`` and ``metadata``.
+        grid: programs.
+        rest: the arguments after the tensors and the seed's halves.
+        stream: gives the current stream of a device.
+        device: its number.
     """
 
-    total: int
-    first: int
-    length: int
-    boxes: int
-    after: int
-    values: int
+    run: Any
+    function: Any
+    metadata: Any
+    grid: tuple[int, int, int]
+    rest: tuple[Any, ...]
+    stream: Any
+    device: int
+
+
+_launches: dict[Any, _Launch] = {}
+# Whether compiled kernels are launched without Triton's help: check() finds out.
+_direct = True
+
+
+def _start(key: tuple[Any, ...], tensors: tuple[Any, ...], seed: tuple[int, ...], prepare: Any) -> None:
+    """Launch a kernel.
+
+    Args:
+        key: what the launch follows from, but for the tensors' addresses.
+        tensors: its first arguments.
+        seed: its next ones.
+        prepare: of a key that is new: gives the kernel, the grid, and the remaining arguments by name and in order.
+    """
+    aligned = 0
+    for tensor in tensors:
+        aligned |= tensor.data_ptr()
+    x = tensors[0]
+    key = (key, x.device, aligned & 15 == 0)
+    known = _launches.get(key)
+    if known is None or not _direct:
+        with torch.cuda.device_of(x):
+            kernel, grid, rest = prepare()
+            compiled = kernel[grid](*tensors, *seed, **rest, **OPTIONS)
+            # Launched by Triton, the interpreter among others, what is no kernel of the kind that is known here.
+            if all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+                if len(_launches) >= MOST_LAUNCHES:
+                    _launches.clear()
+                active = driver.active
+                _launches[key] = _Launch(
+                    compiled.run,
+                    compiled.function,
+                    compiled.packed_metadata,
+                    (*grid, 1, 1)[:3],
+                    tuple(rest.values()),
+                    active.get_current_stream,
+                    active.get_current_device(),
+                )
+        return
+    if x.is_cuda and torch.cuda.current_device() != known.device:
+        with torch.cuda.device(x.device):
+            _again(known, tensors, seed)
+    else:
+        _again(known, tensors, seed)
+
+
+def _again(known: _Launch, tensors: tuple[Any, ...], seed: tuple[int, ...]) -> None:
+    stream = known.stream(known.device)
+    known.run(*known.grid, stream, known.function, known.metadata, None, None, None, *tensors, *seed, *known.rest)
 
 
 def covers(spec: KernelSpec) -> bool:
-    """Whether the kernels know the format: sign-magnitude integers under the exponent of their box."""
-    lopsided = not spec.signed_zero or spec.min_code != -spec.max_code
+    """Whether the kernels know the format: integers in boxes that a tile holds, or one scale for a row or the tensor."""
     if spec.exponent_bits or spec.element_exponent or spec.least_exponent != 1:
         return False
-    return 0 < spec.box_size <= MAX_BOX_SIZE and not spec.fixed_exponent and not lopsided
+    signed = not spec.signed_zero or spec.min_code < 0
+    return signed and (spec.box_size <= MAX_BOX_SIZE or spec.box_size == ALL_OF_A_ROW)
+
+
+def reads_once(spec: KernelSpec) -> bool:
+    """Whether :func:`quantize_both` knows the format: sign-magnitude codes in boxes of 16."""
+    symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
+    return symmetric and spec.box_size == BOTH_BOX
+
+
+def fits_both(shape: Shape) -> bool:
+    """Whether matrices go in one launch of :func:`quantize_both`: CUDA counts programs in 16 bits but for one axis."""
+    return shape[0] < 1 << 16 and shape[1] <= SIDE << 15
 
 
 def check(device: torch.device) -> None:
-    """Compile and run the kernels on ``device``.
+    """Compile and run the kernels on ``device``, first time and again, and find out how to launch them.
 
     Raises:
-        RuntimeError: the result is not that of the definition. Triton raises errors of its own.
+        DifferentResult: the result is not that of the definition. Triton raises errors of its own.
     """
+    global _direct
+    _direct = True
+    try:
+        _check(device)
+        _check(device)
+    except Exception:
+        # Another version of Triton may launch what it compiled in another way.
+        _direct = False
+        _check(device)
+
+
+def _check(device: torch.device) -> None:
     shape = 1, 37, 48
     x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
     x[:, 5] *= 2.0**-126
-    for fmt, seed in ((BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98)):
+    formats: list[tuple[ScaledInteger, int | None]] = [
+        (BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98), (FixedPoint(5, per_row=True), None)
+    ]  # fmt: skip
+    pairs: list[tuple[Tensor, Tensor]] = []
+    elements, factors = torch.empty_like(x), x.new_empty(1, 48)
+    factorize(x, elements, factors, shape, FixedPoint(5, per_row=True).kernel_spec(), None)
+    pairs += zip((elements, factors), definition.factorize(x, FixedPoint(5, per_row=True), 0, None), strict=True)
+    for fmt, seed in formats:
         spec = fmt.kernel_spec()
         data = definition.pack(x, fmt, 0, seed)
         expected = definition.unpack(data, x.shape, fmt, 0, x.dtype)
@@ -233,89 +560,231 @@ def check(device: torch.device) -> None:
         fake_quantize(x, rounded, shape, spec, seed)
         pack(x, packed, shape, spec, seed)
         unpack(data, unpacked, shape, spec)
-        pairs = [(rounded, expected), (packed, data), (unpacked, expected)]
-        if not all(torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)) for got, wanted in pairs):
-            raise RuntimeError("the result is not that of the definition")
+        pairs += [(rounded, expected), (packed, data), (unpacked, expected)]
+    boxes, spec = BlockFloat(5), BlockFloat(5).kernel_spec()
+    along, across = (torch.empty_like(x) for _ in range(2))
+    stash = torch.empty(boxes.nbytes(x.shape, 0), dtype=torch.uint8, device=device)
+    quantize_both(x, shape, (along, spec, 0), (across, spec, 0), (stash, spec))
+    pairs += [(out, definition.fake_quantize(x, boxes, dim, None, x.dtype)) for out, dim in ((along, 1), (across, 0))]
+    pairs.append((stash, definition.pack(x, boxes, 0, None)))
+    ones = torch.empty(masks.nbytes(x.numel()), dtype=torch.uint8, device=device)
+    dropped, masked = torch.empty_like(x), torch.empty_like(x)
+    pack_positive(x, ones)
+    mask(x, ones, masked)
+    dropout(x, dropped, 0.3, 1 / 0.7, 0x2BCDEF01_FEDCBA98)
+    pairs += [(ones, masks.pack_positive(x)), (masked, masks.mask(x, masks.pack_positive(x)))]
+    pairs.append((dropped, masks.dropout(x, 0.3, 1 / 0.7, 0x2BCDEF01_FEDCBA98)))
+    if not all(torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)) for got, wanted in pairs):
+        raise DifferentResult("the result is not that of the definition")
 
 
-def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
-    """Write the rounded values of ``x`` to ``out``.
+# All tensors below are contiguous, on one CUDA device and not empty: values float32, bfloat16 or float16, packed bytes
+# uint8; seen as ``shape`` (before, length, after) with the groups along ``length``. ``seed`` None rounds to nearest.
 
-    All tensors here are contiguous, on one CUDA device and not empty: ``x`` float32, ``out`` float32, or bfloat16 for
-    codes of at most 9 bits, packed bytes uint8; seen as ``shape`` (before, length, after) with the boxes along
-    ``length``. ``covers(spec)`` holds. ``seed`` None rounds to nearest.
-    """
-    with torch.cuda.device_of(x):
-        for part in _parts(shape, spec):
-            tile = _tile(part, spec, x.numel())
-            numbers = (*part, spec.headroom, *_seed_halves(seed))
-            _fake_quantize[_grid(part, tile)](x, out, *numbers, **tile, **_rounding(spec, seed))
+
+def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None, terms: int = 0) -> None:
+    """Write the rounded values of ``x`` to ``out``, as so many bfloat16 terms if any; ``covers(spec)`` holds."""
+    _round(x, out, None, shape, spec, seed, terms)
+
+
+def factorize(x: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
+    """Write float32 elements of ``x`` and the factor of each row; of a format with one scale for each."""
+    _round(x, elements, factors, shape, spec, seed, 0)
+
+
+def _round(
+    x: Tensor, out: Tensor, factors: Tensor | None, shape: Shape, spec: KernelSpec, seed: int | None, terms: int
+) -> None:
+    shape, largest = _groups(x, shape, spec)
+
+    def prepare() -> Any:
+        numbers, tile = _tile(shape, spec, out.numel())
+        rest = {**numbers, "headroom": spec.headroom, "plane": x.numel(), **_codes(spec), **tile, **_mode(spec, seed)}
+        rest |= {"FACTORS": factors is not None, "TERMS": terms}
+        return _fake_quantize, _grid(numbers, tile), _ordered(_fake_quantize, rest)
+
+    key = ("round", shape, spec, seed is None, x.dtype, out.dtype, factors is None, terms)
+    _start(key, (x, out, largest, largest if factors is None else factors), _seed_halves(seed), prepare)
 
 
 def pack(x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
     """Write the packed bytes of ``x`` to ``data``; as for :func:`fake_quantize`."""
-    bits = spec.bits
-    touched = max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits))
-    with torch.cuda.device_of(x):
-        for part, exponents, codes, box_bytes in _packed_parts(data, shape, spec):
-            tile = _tile(part, spec, max(x.numel(), data.numel()))
-            _pack[_grid(part, tile)](
-                *(x, exponents, codes, *part, box_bytes, spec.headroom, *_seed_halves(seed)),
-                **tile,
-                **_rounding(spec, seed),
-                BYTES=triton.next_power_of_2(box_bytes),
-                TOUCHED=touched,
-            )
+    shape, largest = _groups(x, shape, spec)
+
+    def prepare() -> Any:
+        bits = spec.bits
+        numbers, tile = _tile(shape, spec, max(x.numel(), data.numel()))
+        box_bytes = -(-min(tile["BOX_SIZE"], shape[1]) * bits // 8)
+        rest = {
+            **numbers, **_layout(shape, spec, tile), "headroom": spec.headroom, **_codes(spec), **tile,
+            **_mode(spec, seed), "BYTES": _power_of_two_above(box_bytes),
+            "TOUCHED": max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits)),
+        }  # fmt: skip
+        return _pack, _grid(numbers, tile), _ordered(_pack, rest)
+
+    key = ("pack", shape, spec, seed is None, x.dtype)
+    _start(key, (x, data, largest), _seed_halves(seed), prepare)
 
 
-def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> None:
+def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int = 0) -> None:
     """Write the values of packed bytes to ``out``; as for :func:`fake_quantize`."""
-    touched = max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8))
-    with torch.cuda.device_of(data):
-        for part, exponents, codes, box_bytes in _packed_parts(data, shape, spec):
-            tile = _tile(part, spec, max(out.numel(), data.numel()))
-            _unpack[_grid(part, tile)](exponents, codes, out, *part, box_bytes, **tile, TOUCHED=touched)
+    plane = math.prod(shape)
+    shape = _shape_of_groups(shape, spec)
+
+    def prepare() -> Any:
+        numbers, tile = _tile(shape, spec, max(out.numel(), data.numel()))
+        rest = {
+            **numbers, **_layout(shape, spec, tile), "BITS": spec.bits, "SIGNED_ZERO": bool(spec.signed_zero), **tile,
+            "plane": plane, "GROUPED": _grouped(spec), "TERMS": terms,
+            "TOUCHED": max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8)),
+        }  # fmt: skip
+        return _unpack, _grid(numbers, tile), _ordered(_unpack, rest)
+
+    _start(("unpack", shape, spec, out.dtype, terms), (data, out), (), prepare)
 
 
-def _parts(shape: Shape, spec: KernelSpec) -> Iterator[_Part]:
-    """The parts of definition.split_groups."""
+# A tensor, what it is rounded to, and the bfloat16 terms in front of it; 0 for values as they are.
+Rounded = tuple[Tensor, KernelSpec, int]
+
+
+def quantize_both(
+    x: Tensor, shape: Shape, along: Rounded | None, across: Rounded | None, stash: tuple[Tensor, KernelSpec] | None
+) -> None:
+    """Round matrices to nearest in boxes along their rows and across them, and pack them across, reading them once.
+
+    Args:
+        x: ``shape`` (matrices, M, N).
+        along: what is rounded in boxes along N.
+        across: along M.
+        stash: packed in boxes along M.
+    """
+    batch, m, n = shape
+
+    def prepare() -> Any:
+        full, rest = divmod(m, BOTH_BOX)
+        numbers: dict[str, Any] = {
+            "n_headroom": along[1].headroom if along else 0, "m_headroom": across[1].headroom if across else 0,
+            "s_headroom": stash[1].headroom if stash else 0,
+            "M": m, "N": n, "plane": x.numel(), "total": batch * full * n, "full": full, "rest": rest,
+        }  # fmt: skip
+        for name, part in (("N", along), ("M", across), ("S", stash)):
+            spec = part[1] if part else None
+            numbers |= {f"{name}_BITS": spec.bits if spec else 0, f"{name}_MAX": spec.max_code if spec else 0.0}
+        numbers |= {"N_TERMS": along[2] if along else 0, "M_TERMS": across[2] if across else 0}
+        largest = max(x.numel() * max(1, numbers["N_TERMS"], numbers["M_TERMS"]), stash[0].numel() if stash else 0)
+        numbers |= {"SIDE": SIDE, "BOX": BOTH_BOX, "WIDE": largest >= WIDE_FROM}
+        return _both, (-(-n // SIDE), -(-m // SIDE), batch), _ordered(_both, numbers)
+
+    outs = (along[0] if along else x, across[0] if across else x, stash[0] if stash else x)
+    key = (
+        "both", shape, x.dtype, along and (along[1], along[2], along[0].dtype),
+        across and (across[1], across[2], across[0].dtype), stash and stash[1],
+    )  # fmt: skip
+    _start(key, (x, *outs), (), prepare)
+
+
+def dropout(x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
+    """As :func:`fairseq_dsq.kernels.masks.dropout`."""
+
+    def prepare() -> Any:
+        total = x.numel()
+        rest = {"p": p, "scale": scale, "total": total, "BLOCK": TILE, "WIDE": total >= WIDE_FROM}
+        return _dropout, (-(-total // TILE),), rest
+
+    key = ("dropout", p, scale, x.numel(), x.dtype, out.dtype)
+    _start(key, (x, out), _seed_halves(seed), prepare)
+
+
+def pack_positive(x: Tensor, data: Tensor) -> None:
+    """As :func:`fairseq_dsq.kernels.masks.pack_positive`."""
+    _start(("pack_positive", x.numel(), x.dtype), (x, data), (), lambda: _by_bytes(_pack_positive, x.numel()))
+
+
+def mask(x: Tensor, data: Tensor, out: Tensor) -> None:
+    """As :func:`fairseq_dsq.kernels.masks.mask`."""
+    _start(("mask", x.numel(), x.dtype, out.dtype), (x, data, out), (), lambda: _by_bytes(_mask, x.numel()))
+
+
+def _by_bytes(kernel: Any, total: int) -> Any:
+    rest = {"total": total, "BLOCK": TILE // 8, "WIDE": total >= WIDE_FROM}
+    return kernel, (-(-total // TILE),), rest
+
+
+def _grouped(spec: KernelSpec) -> bool:
+    """Whether what shares a scale goes in chunks."""
+    return spec.box_size == 0 or spec.box_size == ALL_OF_A_ROW
+
+
+def _shape_of_groups(shape: Shape, spec: KernelSpec) -> Shape:
+    return (1, math.prod(shape), 1) if spec.box_size == 0 else shape
+
+
+def _groups(x: Tensor, shape: Shape, spec: KernelSpec) -> tuple[Shape, Tensor]:
+    """The shape in which groups are fibres, and the bits of the largest magnitude of each, where chunks need them."""
+    if not _grouped(spec):
+        return shape, x
+    shape = _shape_of_groups(shape, spec)
+    largest = torch.zeros(shape[0] * shape[2], dtype=torch.int32, device=x.device)
+
+    def prepare() -> Any:
+        numbers, tile = _tile(shape, spec, x.numel())
+        return _largest, _grid(numbers, tile), _ordered(_largest, {**numbers, **tile})
+
+    _start(("largest", shape, spec.box_size, x.dtype), (x, largest), (), prepare)
+    return shape, largest
+
+
+def _tile(shape: Shape, spec: KernelSpec, elements: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """How a tensor goes in boxes, and the tiles of these; ``elements``: of the largest tensor."""
     before, length, after = shape
-    full, rest = divmod(length, spec.box_size)
-    if full:
-        yield _Part(before * full * after, 0, length, full, after, spec.box_size)
-    if rest:
-        yield _Part(before * after, length - rest, length, 1, after, rest)
-
-
-def _packed_parts(data: Tensor, shape: Shape, spec: KernelSpec) -> Iterator[tuple[_Part, Tensor, Tensor, int]]:
-    """The parts with their exponents, their codes and the bytes of a box's codes."""
-    for part in _parts(shape, spec):
-        box_bytes = -(-part.values * spec.bits // 8)
-        exponents, codes, data = data.tensor_split([part.total, part.total * (1 + box_bytes)])
-        yield part, exponents, codes, box_bytes
-
-
-def _tile(part: _Part, spec: KernelSpec, elements: int) -> dict[str, Any]:
-    """The compile-time numbers that all kernels take, and options; ``elements``: of the largest tensor."""
-    return {
-        "BITS": spec.bits,
-        "BOX_SIZE": spec.box_size,
-        "BOX": triton.next_power_of_2(part.values),
-        "BLOCK": max(1, TILE // triton.next_power_of_2(spec.box_size)),
+    size = (CHUNK if after == 1 else CHUNK_ACROSS) if _grouped(spec) else spec.box_size
+    boxes = -(-length // size)
+    numbers = {"all_boxes": before * boxes * after, "length": length, "boxes": boxes, "after": after}
+    tile = {
+        "BOX_SIZE": size,
+        "BOX": _power_of_two_above(min(size, length)),
+        "BLOCK": max(1, TILE // _power_of_two_above(size)),
         "WIDE": elements >= WIDE_FROM,
-        **OPTIONS,
     }
+    return numbers, tile
 
 
-def _rounding(spec: KernelSpec, seed: int | None) -> dict[str, Any]:
-    return {"MAX_CODE": spec.max_code, "STOCHASTIC": seed is not None}
+def _layout(shape: Shape, spec: KernelSpec, tile: dict[str, Any]) -> dict[str, Any]:
+    """Where packed boxes lie, see _in_bytes."""
+    before, length, after = shape
+    full = length // tile["BOX_SIZE"]
+    ragged = length % tile["BOX_SIZE"] != 0
+    return {"total": before * full * after, "full": full, "shorts": before * after, "RAGGED": ragged}
 
 
-def _grid(part: _Part, tile: dict[str, Any]) -> tuple[int]:
-    return (triton.cdiv(part.total, tile["BLOCK"]),)
+def _codes(spec: KernelSpec) -> dict[str, Any]:
+    return {
+        "BITS": spec.bits, "SIGNED_ZERO": bool(spec.signed_zero), "FIXED": spec.fixed_exponent,
+        "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code,
+    }  # fmt: skip
+
+
+def _mode(spec: KernelSpec, seed: int | None) -> dict[str, Any]:
+    return {"STOCHASTIC": seed is not None, "GROUPED": _grouped(spec)}
+
+
+def _ordered(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's arguments in its own order, of these that are there."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
+
+
+def _grid(numbers: dict[str, int], tile: dict[str, Any]) -> tuple[int]:
+    return (-(-numbers["all_boxes"] // tile["BLOCK"]),)
+
+
+def _power_of_two_above(number: int) -> int:
+    """The smallest power of two that is not below it."""
+    return 1 << (number - 1).bit_length()
 
 
 def _seed_halves(seed: int | None) -> tuple[int, int]:
     """The lower and upper 32 bits of the seed as int32: of one type whatever they hold, so nothing compiles anew."""
-    low, high = (seed or 0) & 0xFFFFFFFF, (seed or 0) >> 32
+    if seed is None:
+        return 0, 0
+    low, high = seed & 0xFFFFFFFF, seed >> 32
     return low - (low >> 31 << 32), high

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_dsq.formats import Integer
-from fairseq_dsq.gemm import Operand, Side
+from fairseq_dsq.gemm import Operand, Plan
 from fairseq_dsq.kernels import native
 from fairseq_dsq.nn.coded import (
     CodedWeight,
@@ -133,9 +133,9 @@ class CodedLinear(DSQLinear):
         coded.scale.masked_fill_(found.any() if len(coded.scale) == 1 else found, torch.nan)
         self.record_update(changed)
 
-    def _held_weight(self, config: GemmConfig, side: Side) -> Operand:
+    def _held_weight(self, config: GemmConfig, output: Plan) -> Operand:
         if self._held is None or self._held[0] != config:
-            self._held = config, self.weight, self.coded.operand(side, -1, self.weight.dtype)
+            self._held = config, self.weight, self.coded.operand(output.sides[1], -1, self.weight.dtype)
         return self._held[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

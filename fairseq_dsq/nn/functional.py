@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import Float32
+from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
+from fairseq_dsq.kernels import ops
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.precision import GemmKind, StashRole
-from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack
+from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack, round_terms
 
 # What is added to a call's seed for those who draw beside the forward's operands; ranks and layers lie further apart.
 _BACKWARD, _STASH, _APART = 1, 2, 4
@@ -109,9 +110,12 @@ class _Quantizer:
             self.generator = torch.Generator().manual_seed(seeds.values)
             self.stash_generator = torch.Generator().manual_seed(seeds.values + _STASH)
 
-    def operand(self, x: Tensor, side: Side, reduction: int, fused: bool) -> Operand:
-        """An operand of a GEMM that sums over ``reduction``; left to the engine if that rounds it, to nearest."""
-        return self._operand(x, side, reduction, fused, self.generator)
+    def operand(self, x: Tensor, plan: Plan, which: int, reduction: int) -> Operand:
+        """The first or second operand, 0 or 1, of a GEMM that sums over ``reduction`` of it.
+
+        Left to the engine if that rounds it, to nearest.
+        """
+        return self._operand(x, plan, which, reduction, self.generator)
 
     def weight(
         self, weight: Tensor | CodedWeight, layer: int, plan: Plan, reduction: int, dtype: torch.dtype
@@ -120,25 +124,40 @@ class _Quantizer:
 
         Codes are an operand as they are, of ``dtype`` where their scale is multiplied in.
         """
-        side, fused = plan.sides[1], plan.fused[1]
         if isinstance(weight, CodedWeight):
-            return weight.operand(side, reduction, dtype)
+            return weight.operand(plan.sides[1], reduction, dtype)
         generator = None
         if self.seeds is not None:
             generator = torch.Generator().manual_seed(self.seeds.weight + _APART * layer)
-        return self._operand(weight, side, reduction, fused, generator)
+        return self._operand(weight, plan, 1, reduction, generator)
 
-    def _operand(
-        self, x: Tensor, side: Side, reduction: int, fused: bool, generator: torch.Generator | None
-    ) -> Operand:
-        if fused and generator is None:
+    def _operand(self, x: Tensor, plan: Plan, which: int, reduction: int, generator: torch.Generator | None) -> Operand:
+        side = plan.sides[which]
+        if plan.fused[which] and generator is None:
             return Operand(x, side, reduction, rounded=False)
         if isinstance(side.fmt, Float32):
             return Operand(x, side, reduction)
+        if plan.in_terms and self._reads_once(x, side.fmt):
+            along, across = (side.fmt, None) if reduction == -1 else (None, side.fmt)
+            return _of_terms(self._round_once(x, along, across, None, True)[0 if along else 1], side, reduction, x)
         dim, rounding = self.config.dim(reduction), self.config.rounding
         if side.factored and x.numel():
             return _factored(*factorize(x, side.fmt, dim, rounding, generator), side, reduction)
+        if plan.in_terms and x.dtype is torch.float32:
+            return _of_terms(round_terms(x, side.fmt, dim, rounding, generator), side, reduction, x)
         return Operand(fake_quantize(x, side.fmt, dim, rounding, generator), side, reduction)
+
+    def _reads_once(self, x: Tensor, *fmts: Format) -> bool:
+        """Whether one kernel reads ``x`` once for operands and stashes of these formats, on a GPU."""
+        once = self.seeds is None and self.config.box_dim == "reduction" and ops.reads_once(x, fmts)
+        return once and not any(isinstance(fmt, Float32) for fmt in fmts)
+
+    def _round_once(
+        self, x: Tensor, along: Format | None, across: Format | None, stash: Format | None, in_terms: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        texts = (fmt.text if fmt else "" for fmt in (along, across, stash))
+        x = x.detach() if x.requires_grad else x
+        return ops.quantize_both(x, *texts, x.dtype, in_terms and x.dtype is torch.float32)
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> QuantizedTensor:
         fmt, dim = self.config.precision.stash(role), self.config.dim(reduction_dim)
@@ -151,18 +170,27 @@ class _Quantizer:
             ledger.record_stash(role, tuple(packed.shape), packed.dim, self.config.precision, packed.nbytes)
 
     def operand_and_stash(
-        self, x: Tensor, side: Side, stash: bool, fused: bool, ledger: Ledger | None
+        self, x: Tensor, plan: Plan, which: int, stash: StashRole | None, ledger: Ledger | None
     ) -> tuple[Operand, QuantizedTensor | None]:
-        """A GEMM's first operand (..., M, K), and what is kept of it for grad_weight if ``stash``; read together."""
-        left_to_engine = fused and self.generator is None
-        alone = left_to_engine or not stash or isinstance(side.fmt, Float32) or side.factored
+        """A GEMM's operand (..., M, K), and what is kept of it in groups along M, if anything; read together."""
+        side = plan.sides[which]
+        if stash is None:
+            return self.operand(x, plan, which, -1), None
+        stash_fmt = self.config.precision.stash(stash)
+        left_to_engine = plan.fused[which] and self.generator is None
+        alone = left_to_engine or isinstance(side.fmt, Float32) or side.factored
         if alone or self.generator is not None:
-            operand = self.operand(x, side, -1, fused)
-            return operand, self.pack(x, "input", -2, ledger) if stash else None
-        dims = self.config.dim(-1), self.config.dim(-2)
-        rounded, packed = quantize_and_pack(x, side.fmt, self.config.precision.stash("input"), *dims)
-        self._record(packed, "input", ledger)
-        return Operand(rounded, side, -1), packed
+            return self.operand(x, plan, which, -1), self.pack(x, stash, -2, ledger)
+        if plan.in_terms and self._reads_once(x, side.fmt, stash_fmt):
+            rounded, _, data = self._round_once(x, side.fmt, None, stash_fmt, True)
+            packed = QuantizedTensor(data, x.shape, x.dtype, stash_fmt, -2)
+            operand = _of_terms(rounded, side, -1, x)
+        else:
+            dims = self.config.dim(-1), self.config.dim(-2)
+            rounded, packed = quantize_and_pack(x, side.fmt, stash_fmt, *dims)
+            operand = Operand(rounded, side, -1)
+        self._record(packed, stash, ledger)
+        return operand, packed
 
     def rows_apart(self, a: Tensor, b: Tensor, output: Plan) -> tuple[Operand, Operand, Plan]:
         """Operands of a (..., M, K) @ b (..., K, N) in which no two rows of b share a scale, and what multiplies them.
@@ -179,11 +207,11 @@ class _Quantizer:
             b = fake_quantize(b, side_b.fmt, -1, rounding, generator)
             across = side_b._replace(along=False)
             output = plan(side_a, across, a.device, a.dtype, self.config.gemm)
-            return self.operand(a, side_a, -1, output.fused[0]), Operand(b, across, -2), output
+            return self.operand(a, output, 0, -1), Operand(b, across, -2), output
         codes, scale = factorize(b, per_row, -1, rounding, generator)
         # Integers stay what they are when the engine rounds them again, in groups along the reduction.
         return (
-            self.operand(a * scale.to(b.dtype).mT, side_a, -1, output.fused[0]),
+            self.operand(a * scale.to(b.dtype).mT, output, 0, -1),
             Operand(codes.to(b.dtype), side_b, -2),
             output,
         )
@@ -195,21 +223,30 @@ class _Quantizer:
         along_n = along_m = None
         input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
         side_n, side_m = input_plan.sides[0], weight_plan.sides[0]
+        in_terms = input_plan.in_terms and weight_plan.in_terms
+        if all(need) and in_terms and self._reads_once(grad, side_n.fmt, side_m.fmt):
+            first, second, _ = self._round_once(grad, side_n.fmt, side_m.fmt, None, True)
+            return _of_terms(first, side_n, -1, grad), _of_terms(second, side_m, -2, grad)
         if need[0]:
-            along_n = self.operand(grad, side_n, -1, input_plan.fused[0])
+            along_n = self.operand(grad, input_plan, 0, -1)
         if need[1]:
             same = side_n.fmt == side_m.fmt and self.config.dim(-1) == self.config.dim(-2)
             same = same or (side_n.fmt == side_m.fmt and side_n.fmt.group == "tensor")
             if same and along_n is not None and along_n.rounded and along_n.scale is None:
-                along_m = Operand(along_n.tensor, side_m, -2)
+                along_m = along_n._replace(side=side_m, reduction=-2)
             else:
-                along_m = self.operand(grad, side_m, -2, weight_plan.fused[0])
+                along_m = self.operand(grad, weight_plan, 0, -2)
         return along_n, along_m
 
 
-def rounded_operand(x: Tensor, side: Side, config: GemmConfig) -> Operand:
-    """An operand of the output GEMM, (..., rows, K), rounded to nearest."""
-    return _Quantizer(config, None).operand(x, side, -1, fused=False)
+def rounded_operand(x: Tensor, plan: Plan, which: int, config: GemmConfig) -> Operand:
+    """The first or second operand of the output GEMM, (..., rows, K), rounded to nearest."""
+    return _Quantizer(config, None).operand(x, plan, which, -1)
+
+
+def _of_terms(rounded: Tensor, side: Side, reduction: int, x: Tensor) -> Operand:
+    """What was rounded of ``x``: a float32 comes as bfloat16 terms."""
+    return Operand(rounded, side, reduction, terms=len(rounded) if x.dtype is torch.float32 else 0)
 
 
 def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Operand:
@@ -219,12 +256,16 @@ def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Op
     return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
 
 
-def _stashed(stash: QuantizedTensor | None, side: Side, reduction: int) -> Operand | None:
-    """A stash as an operand."""
+def _stashed(stash: QuantizedTensor | None, plan: Plan, reduction: int) -> Operand | None:
+    """A stash as a product's second operand."""
     if stash is None:
         return None
+    side = plan.sides[1]
     if side.factored and stash.data.numel():
         return _factored(*stash.factorize(), side, reduction)
+    if plan.in_terms and stash.dtype is torch.float32:
+        terms = stash.terms()
+        return Operand(terms, side, reduction, terms=len(terms))
     return Operand(stash.dequantize(), side, reduction)
 
 
@@ -265,7 +306,8 @@ class _Linear(torch.autograd.Function):
         seeds = _draw_seeds(config)
         quantizer, plans = _Quantizer(config, seeds), _plans(config, x, -2)
         output = plans["output"]
-        operand, stash = quantizer.operand_and_stash(rows, output.sides[0], any(needs_weight), output.fused[0], ledger)
+        kept_as: StashRole | None = "input" if any(needs_weight) else None
+        operand, stash = quantizer.operand_and_stash(rows, output, 0, kept_as, ledger)
         outputs = []
         for layer, weight, bias, needs in zip(layers, weights, biases, needs_weight, strict=True):
             assert weight is not None
@@ -297,7 +339,7 @@ class _Linear(torch.autograd.Function):
         ]
         quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
         grad_input = ctx.plans["grad_input"]
-        stashed = _stashed(_held(data, ctx.stash_spec), ctx.plans["grad_weight"].sides[1], -2)
+        stashed = _stashed(_held(data, ctx.stash_spec), ctx.plans["grad_weight"], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -412,7 +454,7 @@ class _Matmul(torch.autograd.Function):
     ) -> Tensor:
         precision = config.precision
         needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[5:])
-        k_dim, n_dim = (-1, -2) if transpose_b else (-2, -1)  # of b as it is stored
+        n_dim = -2 if transpose_b else -1  # of b as it is stored
         if ledger is not None:
             batch, m, k = a.shape
             n = b.shape[n_dim]
@@ -421,15 +463,19 @@ class _Matmul(torch.autograd.Function):
         quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
         output = plans["output"]
         # output: MxK @ KxN => MxN
-        side_a, side_b = output.sides
+        side_b = output.sides[1]
         if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
             operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
             stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
         else:
-            operand_a, stash_a = quantizer.operand_and_stash(a, side_a, needs_b, output.fused[0], ledger)
-            operand_b = quantizer.operand(b, side_b, k_dim, output.fused[1])
+            operand_a, stash_a = quantizer.operand_and_stash(a, output, 0, "input" if needs_b else None, ledger)
+            if transpose_b:
+                operand_b, stash_b = quantizer.operand_and_stash(b, output, 1, "weight" if needs_a else None, ledger)
+            else:
+                operand_b = quantizer.operand(b, output, 1, -2)
         y = output.multiply(operand_a, operand_b).to(a.dtype)
-        stash_b = quantizer.pack(b, "weight", n_dim, ledger) if needs_a else None
+        if not transpose_b:
+            stash_b = quantizer.pack(b, "weight", -1, ledger) if needs_a else None
         stashes = (stash_a, stash_b)
         ctx.config, ctx.seeds, ctx.plans, ctx.transpose_b = config, seeds, plans, transpose_b
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
@@ -446,8 +492,8 @@ class _Matmul(torch.autograd.Function):
         grad_input, grad_weight = ctx.plans["grad_input"], ctx.plans["grad_weight"]
         stashes = [_held(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
-        a = _stashed(stashes[0], grad_weight.sides[1], -2)
-        b = _stashed(stashes[1], grad_input.sides[1], n_dim)
+        a = _stashed(stashes[0], grad_weight, -2)
+        b = _stashed(stashes[1], grad_input, n_dim)
         along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), ctx.plans)
         batch, m, n = grad.shape
         grad_a = grad_b = None

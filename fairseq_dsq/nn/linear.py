@@ -102,10 +102,10 @@ class DSQLinear(nn.Linear):
         """Whether the weight is declared final."""
         return self._frozen
 
-    def _held_weight(self, config: GemmConfig, side: Side) -> Operand:
+    def _held_weight(self, config: GemmConfig, output: Plan) -> Operand:
         """The output GEMM's weight operand, held between the steps of a decoder."""
         if self._held is None or self._held[0] != config or self._held[1] is not self.weight:
-            self._held = config, self.weight, rounded_operand(self.matrix, side, config)
+            self._held = config, self.weight, rounded_operand(self.matrix, output, 1, config)
         return self._held[2]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class DSQLinear(nn.Linear):
     def _infer(self, x: Operand, output: Plan, config: GemmConfig) -> Tensor:
         """Forward of an already quantized input by the held weight."""
         record_linear(self.context.ledger, config, x.tensor.shape[:-1].numel(), self.matrix.shape, False)
-        return output.multiply(x, self._held_weight(config, output.sides[1]), self.bias)
+        return output.multiply(x, self._held_weight(config, output), self.bias)
 
 
 class DSQConv1D(DSQLinear):
@@ -146,7 +146,7 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
         side, weight_side = (Side(fmt, config.dim(-1) == -1) for fmt in config.precision.operands("output"))
         output = plan(side, weight_side, x.device, x.dtype, "float32")
-        operand = rounded_operand(x, side, config)
+        operand = rounded_operand(x, output, 0, config)
         return [layer._infer(operand, output, config).to(x.dtype) for layer in layers]
     params = [(layer.matrix, layer.bias) for layer in layers]
     numbers, coded = [layer.number for layer in layers], [layer.coded for layer in layers]

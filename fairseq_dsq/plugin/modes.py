@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,6 +67,12 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
     flattens = given("fp16") and not given("fp16_no_flatten_grads") and not given("memory_efficient_fp16")
     if flattens and _optimizer(args) == "dsq_adam":
         yield "fp16", "expected --fp16-no-flatten-grads beside --optimizer dsq_adam, which cuts each tensor into rows"
+    scaled = next((name for name in ("fp16", "amp") if given(name)), None)
+    if scaled and (flag := _static_gradient(given)):
+        yield (
+            scaled,
+            f"expected none beside {flag}: the loss scale that it changes moves gradients on a scale that stays",
+        )
     if (given("quant_noise_pq") or 0) > 0:
         yield "quant_noise_pq", "expected 0: quant noise changes weights behind the layers that DSQ quantizes"
     if (given("quant_noise_scalar") or 0) > 0:
@@ -114,6 +121,17 @@ def _refused_with_codes(args: Any) -> Iterator[tuple[str, str]]:
         yield "store_ema", f"expected none: {because}, which have no average"
     if _workers(given) > 1 and given("ddp_backend") in ("c10d", "pytorch_ddp"):
         yield "ddp_backend", f"expected legacy_ddp on several workers: {because}, and this one writes to float weights"
+
+
+def _static_gradient(given: Callable[[str], Any]) -> str | None:
+    """The flag by which gradients have a scale that does not follow from them; None where none does."""
+    if given("dsq_format") == "fixed" and given("dsq_fixed_scale") == "static":
+        return "--dsq-fixed-scale static"
+    for name in ("dsq_levels", "dsq_rules"):
+        for level in re.findall(r"\[[^\[\]]*\]", str(given(name) or "")):
+            if found := re.search(r"fixed[0-9]+\.[0-9]+", level.rpartition(",")[2]):
+                return f"{found[0]} in --{name.replace('_', '-')}"
+    return None
 
 
 def _optimizer(args: Any) -> str:

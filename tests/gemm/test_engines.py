@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from nn.common import multiply, normal, operand
 
 from fairseq_dsq import gemm
+from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
 from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
 from fairseq_dsq.gemm import Engine, Side, base, float32, int8, plan
-from fairseq_dsq.gemm.cuda import split
-from fairseq_dsq.kernels import native
+from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.nn import GemmConfig, linear, matmul
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quantized import fake_quantize
@@ -127,14 +132,112 @@ def test_every_arithmetic_multiplies_exactly(mode, a_fmt, b_fmt, reductions, bat
         assert add_to is None or actual is add_to
 
 
-def test_two_bfloat16_terms_hold_sixteen_bits():
-    x = fake_quantize(normal(64, 64) * 100, BlockFloat(16))
+@pytest.mark.parametrize(("bits", "count"), [(9, 1), (10, 2), (16, 2), (17, 2), (18, 3), (25, 3)])
+def test_bfloat16_terms_hold_eight_significant_bits_each(bits, count):
+    fmt = BlockFloat(bits)
+    assert ops.terms(fmt.significand_bits) == count
+    x = fake_quantize(normal(64, 64) * 100, fmt)
     x[0, 0], x[0, 1], x[0, 2] = torch.inf, -torch.inf, torch.nan
-    high, low = split(x)
-    for term in (high, low):
-        assert torch.equal(term.bfloat16().float().nan_to_num(), term.nan_to_num())
-    assert torch.equal((high + low).nan_to_num(), x.nan_to_num())
-    assert (low != 0).any()
+    terms = ops.split(x, count)
+    assert terms.dtype is torch.bfloat16 and len(terms) == count
+    assert torch.equal(terms.double().sum(0).nan_to_num(), x.double().nan_to_num())
+    assert all((term != 0).any() for term in terms)
+
+
+@pytest.fixture
+def on_a_gpu():
+    with engines_of_a_gpu():
+        yield
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("bfp9", "bfp9", "cuda"),
+        ("bfp16", "bfp9", "cuda"),
+        ("bfp16", "bfp16", "cuda"),
+        ("bfp25", "bfp4", "cuda"),
+        ("bfp4", "bfp25", "cuda"),
+        ("bfp25", "bfp16", "float32"),
+        ("fixed16", "int8/row", "cuda"),
+        ("int8/32", "bfp8", "cuda"),
+        ("float32", "bfp8", "float32"),
+        ("bfp8", "float32", "float32"),
+        ("float32", "float32", "float32"),
+    ],
+)
+def test_a_gpu_multiplies_by_tensor_cores_what_four_products_of_terms_hold(a, b, expected):
+    assert engines(a, b)[0] == expected
+    assert engines(a, b, "float32") == ["float32"]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("given", ["values", "terms"])
+@pytest.mark.parametrize(
+    ("a_fmt", "b_fmt"),
+    [
+        ("bfp4", "bfp9"),
+        ("bfp16", "bfp4"),
+        ("bfp12", "bfp16"),
+        ("bfp24", "bfp4"),
+        ("bfp8", "fixed17"),
+        ("fixed25", "bfp9"),
+    ],
+)
+@pytest.mark.parametrize("reductions", [(-1, -1), (-1, -2), (-2, -2)], ids=str)
+def test_products_of_terms_are_exact_whatever_torch_does_to_float32(a_fmt, b_fmt, reductions, given):
+    formats_, tensors = (parse(a_fmt), parse(b_fmt)), []
+    for seed, (rows, fmt, reduction) in enumerate(zip((13, 35), formats_, reductions, strict=True)):
+        shape = (2, rows, 53) if reduction == -1 else (2, 53, rows)
+        tensors.append(fake_quantize(normal(*shape, seed=seed) * 100, fmt, reduction))
+    a, b = map(operand, tensors, formats_, reductions)
+    exact = a.rows.double() @ b.rows.double().mT
+    magnitudes = a.rows.double().abs() @ b.rows.double().abs().mT
+    if given == "terms":
+        a, b = (
+            each._replace(tensor=ops.split(each.tensor, count), terms=count)
+            for each, count in ((each, ops.terms(each.side.significand_bits)) for each in (a, b))
+        )
+    torch.set_float32_matmul_precision("high")
+    try:
+        with mock.patch.object(torch, "bmm", wraps=torch.bmm) as product:
+            got = multiply(a, b, "auto")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ((got - exact).abs() <= 60 * 2.0**-23 * magnitudes).all()
+    assert got.dtype is torch.float32
+    assert product.call_count == math.prod(ops.terms(each.significand_bits) for each in formats_)
+    assert all(x.dtype is torch.bfloat16 for call in product.call_args_list for x in call.args)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32_and_rounded_once(dtype):
+    x, w = (fake_quantize(normal(40, 300, seed=seed).to(dtype), BlockFloat(8)) for seed in (1, 2))
+    assert engines("bfp8", "bfp8", dtype=dtype)[0] == "cuda"
+    got = multiply(operand(x, BlockFloat(8)), operand(w, BlockFloat(8)), "auto")
+    assert torch.equal(got, (x.float() @ w.float().mT).to(dtype))
+
+
+@pytest.mark.parametrize("setting", ["high", "allow_tf32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
+@pytest.mark.parametrize(("bits", "cut"), [(12, False), (13, True), (16, True)])
+def test_float32_products_on_a_gpu_are_not_cut_to_tf32(setting, bits, cut):
+    """Asked in a process of its own, as it is started in vendors' containers."""
+    code = f"""
+import torch
+from fairseq_dsq.gemm import Operand, Side, float32
+from fairseq_dsq.formats import BlockFloat
+if {setting!r} == "high": torch.set_float32_matmul_precision("high")
+if {setting!r} == "allow_tf32": torch.backends.cuda.matmul.allow_tf32 = True
+x = torch.empty(2, 2, device="meta")
+side = Side(BlockFloat({bits}), True)
+float32._BACKENDS["meta"] = "cuda"
+print(float32._loses_bits(Operand(x, side, -1), Operand(x, side, -1)))
+"""
+    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": str(int(setting.isupper()))}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(cut), done.stderr
 
 
 @needs_kernel

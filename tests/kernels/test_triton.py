@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fairseq_dsq import kernels
-from fairseq_dsq.formats import BlockFloat, definition
+from fairseq_dsq.formats import BlockFloat, definition, parse
 from fairseq_dsq.kernels import native, ops
 
 CPU = torch.device("cpu")
@@ -35,33 +35,94 @@ def test_results_in_the_interpreter():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("architecture", "bits", "stochastic"), [(75, 4, False), (80, 16, False), (90, 5, True)])
-def test_kernels_compile_without_fusing_or_flushing(architecture, bits, stochastic, monkeypatch, tmp_path):
-    triton = pytest.importorskip("triton")
+def arguments_of(call, monkeypatch):
+    """(kernel, names of the tensors, numbers, constants) of each launch of a call."""
+    triton_kernels = pytest.importorskip("fairseq_dsq.kernels.triton_kernels")
+    launches = []
+
+    def note(key, tensors, seed, prepare):
+        kernel, _, rest = prepare()
+        launches.append((kernel, tensors, seed, rest))
+
+    monkeypatch.setattr(triton_kernels, "_start", note)
+    call(triton_kernels)
+    return launches
+
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32"}
+
+
+def compiled(launch, architecture):
+    """A launch's kernel as it would be compiled for it, sizes and addresses that 16 divides said to be so."""
+    import triton
     from triton.backends.compiler import GPUTarget
 
     from fairseq_dsq.kernels import triton_kernels
 
+    kernel, tensors, seed, rest = launch
+    given = dict(zip(kernel.arg_names, (*tensors, *seed), strict=False)) | rest
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=triton_kernels.OPTIONS)
+
+
+def calls(triton_kernels, text, seed, dtype, shape):
+    fmt = parse(text)
+    size = (shape[0], shape[1], shape[2])
+    x, out = torch.empty(size, dtype=dtype), torch.empty(size)
+    data = torch.empty(fmt.nbytes(size, 1), dtype=torch.uint8)
+    triton_kernels.fake_quantize(x, out, shape, fmt.spec, seed)
+    triton_kernels.pack(x, data, shape, fmt.spec, seed)
+    triton_kernels.unpack(data, torch.empty((2, *size), dtype=torch.bfloat16), shape, fmt.spec, 2)
+
+
+def both(triton_kernels, dtype):
+    x, shape = torch.empty(1, 4096, 512, dtype=dtype), (1, 4096, 512)
+    spec, stash = parse("bfp16").spec, parse("bfp2")
+    terms = torch.empty(2, *x.shape, dtype=torch.bfloat16)
+    data = torch.empty(stash.nbytes(x.shape, 1), dtype=torch.uint8)
+    triton_kernels.quantize_both(x, shape, (terms, spec, 2), (terms, spec, 2), (data, stash.spec))
+    triton_kernels.pack_positive(x, data)
+    triton_kernels.mask(x, data, x)
+    triton_kernels.dropout(x, x, 0.1, 1 / 0.9, 5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "call"),
+    [
+        (80, lambda kernels: calls(kernels, "bfp4", None, torch.float32, (4096, 512, 1))),
+        (75, lambda kernels: calls(kernels, "bfp16", 5, torch.float32, (1, 4096, 512))),
+        (90, lambda kernels: calls(kernels, "fixed16", None, torch.bfloat16, (1, 4097, 510))),
+        (80, lambda kernels: both(kernels, torch.float32)),
+        (90, lambda kernels: both(kernels, torch.float16)),
+    ],
+    ids=["rows", "columns", "tensor", "both", "both of half precision"],
+)
+def test_kernels_compile_without_fusing_flushing_or_spilling(architecture, call, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {
-        "x_ptr": "*fp32",
-        "out_ptr": "*bf16" if bits <= 9 else "*fp32",
-        "exponent_ptr": "*u8",
-        "code_ptr": "*u8",
-    }
-    numbers = {"BITS": bits, "BOX_SIZE": 16, "BOX": 16, "BLOCK": 64, "MAX_CODE": 7.0, "STOCHASTIC": stochastic}
-    numbers |= {"WIDE": stochastic, "BYTES": triton.next_power_of_2(2 * bits), "TOUCHED": 3}
-    for kernel in (triton_kernels._fake_quantize, triton_kernels._pack, triton_kernels._unpack):
-        names = kernel.arg_names
-        signature = {name: pointers.get(name, "constexpr" if name in numbers else "i32") for name in names}
-        constants = {name: numbers[name] for name in names if name in numbers}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options=triton_kernels.OPTIONS)
-        assert compiled.asm["cubin"]
-        assert "fma." not in compiled.asm["ptx"]
+    for launch in arguments_of(call, monkeypatch):
+        machine = compiled(launch, architecture)
+        name, ptx = launch[0].__name__, machine.asm["ptx"]
+        assert machine.asm["cubin"]
+        assert "fma." not in ptx, name
         # floor may: see triton_kernels' docstring.
-        assert set(re.findall(r"\S*\bftz\b\S*", compiled.asm["ptx"])) <= {"cvt.rmi.ftz.f32.f32"}
+        assert set(re.findall(r"\S*\bftz\b\S*", ptx)) <= {"cvt.rmi.ftz.f32.f32"}, name
+        assert "ld.local" not in ptx and "st.local" not in ptx, name
+        if name in ("_fake_quantize", "_both") and launch[1][0].dtype is torch.float32 and architecture >= 80:
+            assert re.search(r"ld\.global\.v4", ptx), name
 
 
 def test_a_device_on_which_they_do_not_work_runs_the_definition(monkeypatch):
@@ -69,7 +130,9 @@ def test_a_device_on_which_they_do_not_work_runs_the_definition(monkeypatch):
     x = torch.randn(4, 20)
     # A CPU is one.
     monkeypatch.setattr(ops, "_kernels", ops._triton_kernels)
-    with pytest.warns(UserWarning, match="^cpu: no Triton kernels, quantization runs in plain, slow torch: "):
+    with pytest.warns(
+        UserWarning, match="^cpu: no Triton kernels, quantization runs in plain torch, .*: Triton wants a C"
+    ):
         result = ops.fake_quantize(x, -1, "bfp4", None, torch.float32)
     assert torch.equal(result, definition.fake_quantize(x, BlockFloat(4), -1, None, torch.float32))
 
@@ -83,4 +146,7 @@ def test_without_triton_the_definition_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "fairseq_dsq.kernels.triton_kernels", raising=False)
     monkeypatch.delattr(kernels, "triton_kernels", raising=False)
-    assert ops._triton_kernels(CPU) is None
+    with pytest.warns(
+        UserWarning, match=r"^cpu: no Triton kernels, .* about ten times slower: .*: pip install triton$"
+    ):
+        assert ops._triton_kernels(CPU) is None

@@ -20,8 +20,8 @@ from kernels.common import (
     seeded,
 )
 
-from fairseq_dsq.formats import MXFP4, BlockFloat, FixedPoint, MXInt8, definition
-from fairseq_dsq.kernels import ops, triton_kernels
+from fairseq_dsq.formats import MXFP4, BlockFloat, MXInt8, definition, parse
+from fairseq_dsq.kernels import masks, ops, triton_kernels
 from fairseq_dsq.quantized import ROUNDINGS
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,22 +105,111 @@ def test_offsets_of_64_bits(monkeypatch):
     for seed in SEEDS:
         for shape, dim in EDGES:
             assert_equals_definition(awkward_tensor(shape, seed=1), BlockFloat(5), dim, seed)
+            assert_equals_definition(awkward_tensor(shape, seed=1), parse("fixed5/row"), dim, seed)
+    test_one_read_for_both_directions_and_the_stash(("bfp2", "bfp16", "bfp2"), (2, 33, 130), monkeypatch)
+    test_masks_and_dropout((7, 33), torch.float32)
 
 
-def test_other_formats_take_the_plain_path():
-    for fmt in (
-        FixedPoint(8),
-        FixedPoint(8, 4),
-        BlockFloat(4, 257),
-        Odd(5, 16, (0, 15), False),
-        Odd(6, 16, (-3, 31), True),
-        Odd(7, 16, (-63, 63), True, -40),
-        MXFP4(),
-        MXInt8(),
-    ):
-        assert not triton_kernels.covers(fmt.spec)
-        with odd_registered():
-            assert_equals_definition(awkward_tensor((5, 20), seed=1, finite=True), fmt, 1, None)
+@pytest.mark.parametrize("fmt", [BlockFloat(4, 257), MXFP4(), MXInt8()], ids=str)
+def test_a_box_that_no_tile_holds_and_minifloats_take_the_plain_path(fmt):
+    assert not triton_kernels.covers(fmt.spec)
+    assert_equals_definition(awkward_tensor((2, 300), seed=1, finite=True), fmt, 1, None)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [Odd(5, 16, (0, 15), False), Odd(6, 16, (-3, 31), True), Odd(7, 16, (-63, 63), True, -40), Odd(32, 5, (-9, 7))],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
+def test_any_range_of_codes(fmt, seed):
+    assert triton_kernels.covers(fmt.spec)
+    with odd_registered():
+        for finite in (True, False):
+            assert_equals_definition(awkward_tensor((5, 20), seed=1, finite=finite), fmt, 1, seed)
+
+
+SHARED = [
+    *(f"fixed{bits}" for bits in (2, 3, 8, 12, 16, 17, 25, 32)),
+    *("fixed8/row", "fixed11/row", "fixed8-fit", "fixed8.4", "fixed32.16", "bfp4/row", "bfp13/row-fit"),
+]
+
+
+@pytest.mark.parametrize(("text", "seed"), [(text, SEEDS[place % 2]) for place, text in enumerate(SHARED)])
+def test_one_scale_for_a_row_or_the_tensor(text, seed):
+    fmt = parse(text)
+    assert triton_kernels.covers(fmt.spec)
+    for index, (shape, dim) in enumerate([((2, 1030), 1), ((35, 6), 0), ((2, 19, 3), 1), ((1024,), 0), ((), 0)]):
+        x = awkward_tensor(shape, seed=index, finite=index > 0 or fmt.group == "tensor")
+        assert_equals_definition(x, fmt, dim, seed)
+    assert_equals_definition(awkward_tensor((9, 5), seed=1), fmt, 0, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_and_out(dtype):
+    for text in ("bfp4", "bfp12", "fixed8", "fixed14/row"):
+        fmt = parse(text)
+        for dim in (0, 1):
+            x = awkward_tensor((37, 40), dtype=dtype, seed=dim)
+            expected = definition.fake_quantize(x, fmt, dim, SEEDS[dim], dtype)
+            assert_equal_bits(ops.fake_quantize(x, dim, text, SEEDS[dim], dtype), expected)
+            data = definition.pack(x, fmt, dim, SEEDS[dim])
+            assert torch.equal(ops.pack(x, dim, text, SEEDS[dim]), data)
+            assert_equal_bits(ops.unpack(data, x.shape, dim, text, dtype), expected)
+
+
+BOTH = [("bfp2", "bfp16", "bfp2"), ("bfp16", "bfp9", "bfp16"), ("bfp8-fit", "bfp3-fit", "bfp7"), ("bfp25", "bfp24", "")]
+BOTH += [("", "", "bfp5-fit"), ("", "bfp17", "bfp3"), ("bfp32", "bfp32", "bfp32")]
+
+
+SHAPES = [(64, 32), (2, 33, 70), (5, 9), (2, 1, 20, 40)]
+
+
+@pytest.mark.parametrize(("formats", "shape"), [(each, SHAPES[place % 4]) for place, each in enumerate(BOTH)], ids=str)
+def test_one_read_for_both_directions_and_the_stash(formats, shape, monkeypatch):
+    passes = []
+    launch = triton_kernels.quantize_both
+    monkeypatch.setattr(triton_kernels, "quantize_both", lambda *args: passes.append(1) or launch(*args))
+    for dtype, in_terms in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        x = awkward_tensor(shape, dtype=dtype, seed=len(shape))
+        *rounded, stash = ops.quantize_both(x, *formats, dtype, in_terms)
+        for got, text, dim in zip(rounded, formats, (-1, -2), strict=False):
+            if not text:
+                assert got.numel() == 0
+                continue
+            fmt = parse(text)
+            expected = definition.fake_quantize(x, fmt, dim, None, dtype)
+            if not in_terms:
+                assert_equal_bits(got, expected)
+                continue
+            assert got.dtype is torch.bfloat16 and got.shape == (ops.terms(fmt.significand_bits), *shape)
+            # What lies below the smallest bfloat16 is lost.
+            whole = sum(term.double() for term in got)
+            lost = (whole - expected).abs()
+            assert ((lost < 2.0**-132) | expected.isnan() & whole.isnan()).all()
+        if formats[2]:
+            assert torch.equal(stash, definition.pack(x, parse(formats[2]), -2, None))
+    assert len(passes) == 3
+
+
+def test_formats_without_boxes_of_sixteen_are_read_twice():
+    x = awkward_tensor((37, 50), seed=1)
+    along, across, stash = ops.quantize_both(x, "bfp4/8", "bfp12/32", "bfp3/5", torch.float32, False)
+    assert_equal_bits(along, definition.fake_quantize(x, parse("bfp4/8"), -1, None, torch.float32))
+    assert_equal_bits(across, definition.fake_quantize(x, parse("bfp12/32"), -2, None, torch.float32))
+    assert torch.equal(stash, definition.pack(x, parse("bfp3/5"), -2, None))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1,), torch.float32), ((7, 33), torch.bfloat16), ((2, 1030), torch.float16)], ids=str
+)
+def test_masks_and_dropout(shape, dtype):
+    x = awkward_tensor(shape, dtype=dtype, seed=3)
+    ones = masks.pack_positive(x)
+    assert torch.equal(ops.pack_positive(x), ones)
+    assert_equal_bits(ops.mask(x, ones), masks.mask(x, ones))
+    for seed in (0, SEEDS[1]):
+        assert_equal_bits(ops.dropout(x, 0.3, 1 / 0.7, seed), masks.dropout(x, 0.3, 1 / 0.7, seed))
 
 
 def test_operand_and_stash_at_once():
@@ -128,6 +217,31 @@ def test_operand_and_stash_at_once():
     operand, stash = ops.quantize_and_pack(x, "bfp4", "bfp2", x.dtype)
     assert_equal_bits(operand, definition.fake_quantize(x, BlockFloat(4), -1, None, x.dtype))
     assert torch.equal(stash, definition.pack(x, BlockFloat(2), -2, None))
+
+
+@pytest.mark.parametrize("pair", [("bfp4/row", "bfp2"), ("bfp4", "fixed8/row"), ("bfp4/8", "bfp2")], ids=str)
+def test_operand_and_stash_of_which_one_has_no_boxes_of_sixteen(pair):
+    x = awkward_tensor((20, 40), seed=1)
+    operand, stash = ops.quantize_and_pack(x, *pair, x.dtype)
+    assert_equal_bits(operand, definition.fake_quantize(x, parse(pair[0]), -1, None, x.dtype))
+    assert torch.equal(stash, definition.pack(x, parse(pair[1]), -2, None))
+
+
+@pytest.mark.parametrize("text", ["bfp4", "bfp13/8", "fixed8", "fixed16/row", "fixed24", "bfp25"])
+def test_terms(text):
+    fmt = parse(text)
+    for seed in SEEDS:
+        x = torch.ldexp(torch.randn(35, 20, generator=seeded(1)), torch.randint(-20, 20, (35, 1), generator=seeded(2)))
+        for dim in (0, 1):
+            count, expected = (
+                ops.terms(fmt.significand_bits),
+                definition.fake_quantize(x, fmt, dim, seed, torch.float32),
+            )
+            packed = definition.pack(x, fmt, dim, seed)
+            for terms in (ops.round_terms(x, dim, text, seed), ops.unpack_terms(packed, x.shape, dim, text)):
+                assert terms.dtype is torch.bfloat16 and len(terms) == count
+                assert torch.equal(terms.double().sum(0), expected.double())
+                assert torch.equal(terms, ops.split(expected, count))
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused():
@@ -138,6 +252,6 @@ def test_bytes_that_do_not_fit_the_shape_are_refused():
 def test_a_device_is_checked(monkeypatch):
     device = torch.device("cpu")
     triton_kernels.check(device)
-    monkeypatch.setattr(triton_kernels, "_rounding", lambda spec, seed: {"MAX_CODE": 6.0, "STOCHASTIC": False})
-    with pytest.raises(RuntimeError, match="the result is not that of the definition"):
+    monkeypatch.setattr(triton_kernels, "_seed_halves", lambda seed: (0, 0))
+    with pytest.raises(triton_kernels.DifferentResult, match="the result is not that of the definition"):
         triton_kernels.check(device)

@@ -1,4 +1,4 @@
-"""--fp16's flat copy of all parameters has no rows for low-bit moments: refused where the optimizer's name stands."""
+"""What half precision's modes do to gradients and parameters, and with what they are refused: without a GPU."""
 
 import argparse
 
@@ -27,3 +27,26 @@ def test_flat_parameters_are_refused(flags, refused, monkeypatch):
     common = {name: value for name, value in flags.items() if name != "optimizer"}
     root = OmegaConf.create({"model": {"x": 1}, "common": common, "optimizer": {"_name": flags["optimizer"]}})
     assert [name for name, _ in modes._refused(root.model)] == refused
+
+
+STATIC = {"dsq_format": "fixed", "dsq_fixed_scale": "static", "fp16_no_flatten_grads": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ({**STATIC, "amp": True}, ["amp"]),
+        ({**STATIC, "fp16": True}, ["fp16"]),
+        ({**STATIC, "bf16": True}, []),
+        ({**STATIC, "amp": True, "dsq_fixed_scale": "dynamic"}, []),
+        ({**STATIC, "amp": True, "dsq_format": "bfp"}, []),
+        ({"amp": True, "dsq_levels": "[8,8,8,8] [8,8,8,fixed16.8|bfp8]"}, ["amp"]),
+        ({"amp": True, "dsq_levels": "[fixed16.8,8,8,8]"}, []),
+        ({"amp": True, "dsq_rules": "*.fc2=[8,8,8,fixed16.8]"}, ["amp"]),
+    ],
+)
+def test_a_static_scale_of_gradients_is_refused_beside_a_loss_scale(flags, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = dict(modes._refused(argparse.Namespace(**flags)))
+    assert list(found) == refused
+    assert all("beside --dsq-fixed-scale static" in why or "fixed16.8 in --dsq-" in why for why in found.values())
