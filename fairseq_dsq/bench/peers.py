@@ -45,9 +45,12 @@ def qtorch(x: Tensor, bits: int) -> Tensor:
     return rounded.view(x.shape)
 
 
-def all_peers() -> dict[str, Quantize]:
+def all_peers(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Quantize]:
+    """By name; qtorch for float32 on the CPU alone: elsewhere it compiles an extension, and it takes no other dtype."""
     peers: dict[str, Quantize] = {"naive torch": naive, "microxcaling-style": microxcaling_style}
-    return peers | ({"qtorch": qtorch} if importlib.util.find_spec("qtorch") else {})
+    return peers | (
+        {"qtorch": qtorch} if (device, dtype) == ("cpu", torch.float32) and importlib.util.find_spec("qtorch") else {}
+    )
 
 
 class PeerLinear(torch.autograd.Function):

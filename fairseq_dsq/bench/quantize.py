@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fairseq_dsq.bench.peers import all_peers
-from fairseq_dsq.bench.timing import Row, interleave
+from fairseq_dsq.bench.timing import CPU, Place, Row, interleave
 from fairseq_dsq.formats import BlockFloat, parse
 from fairseq_dsq.quantized import fake_quantize, pack
 
@@ -18,9 +18,9 @@ ROUNDS = 50
 OTHERS = "mxfp4", "mxfp6e2m3", "mxfp6e3m2", "mxfp8e4m3", "mxfp8e5m2", "mxint8"
 
 
-def run(rounds: int) -> list[Row]:
+def run(rounds: int, place: Place = CPU) -> list[Row]:
     torch.manual_seed(0)
-    x = torch.randn(ROWS, COLUMNS)
+    x = torch.randn(ROWS, COLUMNS).to(place.device, place.dtype)
     runs: dict[str, Callable[[], object]] = {}
     for bits in (4, 6, 8):
         for name, dim in (("last", -1), ("first", 0)):
@@ -36,6 +36,6 @@ def run(rounds: int) -> list[Row]:
             runs[f"quantize {text}{suffix or ' last'}"] = partial(fake_quantize, x, parse(text), dim)
             runs[f"pack {text}{suffix}"] = partial(pack, x, parse(text), dim)
             runs[f"unpack {text}{suffix}"] = packed.dequantize
-    for peer, quantize in all_peers().items():
+    for peer, quantize in all_peers(*place).items():
         runs[f"quantize bfp4 last, {peer}"] = partial(quantize, x, 4)
-    return interleave(runs, x.clone, "clone", rounds)
+    return interleave(runs, x.clone, "clone", rounds, place.clock)

@@ -6,15 +6,44 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 LEVELS = ("[2,2,2,16]", "[16,4,4,16]", "[8,8,8,8]")
 Row = dict[str, Any]
 Runs = Mapping[str, Callable[[], object]]
 
 
-def interleave(variants: Runs, baseline: Callable[[], object], baseline_name: str, rounds: int) -> list[Row]:
-    """Time every variant and the baseline once a round, after one round to warm up.
+class Place(NamedTuple):
+    """Where a bench runs.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: of what is quantized and multiplied.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def clock(self) -> float:
+        """Seconds of wall time, once the device is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+CPU = Place()
+
+
+def interleave(
+    variants: Runs,
+    baseline: Callable[[], object],
+    baseline_name: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
+    """Time every variant and the baseline once a round by a clock, after one round to warm up.
 
     Returns:
         One row per variant: the ratio of the fastest rounds, the median of the rounds' ratios, seconds.
@@ -25,10 +54,11 @@ def interleave(variants: Runs, baseline: Callable[[], object], baseline_name: st
     for number in range(rounds + 1):
         order.shuffle(names)  # what runs after what matters to caches and to fresh memory
         for name in names:
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
+            passed = clock() - start
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(passed)
     base = seconds.pop("")
     return [
         {

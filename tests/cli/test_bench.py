@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_dsq.bench import optimizer, train_step
+from fairseq_dsq.bench import linear, optimizer, train_step
 from fairseq_dsq.bench.peers import microxcaling_style, naive
 from fairseq_dsq.bench.timing import interleave
 from fairseq_dsq.cli import main
@@ -92,3 +92,36 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters():
 def test_bad_input_gets_one_line(capsys, flag, value):
     assert main(["bench", "quantize", flag, str(value)]) == 2
     assert f"{flag}: got {value}, expected an integer >= 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_benches_of_half_precision(capsys, monkeypatch, dtype):
+    monkeypatch.setattr(linear, "SHAPE", (64, 32, 48))
+    rows = rows_of(capsys, "linear", "--rounds", 1, "--dtype", dtype)
+    assert all(row["over"] == dtype for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_a_bench_runs_on_a_device(capsys, monkeypatch, device):
+    monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
+    monkeypatch.setattr(train_step, "TOKENS", 64)
+    rows = rows_of(capsys, "train-step", "--rounds", 1, "--device", device)
+    assert {"[2,2,2,16]", "[16,4,4,16] scope all"} <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["linear", "--dtype", "int8"], "--dtype: got 'int8', expected one of float32, bfloat16, float16"),
+        (["linear", "--device", "tpu"], "--device: got 'tpu', expected cpu or cuda"),
+        (
+            ["python", "--dtype", "float16"],
+            "--device, --dtype: got python, expected one of quantize, linear, train-step",
+        ),
+    ],
+)
+def test_where_no_bench_runs_is_said_in_one_line(capsys, words, said):
+    assert main(["bench", *words]) != 0
+    assert said in capsys.readouterr().err
