@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_dsq import gemm
@@ -138,13 +139,24 @@ class Waits(TorchDispatchMode):
         self.count: int = 0
         self.kernels: int = 0
 
+    def __enter__(self) -> Any:
+        self.uploads = _Uploads(self)
+        self.uploads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.uploads.__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             self.count += 1
             return 0
-        if func in (aten.nonzero.default, aten.masked_select.default):
+        indexes = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+        masked = indexes and any(index is not None and index.dtype is torch.bool for index in args[1])
+        if masked or func in (aten.nonzero.default, aten.masked_select.default):
             self.count += 1
         if func is aten._to_copy.default:
             device = torch.device(kwargs.get("device") or args[0].device)
@@ -155,6 +167,20 @@ class Waits(TorchDispatchMode):
             self.count += args[0].is_meta != args[1].is_meta
         result = func(*args, **kwargs)
         self.kernels += _computes(func, result)
+        return result
+
+
+class _Uploads(TorchFunctionMode):
+    """Counts the tensors that are made of numbers of the host; no operator tells of these."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) and result.is_meta:
+            self.waits.count += 1
         return result
 
 

@@ -1,10 +1,14 @@
 """What a training step launches on a GPU that is not there, and that it never waits for it."""
 
+import contextlib
+
 import pytest
+import torch
 
 from fairseq_dsq.bench import python
-from fairseq_dsq.bench.mocked_gpu import mocked_gpu
+from fairseq_dsq.bench.mocked_gpu import Waits, mocked_gpu
 from fairseq_dsq.bench.python import ALIGNED, RAGGED, shrunken_step, waits
+from fairseq_dsq.kernels import masks
 
 pytest.importorskip("triton")
 
@@ -25,6 +29,24 @@ def test_a_step_launches_as_many_kernels_whether_boxes_are_full_or_short(flags, 
 )
 def test_a_step_never_waits_for_the_gpu_more_often_than_fairseq_s_own(flags):
     assert waits(flags) <= waits(None)
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected"),
+    [
+        (masks.pack_positive, 1),
+        (lambda x: x.sum().item(), 1),
+        (lambda x: x.cpu(), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: torch.arange(5, device=x.device) + x.sum(), 0),
+    ],
+    ids=["numbers of the host", "a value", "a copy", "as many as there are", "none"],
+)
+def test_every_kind_of_wait_is_counted(wait, expected):
+    x, mode = torch.empty(40, device="meta"), Waits()
+    with mode, contextlib.suppress(NotImplementedError):
+        wait(x)
+    assert mode.count == expected
 
 
 def test_a_second_step_of_the_same_shapes_compiles_nothing_and_asks_triton_for_nothing(monkeypatch):
