@@ -446,9 +446,9 @@ def steps(check: Check) -> Iterator[dict[str, Any]]:
 
 def memory(check: Check) -> Iterator[dict[str, Any]]:
     """Peak memory of a step, and the largest batch that fits in 8 GiB."""
-    from fairseq_dsq.bench.memory import saved_bytes
     from fairseq_dsq.bench.timing import Place
     from fairseq_dsq.bench.train_step import training_step
+    from fairseq_dsq.plugin.held import saved_bytes
 
     variants: dict[str, tuple[str | None, torch.dtype]] = {
         "float32": (None, torch.float32),

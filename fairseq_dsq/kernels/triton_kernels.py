@@ -506,7 +506,7 @@ def _again(known: _Launch, tensors: tuple[Any, ...], seed: tuple[int, ...]) -> N
 
 
 def covers(spec: KernelSpec) -> bool:
-    """Whether the kernels know the format: integers in boxes that a tile holds, or one scale for a row or the tensor."""
+    """Whether the kernels know the format: integers, in boxes that a tile holds or of one scale for a row or tensor."""
     if spec.exponent_bits or spec.element_exponent or spec.least_exponent != 1:
         return False
     signed = not spec.signed_zero or spec.min_code < 0
