@@ -48,10 +48,14 @@ SOURCES = sorted(path.relative_to(ROOT) for pattern in ("*.cpp", "*.h") for path
 INSTRUCTION_SETS = {"baseline": []}
 # What gemm.cpp wants besides; with a compiler that does not know it, the set has no GEMM.
 GEMM_FLAGS = {}
+# Of gemm_amx.cpp; without tiles there is their emulation alone, without AVX-512 nothing.
+AMX_FLAGS: list[list[str]] = []
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     GEMM_FLAGS = {"avx512": ["-mfma", "-mavx512vnni", "-mavx512bf16"]}
+    emulation = [*INSTRUCTION_SETS["avx512"], "-mfma"]
+    AMX_FLAGS = [[*emulation, "-mamx-tile", "-mamx-bf16"], emulation]
 # Results must equal torch's bit for bit: no fused multiply-add, no fast math.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 # GCC says so of the vectors' own operations, and of its own headers.
@@ -82,12 +86,20 @@ class BuildKernels(build_ext):
             isa_flags = [*flags, *isa_flags, f"-DDSQ_ISA={isa}"]
             for source in ("quantize.cpp", "rows.cpp", "adam.cpp", "masks.cpp"):
                 objects += self._compile(source, isa, isa_flags)
-            try:
-                objects += self._compile("gemm.cpp", isa, [*isa_flags, *GEMM_FLAGS.get(isa, [])])
-            except Exception:
-                objects += self._compile("gemm.cpp", isa, [*flags, f"-DDSQ_ISA={isa}"])
+            gemm_flags = [*isa_flags, *GEMM_FLAGS.get(isa, [])]
+            objects += self._compile_first("gemm.cpp", isa, [gemm_flags, [*flags, f"-DDSQ_ISA={isa}"]])
+        objects += self._compile_first("gemm_amx.cpp", "amx", [*([*flags, *more] for more in AMX_FLAGS), flags])
         library = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(objects, library, extra_postargs=openmp, target_lang="c++")
+
+    def _compile_first(self, source: str, folder: str, choices: list[list[str]]) -> list[str]:
+        """With the first flags that the compiler knows."""
+        for flags in choices[:-1]:
+            try:
+                return self._compile(source, folder, flags)
+            except Exception:
+                continue
+        return self._compile(source, folder, choices[-1])
 
     def _compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
         output_dir = os.path.join(self.build_temp, folder)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The AVX-512 kernels on a CPU without AVX-512: built with SIMDe's emulation of it and run through their tests, once as
-# on a CPU with AVX512-BF16 and once as on one without. Slow, and says nothing of speed. Arguments go to pytest.
+# The AVX-512 kernels, and AMX's packing and blocking over emulated tiles, on a CPU without AVX-512: built with SIMDe's
+# emulation of it and run through their tests, once as on a CPU with AVX512-BF16 and once as on one without. Slow, and says nothing of speed. Arguments go to pytest.
 # Needs g++ and SIMDe's headers (Debian: libsimde-dev), a CPU with AVX2 and FMA.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
@@ -17,11 +17,13 @@ cd "$folder"
 native=fairseq_dsq/kernels/native
 source_number=$(python -c 'from fairseq_dsq.kernels import native; print(native.source_number())')
 for lacks in nothing avx512bf16; do
-    for source in cpu quantize rows adam masks gemm; do
+    objects=()
+    for source in cpu quantize rows adam masks gemm gemm_amx; do
         g++ -std=c++17 -O2 -mavx2 -mfma -ffp-contract=off -fPIC -fopenmp -Wno-psabi -include tests/kernels/emulated_avx512.h \
             "-DEMULATED_WITHOUT=\"$lacks\"" -DDSQ_ISA=avx512 "-DDSQ_SOURCE=${source_number}u" -c $native/$source.cpp -o $source.o
+        objects+=("$source.o")
     done
-    g++ -shared -fopenmp cpu.o quantize.o rows.o adam.o masks.o gemm.o -o $native/_kernels.so
+    g++ -shared -fopenmp "${objects[@]}" -o $native/_kernels.so
     echo "emulated: AVX-512, of AVX512-VNNI and AVX512-BF16 lacks $lacks"
     FAIRSEQ_DSQ_ISA=avx512 PYTHONPATH=$folder python -m pytest -q -c .pytest.ini "$@"
 done

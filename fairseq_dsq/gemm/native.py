@@ -1,7 +1,7 @@
 """The CPU kernels of kernels/native/gemm.cpp: block floating point is rounded on the way to the multipliers.
 
-On AVX2 and on AVX-512 with VNNI they multiply codes, and take boxes of 16 along the reduction alone; with
-AVX512-BF16, values in any format, of one bfloat16 term times one or two.
+On AVX2 and on AVX-512 with VNNI they multiply codes, and take boxes of 16 along the reduction alone; with AMX or
+AVX512-BF16, values in any format. Either operand may have one or two bfloat16 terms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fairseq_dsq.kernels import native, ops
 
 
 class NativeEngine(Engine):
-    """float32 tensors on the CPU; b of one bfloat16 term, a of one or two."""
+    """float32 tensors on the CPU, of one or two bfloat16 terms."""
 
     name = "native"
 
@@ -30,7 +30,7 @@ class NativeEngine(Engine):
         kernels = native.kernels
         if kernels is None or not kernels.has_gemm or device.type != "cpu" or dtype is not torch.float32:
             return False
-        if terms(a.significand_bits) is None or terms(b.significand_bits) != 1:
+        if any(terms(side.significand_bits) is None for side in (a, b)):
             return False
         return kernels.gemm_takes_values or all(side.along and self.fuses_rounding(side.fmt) for side in (a, b))
 
@@ -52,11 +52,11 @@ class NativeEngine(Engine):
 
 
 @cache
-def _numbers(a: Side, b: Side) -> tuple[int, int, int]:
-    """The widths that the kernel rounds to, 0 for values as they are, and the bfloat16 terms of ``a``.
+def _numbers(a: Side, b: Side) -> tuple[int, ...]:
+    """The widths that the kernel rounds to, 0 for values as they are, and the bfloat16 terms of each operand.
 
     It rounds what is rounded already too: once more changes nothing, and tells it the boxes' scales.
     """
     fuses = NativeEngine().fuses_rounding
     bits = (side.fmt.bits if side.along and fuses(side.fmt) else 0 for side in (a, b))
-    return *bits, terms(a.significand_bits) or 1  # type: ignore[return-value]
+    return *bits, *(terms(side.significand_bits) or 1 for side in (a, b))

@@ -15,8 +15,8 @@ from fairseq_dsq.kernels import masks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
-# The widths that a product rounds its operands to: two bfloat16 terms hold the first's codes, one the second's.
-GEMM_BITS = 16, 9
+# The widest codes that a product rounds its operands to: two bfloat16 terms hold them.
+GEMM_BITS = 16
 # Seeds are drawn below this.
 SEEDS = 2**62
 
@@ -140,10 +140,12 @@ def mask(x: Tensor, data: Tensor) -> None:
     _row_of_bytes(data, masks.nbytes(x.numel()))
 
 
-def gemm(a_bits: int, b_bits: int, terms: int) -> None:
-    """Refuse widths that the GEMM kernel does not round to."""
-    for name, bits, most in (("a_bits", a_bits, GEMM_BITS[0]), ("b_bits", b_bits, GEMM_BITS[1])):
-        if bits and not MIN_BITS <= bits <= most:
-            raise ValueError(f"{name}: got {bits}, expected {MIN_BITS} to {most}, or 0 for values as they are")
-    if terms not in (1, 2):
-        raise ValueError(f"terms: got {terms}, expected 1 or 2")
+def gemm(bits: tuple[int, int], terms: tuple[int, int]) -> None:
+    """Refuse widths that the GEMM kernel does not round to, and values that it does not hold."""
+    for name, width, count in zip("ab", bits, terms, strict=True):
+        if width and not MIN_BITS <= width <= GEMM_BITS:
+            raise ValueError(
+                f"{name}_bits: got {width}, expected {MIN_BITS} to {GEMM_BITS}, or 0 for values as they are"
+            )
+        if count not in (1, 2):
+            raise ValueError(f"{name}_terms: got {count}, expected 1 or 2")

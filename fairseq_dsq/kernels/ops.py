@@ -293,15 +293,23 @@ def _none(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gemm(
-    out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, bias: Tensor | None, accumulate: bool
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_bits: int,
+    b_bits: int,
+    a_terms: int,
+    b_terms: int,
+    bias: Tensor | None,
+    accumulate: bool,
 ) -> None:
-    checks.gemm(a_bits, b_bits, terms)
+    checks.gemm((a_bits, b_bits), (a_terms, b_terms))
     kernels = native.kernels
     # The kernel reads memory as it is told. Operands that do not fit are left to torch, which says so.
     runs = kernels is not None and kernels.has_gemm and (kernels.gemm_takes_values or (a_bits and b_bits))
     if kernels is not None and runs and out.device.type == "cpu" and _fit(out, a, b, bias):
         bias = None if bias is None else bias.contiguous()
-        kernels.gemm(out, _matrix(a), _matrix(b), (a_bits, b_bits), terms, bias, accumulate)
+        kernels.gemm(out, _matrix(a), _matrix(b), (a_bits, b_bits), (a_terms, b_terms), bias, accumulate)
         return
     if a_bits:
         a = definition.fake_quantize(a, formats.BlockFloat(a_bits), -1, None, a.dtype)
@@ -419,8 +427,10 @@ def _quantize_both_fake(
     return first, second, _pack_fake(x, -2, stash, None) if stash else _none(x, torch.uint8)
 
 
-def _gemm_fake(out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, terms: int, *arguments: Any) -> None:
-    checks.gemm(a_bits, b_bits, terms)
+def _gemm_fake(
+    out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, a_terms: int, b_terms: int, *arguments: Any
+) -> None:
+    checks.gemm((a_bits, b_bits), (a_terms, b_terms))
 
 
 def _dropout_fake(x: Tensor, p: float, scale: float, seed: int) -> Tensor:
@@ -464,7 +474,8 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _quantize_both, _quantize_both_fake,
     ),
     "gemm": (
-        "(Tensor(a!) out, Tensor a, Tensor b, int a_bits, int b_bits, int terms, Tensor? bias, bool accumulate) -> ()",
+        "(Tensor(a!) out, Tensor a, Tensor b, int a_bits, int b_bits, int a_terms, int b_terms,"
+        " Tensor? bias, bool accumulate) -> ()",
         _gemm, _gemm_fake,
     ),
     "dropout": ("(Tensor x, float p, float scale, int seed) -> Tensor", _dropout, _dropout_fake),

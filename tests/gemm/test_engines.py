@@ -47,9 +47,10 @@ def engines(a, b, mode="auto", along=True, dtype=torch.float32):
     [
         ("bfp2", "bfp9", "native"),
         ("bfp16", "bfp4", "native"),
-        ("bfp4", "bfp16", "float32"),
-        ("bfp16", "bfp16", "float32"),
+        ("bfp4", "bfp16", "native"),
+        ("bfp16", "bfp16", "native"),
         ("bfp17", "bfp2", "float32"),
+        ("bfp2", "bfp17", "float32"),
         ("fixed8", "fixed8", KERNEL_OF_VALUES),
         ("bfp4/32", "bfp4/32", KERNEL_OF_VALUES),
         ("float32", "float32", "float32"),
@@ -70,9 +71,9 @@ def test_a_cpu_takes_the_kernel_where_it_is_exact(a, b, expected):
         ("bfp4", "bfp4", torch.float32, None),
         (
             "bfp16",
-            "bfp16",
+            "bfp17",
             torch.float32,
-            "bfp16 by bfp16 in float32",
+            "bfp16 by bfp17 in float32",
         ),
         (
             "bfp4",

@@ -67,10 +67,10 @@ def assert_equal_bits(actual, expected):
     )
 
 
-def kernels_here():
-    """The kernels of every instruction set that this CPU runs, by its name."""
+def kernels_here(*more):
+    """The kernels of every instruction set that this CPU runs, by its name, and of those in ``more``."""
     found = {}
-    for isa in native.ISAS:
+    for isa in (*native.ISAS, *more):
         with contextlib.suppress(native.Unavailable):
             found[isa] = native.Kernels(isa)
     return found

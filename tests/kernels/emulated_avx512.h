@@ -45,6 +45,8 @@ inline void mask_store(T* at, __mmask16 mask, const Lanes<T, 16>& from) {
 inline void mask_storeu_ps(void* at, __mmask16 mask, __m512 v) { mask_store((float*)at, mask, to<Floats>(v)); }
 inline void mask_storeu_epi32(void* at, __mmask16 mask, __m512i v) { mask_store((int32_t*)at, mask, to<Ints>(v)); }
 
+inline void stream_ps(void* at, __m512 v) { mask_storeu_ps(at, 0xFFFF, v); }
+
 inline __m512 maskz_loadu_ps(__mmask16 mask, const void* from) {
     Floats out = {};
     for (int i = 0; i < 16; i++)
@@ -127,6 +129,7 @@ constexpr bool has(const char* feature) { return std::strcmp(feature, EMULATED_W
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_mask_storeu_epi32 emulated::mask_storeu_epi32
+#define _mm512_stream_ps emulated::stream_ps
 #define _mm512_maskz_loadu_ps emulated::maskz_loadu_ps
 #define _mm512_fpclass_ps_mask emulated::fpclass_ps_mask
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32

@@ -13,7 +13,7 @@ from fairseq_dsq.formats import BlockFloat
 from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.quantized import fake_quantize
 
-HERE = {isa: kernels for isa, kernels in kernels_here().items() if kernels.has_gemm}
+HERE = {isa: kernels for isa, kernels in kernels_here(native.EMULATED).items() if kernels.has_gemm}
 pytestmark = pytest.mark.skipif(not HERE, reason="no GEMM kernel for this CPU")
 
 
@@ -41,11 +41,15 @@ def assert_same(actual, expected):
     assert torch.equal(actual.nan_to_num(123.5), expected.nan_to_num(123.5))
 
 
-def gemm(a, b, bits=(0, 0), terms=1, out=None, bias=None, accumulate=False):
+def gemm(a, b, bits=(0, 0), terms=(1, 1), out=None, bias=None, accumulate=False):
     if out is None:
         out = torch.empty(a.shape[0], a.shape[1], b.shape[1])
-    ops.gemm(out, a, b, *bits, terms, bias, accumulate)
+    ops.gemm(out, a, b, *bits, *terms, bias, accumulate)
     return out
+
+
+def terms_of(bits):
+    return 1 if bits <= 9 else 2
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -54,13 +58,13 @@ def test_any_shape_layout_and_width_is_exact_and_rounds_on_the_way_as_before_it(
     pick = random.Random(seed).choice
     batch, m, n = pick((1, 2, 3)), pick((1, 5, 12, 13, 64, 193, 400)), pick((1, 15, 17, 31, 32, 33, 100))
     k = pick((1, 2, 15, 16, 17, 33, 53, 513, 1031))
-    a_bits, b_bits = pick((2, 3, 4, 6, 7, 8, 9, 10, 12, 16)), pick((2, 3, 4, 6, 7, 8, 9))
+    a_bits, b_bits = (pick((2, 3, 4, 6, 7, 8, 9, 10, 12, 16)) for _ in "ab")
     a = laid_out(wide(batch, m, k), pick((0, 1)), pick((0, 5)))
     b = laid_out(wide(batch, n, k), pick((0, 1)), pick((0, 3)))
     rounded_a, rounded_b = fake_quantize(a, BlockFloat(a_bits), -1), fake_quantize(b, BlockFloat(b_bits), -1)
     bias, accumulate = pick((None, torch.randn(n))), pick((False, True))
     before = torch.randn(batch, m, n + 4)
-    terms = 1 if a_bits <= 9 else 2
+    terms = terms_of(a_bits), terms_of(b_bits)
 
     def call(x, y, bits):
         out = before.clone()
@@ -75,14 +79,20 @@ def test_any_shape_layout_and_width_is_exact_and_rounds_on_the_way_as_before_it(
             exact, size = exact + term, size + term.abs()
     given = call(rounded_a, rounded_b, (0, 0))
     fused = call(a, b, (a_bits, b_bits))
-    tolerance = 2.0**-24 * (k * terms / 2 + 6)
+    # Each of the sums rounds; two products go into one, but where both operands are of two terms.
+    tolerance = 2.0**-24 * (k * terms[0] * terms[1] / 2 + 6)
     for result in (given, fused):
         assert ((result.double() - exact).abs() / size).max() <= tolerance
     assert_same(call(rounded_a, rounded_b, (a_bits, b_bits)), fused)
     if kernels.gemm_takes_values:
         assert_same(call(a, rounded_b, (a_bits, 0)), given)
-        if terms == 1:
+        if terms in ((1, 1), (2, 2)) or on_tiles(kernels):
             assert_same(fused, given)
+
+
+def on_tiles(kernels):
+    """Whether every product is one of bfloat16 terms."""
+    return kernels.isa.startswith("amx")
 
 
 def flushed(x):
@@ -116,19 +126,17 @@ def test_the_kernel_s_rounding_is_the_definition_s(kernels, bits, outer):
         assert product[nan].isnan().all()
         assert torch.equal(product[~nan], wanted[~nan])
 
-    for eye_bits in range(2, 10):  # multiplied as integers, where nothing is flushed, unless both are short
-        wanted = flushed(expected) if kernels.gemm_takes_values and bits <= 9 else expected
-        check(gemm(x, eye, (bits, eye_bits), 2)[0], wanted)
-    if bits <= 9:
-        for eye_bits in range(2, 17):
-            wanted = flushed(expected) if kernels.gemm_takes_values and eye_bits <= 9 else expected
-            check(gemm(eye, x, (eye_bits, bits), 2)[0].t(), wanted)
+    high = (expected.view(torch.int32) & -0x10000).view(torch.float32)
+    of_terms = flushed(expected) if bits <= 9 else flushed(high) + flushed(expected - high)
+    for eye_bits in range(2, 17):
+        # Multiplied as integers or in float32, where nothing is flushed, unless both are short.
+        short = kernels.gemm_takes_values and max(bits, eye_bits) <= 9
+        wanted = of_terms if short or on_tiles(kernels) else expected
+        check(gemm(x, eye, (bits, eye_bits))[0], wanted)
+        check(gemm(eye, x, (eye_bits, bits))[0].t(), wanted)
     if kernels.gemm_takes_values:
-        high = (expected.view(torch.int32) & -0x10000).view(torch.float32)
-        wanted = flushed(expected) if bits <= 9 else flushed(high) + flushed(expected - high)
-        check(gemm(x, eye, (bits, 0), 2)[0], wanted)
-        if bits <= 9:
-            check(gemm(eye, x, (0, bits))[0].t(), wanted)
+        check(gemm(x, eye, (bits, 0))[0], of_terms)
+        check(gemm(eye, x, (0, bits))[0].t(), of_terms if bits <= 9 or on_tiles(kernels) else expected)
 
 
 @pytest.mark.parametrize("outer", [False, True])
@@ -155,7 +163,7 @@ def test_an_operand_may_be_shared_by_the_batch():
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("bits", [(8, 8), (16, 4), (0, 0)], ids=str)
+@pytest.mark.parametrize("bits", [(8, 8), (16, 4), (16, 16), (0, 0)], ids=str)
 def test_threads_change_nothing(batch, bits):
     a, b = torch.randn(batch, 700, 600).bfloat16().float(), torch.randn(batch, 90, 600).bfloat16().float()
     threads = torch.get_num_threads()
@@ -169,16 +177,38 @@ def test_threads_change_nothing(batch, bits):
     assert torch.equal(*results)
 
 
+def integers(rows, k, bits):
+    """Integers that need all the terms of their width, so few and small that sums are exact in any order."""
+    if terms_of(bits) == 1:
+        return torch.randint(-7, 8, (1, rows, k)).float()
+    signs = torch.randint(-20, 21, (1, rows, k))
+    return torch.randint(257, 301, (1, rows, k)) * ((signs == 20).float() - (signs == -20).float())
+
+
+@pytest.mark.parametrize("sizes", [(1030, 1024, 70), (1100, 1000, 33), (600, 530, 1100), (40, 1031, 1600)], ids=str)
+@pytest.mark.parametrize("bits", [(4, 4), (16, 4), (4, 16), (16, 16)], ids=str)
+def test_every_block_of_a_large_product_is_in_its_place(sizes, bits):
+    m, n, k = sizes
+    a, b = integers(m, k, bits[0]), integers(n, k, bits[1])
+    assert (a.abs() @ b.abs().mT).max() < 2**24
+    bias, before = torch.randint(-9, 10, (n,)).float(), torch.randint(-9, 10, (1, m, n)).float()
+    exact = (a.double() @ b.double().mT).float()
+    assert torch.equal(gemm(a, b, bits), exact)
+    assert torch.equal(gemm(a, b, bits, out=before.clone(), bias=bias, accumulate=True), exact + bias + before)
+
+
 @pytest.mark.parametrize(("bits", "accumulate"), itertools.product([(0, 0), (8, 4)], [False, True]))
 def test_the_operator_is_well_formed(bits, accumulate):
     a, b = torch.randn(2, 9, 20).bfloat16().float(), torch.randn(2, 5, 20).bfloat16().float()
-    arguments = (torch.randn(2, 9, 5), a, b, *bits, 1, torch.randn(5), accumulate)
+    arguments = (torch.randn(2, 9, 5), a, b, *bits, 1, 1, torch.randn(5), accumulate)
     torch.library.opcheck(torch.ops.fairseq_dsq.gemm.default, arguments)
 
 
 def test_the_plain_torch_definition_is_near(monkeypatch):
     a, b = torch.randn(2, 9, 40), torch.randn(2, 5, 40)
     bias, before = torch.randn(5), torch.randn(2, 9, 5)
-    here = gemm(a, b, (12, 8), 2, before.clone(), bias, True)
+    here = gemm(a, b, (12, 8), out=before.clone(), bias=bias, accumulate=True)
     monkeypatch.setattr(native, "kernels", None)
-    torch.testing.assert_close(gemm(a, b, (12, 8), 2, before.clone(), bias, True), here, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gemm(a, b, (12, 8), out=before.clone(), bias=bias, accumulate=True), here, rtol=1e-5, atol=1e-5
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -559,7 +561,7 @@ def test_the_variable_forces_an_instruction_set_or_torch(monkeypatch):
 def test_a_wrong_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv(native.VARIABLE, "sse")
     with pytest.raises(
-        ValueError, match=r"^FAIRSEQ_DSQ_ISA: got 'sse', expected one of avx512, avx2, baseline, torch$"
+        ValueError, match=r"^FAIRSEQ_DSQ_ISA: got 'sse', expected one of amx, avx512, avx2, baseline, torch$"
     ):
         native._choose()
 
@@ -572,6 +574,24 @@ def test_an_instruction_set_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setattr(native, "Kernels", without)
     with pytest.raises(ValueError, match=r"^FAIRSEQ_DSQ_ISA=avx512: avx512: this CPU does not run it$"):
         native._choose()
+
+
+@pytest.mark.skipif("avx512" not in HERE, reason="this CPU has no AVX-512")
+def test_amx_is_built_wherever_the_compiler_knows_it_and_runs_where_the_cpu_does():
+    compiler = subprocess.run(
+        ["c++", "-mamx-tile", "-mamx-bf16", "-fsyntax-only", "-x", "c++", "/dev/null"], capture_output=True, check=False
+    )
+    assert hasattr(native._library(), "dsq_amx_gemm") == (compiler.returncode == 0)
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert ("amx" in HERE) == ({"amx_bf16", "amx_tile"} <= set(flags) and compiler.returncode == 0)
+
+
+@pytest.mark.skipif("avx512" not in HERE, reason="this CPU has no AVX-512")
+def test_the_variable_has_tiles_emulated(monkeypatch):
+    monkeypatch.setenv(native.VARIABLE, native.EMULATED)
+    kernels, _ = native._choose()
+    assert kernels is not None
+    assert (kernels.isa, kernels.has_gemm, kernels.gemm_takes_values) == ("amx_emulated", True, True)
 
 
 @needs_kernels

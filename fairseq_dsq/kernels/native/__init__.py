@@ -2,7 +2,8 @@
 
 ``kernels`` are those of the best instruction set that this CPU has, or None; ``unavailable`` then says why, and
 :mod:`fairseq_dsq.kernels.ops` runs the definition. The environment variable FAIRSEQ_DSQ_ISA forces one of
-``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels, on GPUs neither).
+``amx``, ``avx512``, ``avx2``, ``baseline`` (any CPU) or ``torch`` (no kernels, on GPUs neither). ``amx_emulated`` is
+AMX's GEMM without the tiles, bit for bit and slowly, on any CPU with AVX-512.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from fairseq_dsq.formats import Format, KernelSpec
 
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512", "avx2", "baseline")
+EMULATED = "amx_emulated"
 NO_KERNELS = "torch"
 VARIABLE = "FAIRSEQ_DSQ_ISA"
 # float32 numbers in a vector of the widest instruction set.
@@ -186,9 +188,9 @@ class Kernels:
     """The kernels of one instruction set.
 
     Attributes:
-        has_gemm: whether there is a GEMM kernel for this CPU: on AVX2, and on AVX-512 with VNNI.
-        gemm_takes_values: whether its operands may be values of at most 9 (or 16) bits in any format, which takes
-            AVX512-BF16; else both are block floating point, and it multiplies their codes.
+        has_gemm: whether there is a GEMM kernel for this CPU: with AMX, on AVX2, and on AVX-512 with VNNI.
+        gemm_takes_values: whether its operands may be values of one or two bfloat16 terms in any format, which takes
+            AMX or AVX512-BF16; else both are block floating point, and it multiplies their codes.
 
     Their tensors are contiguous, on the CPU and not empty: ``x`` float32, ``out`` float32 or bfloat16, packed bytes
     uint8; all seen as ``shape`` (before, length, after) with the boxes along ``length``. ``seed`` None rounds to
@@ -200,18 +202,21 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         library = _library()
-        runs = getattr(library, f"dsq_{isa}_runs", None)
-        if runs is None or not hasattr(library, f"dsq_{isa}_pack"):
+        # AMX has a GEMM; whatever else there is to do, AVX-512 does.
+        tiles = isa in ("amx", EMULATED)
+        vectors = "avx512" if tiles else isa
+        runs, gemm_runs = (getattr(library, f"dsq_{name}_runs", None) for name in (vectors, f"{isa}_gemm"))
+        if runs is None or gemm_runs is None:
             raise Unavailable(f"{isa}: no kernels were built for it")
-        if not runs():
+        if not runs() or (tiles and not gemm_runs()):
             raise Unavailable(f"{isa}: this CPU does not run it")
         self.isa = isa
         self.threaded = _openmp_is_torchs(library)
         for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, f"dsq_{isa}_{name}")
+            function = getattr(library, f"dsq_{vectors}_{name}")
             function.argtypes, function.restype = arguments, None
             setattr(self, f"_{name}", function)
-        self.has_gemm = bool(getattr(library, f"dsq_{isa}_gemm_runs")())
+        self.has_gemm = bool(gemm_runs())
         self.gemm_takes_values = bool(getattr(library, f"dsq_{isa}_gemm_takes_values")())
         self._gemm = getattr(library, f"dsq_{isa}_gemm")
         self._gemm.argtypes, self._gemm.restype = _GEMM_ARGUMENTS, _INT32
@@ -243,7 +248,7 @@ class Kernels:
         a: Tensor,
         b: Tensor,
         bits: tuple[int, int],
-        terms: int,
+        terms: tuple[int, int],
         bias: Tensor | None,
         accumulate: bool,
     ) -> None:
@@ -254,7 +259,7 @@ class Kernels:
             a, b: batch x M x K, batch x N x K; float32, each contiguous along either of its last two dimensions.
             bits: of each operand's block floating point, rounded on the way; 0 where its values need no rounding.
                 Both must be given unless ``gemm_takes_values``.
-            terms: bfloat16 terms that a value of ``a`` needs, where its bits are 0.
+            terms: bfloat16 terms, 1 or 2, that a value of each needs, where its bits are 0.
             bias: N values.
 
         Raises:
@@ -263,7 +268,7 @@ class Kernels:
         batch, m, k = a.shape
         n = b.shape[1]
         code = self._gemm(
-            *(_operand(a, bits[0], terms), _operand(b, bits[1], 1)),
+            *(_operand(a, bits[0], terms[0]), _operand(b, bits[1], terms[1])),
             *(out.data_ptr(), out.stride(1), out.stride(0), None if bias is None else bias.data_ptr(), accumulate),
             *(batch, m, n, k, self._threads_for(batch * m * n * k // MACS_PER_THREAD)),
         )
@@ -445,7 +450,7 @@ def _choose() -> tuple[Kernels | None, str]:
     wanted = os.environ.get(VARIABLE)
     if wanted == NO_KERNELS:
         return None, f"{VARIABLE}={NO_KERNELS}"
-    if wanted and wanted not in ISAS:
+    if wanted and wanted not in (*ISAS, EMULATED):
         raise ValueError(f"{VARIABLE}: got {wanted!r}, expected one of {', '.join((*ISAS, NO_KERNELS))}")
     if wanted:
         try:

@@ -14,14 +14,15 @@
 //
 //     Bf16<1>  bfloat16 values, two to a word: every value of both operands is a bfloat16 (codes of <= 9 bits).
 //     Bf16<2>  A = hi + lo, each a bfloat16 (<= 16 significant bits): two terms of A share one B.
-//     Int16    integer codes, two to a word, and a power-of-two scale per box, both operands quantized here. Sums
-//     within
-//              a box are exact integers, below 2^15 * 2^8 * 16 = 2^27; only a box's sum is rounded and scaled into the
+//     Int16    integer codes, two to a word, and a power-of-two scale per box, both operands quantized here. Sums of a
+//              box are exact integers, below 2^15 * 2^8 * 16 = 2^27; only a box's sum is rounded and scaled into the
 //              float32 total. More accurate than Bf16<2>, so that the two do not agree bit for bit.
 //     Int8     likewise, four codes to a word, for codes so short that sums fit 16 bits.
+//     Single   float32 values, one to a word, by fused multiply-adds: where both operands have more than 9 bits. Their
+//              bfloat16 terms would take four products, two instructions where this is one.
 //
-// gemm_avx512.h has Bf16 and Int16, gemm_avx2.h Int16 and Int8. Values that are quantized already may be given to an
-// engine of integers again, with the same bits: that changes nothing.
+// gemm_avx512.h has Bf16, Int16 and Single, gemm_avx2.h Int16, Int8 and Single. Values that are quantized already may
+// be given to an engine of integers again, with the same bits: that changes nothing.
 //
 // Loop order (each operand is packed once; tiles of C are touched once per K block):
 //
@@ -43,33 +44,16 @@
 #include <cstdlib>
 #include <utility>
 
-#include "names.h"
-
-extern "C" {
-// native/__init__.py has the same fields.
-struct DsqOperand {
-    const float* data;
-    int64_t row_stride;    // floats from one row in memory to the next (a row of K x M if k_outer)
-    int64_t batch_stride;  // floats from one batch item to the next; 0 shares the operand
-    int32_t k_outer;       // 0: K is the inner, contiguous dimension; 1: K is the outer one
-    int32_t bits;          // block floating point in boxes of 16 along K: A 2 to 16, B 2 to 9; 0: already representable
-    int32_t terms;         // bfloat16 terms a value needs, if bits is 0: A 1 or 2, B 1
-};
-enum { DSQ_OK = 0, DSQ_NO_MEMORY = 1, DSQ_BAD_ARGUMENT = 2, DSQ_UNAVAILABLE = 3 };
-}
+#include "gemm.h"
 
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #include "encode.h"
 
 namespace {
 
-constexpr int BOX = 16;
-constexpr int ONE_TERM_BITS = 9;  // sign and 8 significant bits: a bfloat16
 constexpr int PREFETCH = 64;      // floats ahead, when packing
 // A block of A (384 KB at most) stays in L2, a panel of it in L1.
 constexpr long K_BLOCK = 512, M_BLOCK = 192;
-
-enum Side { A, B };
 
 struct Source {  // an operand, or a part of it: `rows` rows of length k
     const float* data;
@@ -211,12 +195,8 @@ EXPORT int32_t DSQ_NAME(gemm_runs)() { return cpu_runs(); }
 EXPORT int32_t DSQ_NAME(gemm_takes_values)() { return cpu_takes_values(); }
 
 // C (batch x M x N, rows contiguous) = A @ B, + C if accumulate, + bias (N values, may be null) in every row.
-EXPORT int32_t DSQ_NAME(gemm)(const DsqOperand* a, const DsqOperand* b, float* c, int64_t c_row_stride,
-                              int64_t c_batch_stride, const float* bias, int32_t accumulate, int64_t batch, int64_t m,
-                              int64_t n, int64_t k, int32_t threads) {
-    bool a_ok = a->bits ? a->bits >= 2 && a->bits <= 16 : a->terms == 1 || a->terms == 2;
-    bool b_ok = b->bits ? b->bits >= 2 && b->bits <= ONE_TERM_BITS : b->terms == 1;
-    if (!a_ok || !b_ok || batch < 0 || m < 0 || n < 0 || k < 0) return DSQ_BAD_ARGUMENT;
+EXPORT int32_t DSQ_NAME(gemm)(GEMM_ARGUMENTS) {
+    if (!valid(*a) || !valid(*b) || batch < 0 || m < 0 || n < 0 || k < 0) return DSQ_BAD_ARGUMENT;
     bool coded = a->bits && b->bits;
     if (!cpu_runs() || (!coded && !cpu_takes_values())) return DSQ_UNAVAILABLE;
     if (batch == 0 || m == 0 || n == 0) return DSQ_OK;
@@ -232,8 +212,7 @@ EXPORT int32_t DSQ_NAME(gemm)(const DsqOperand* a, const DsqOperand* b, float* c
 
 EXPORT int32_t DSQ_NAME(gemm_runs)() { return 0; }
 EXPORT int32_t DSQ_NAME(gemm_takes_values)() { return 0; }
-EXPORT int32_t DSQ_NAME(gemm)(const DsqOperand*, const DsqOperand*, float*, int64_t, int64_t, const float*, int32_t,
-                              int64_t, int64_t, int64_t, int64_t, int32_t) {
+EXPORT int32_t DSQ_NAME(gemm)(GEMM_ARGUMENTS) {
     return DSQ_UNAVAILABLE;
 }
 

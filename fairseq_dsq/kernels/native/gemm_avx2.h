@@ -73,8 +73,8 @@ inline void load_box(F (&x)[BOX], const float* from, const Source& s, Load load_
 }
 
 // Box `box` of the panel of W rows from `row` on, as `write` writes the codes and scales of 8 rows of it.
-template <Side SIDE, int W, class Write>
-inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write write) {
+template <int W, class Write>
+inline void pack_rows(const Source& s, long row, long box, int scale_shift, uint32_t* out, Write write) {
     long k0 = box * BOX, k = std::min<long>(BOX, s.k - k0);
     for (int g = 0; g < W; g += LANES) {
         long rows = std::min<long>(s.rows - row - g, W - g);  // may be < 1: then all of the group is padding
@@ -87,7 +87,7 @@ inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write 
                 return s.k_outer ? load(part, i < k ? rows : 0) : load(part, i < rows ? k - at : 0);
             });
         __m256i codes[BOX];
-        __m256 scale = encode(x, codes, s.bits, s.scale_shift(SIDE));
+        __m256 scale = encode(x, codes, s.bits, scale_shift);
         write(codes, scale, out + g);
     }
 }
@@ -181,7 +181,7 @@ struct Int16 {
     template <Side SIDE>
     static void pack_box(const Source& s, long row, long box, uint32_t* out) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
-        pack_rows<SIDE, W>(s, row, box, out, [](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
+        pack_rows<W>(s, row, box, s.scale_shift(SIDE), out, [](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
             for (int p = 0; p < PAIRS; p++) put(to + p * W, halves(codes[2 * p], codes[2 * p + 1]));
             put(to + PAIRS * W, bits_of(scale));
         });
@@ -215,7 +215,8 @@ struct Int8 {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
         int a_bits = SIDE == A ? s.bits : s.other_bits;
         __m256i offset = _mm256_set1_epi16((1 << (a_bits - 1)) - 1);
-        pack_rows<SIDE, W>(s, row, box, out, [&](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
+        int shift = s.scale_shift(SIDE);
+        pack_rows<W>(s, row, box, shift, out, [&](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
             __m256i sums = _mm256_setzero_si256(), low_bytes = _mm256_set1_epi16(0xFF);
             for (int f = 0; f < FOURS; f++, to += W) {
                 __m256i even = halves(codes[4 * f], codes[4 * f + 2]), odd = halves(codes[4 * f + 1], codes[4 * f + 3]);
@@ -249,6 +250,37 @@ struct Int8 {
     }
 };
 
+struct Single {
+    static constexpr int A_ROWS = PANEL_ROWS, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
+    static constexpr int A_WORDS = BOX, B_WORDS = BOX;
+
+    template <Side SIDE>
+    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+        constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
+        pack_rows<W>(s, row, box, s.bits - 2, out, [](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
+            for (int k = 0; k < BOX; k++) put(to + k * W, bits_of(_mm256_cvtepi32_ps(codes[k]) * scale));
+        });
+    }
+
+    template <int R>
+    static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
+        __m256 acc[R][TILE_VECTORS];
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < TILE_VECTORS; j++) acc[r][j] = _mm256_setzero_ps();
+        for (long k = boxes * BOX; k > 0; k--, a += A_ROWS, b += B_ROWS) {
+            Words b_words(b);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                __m256 v = broadcast_scale(a + r);
+#pragma GCC unroll 4
+                for (int j = 0; j < TILE_VECTORS; j++)
+                    acc[r][j] = _mm256_fmadd_ps(v, _mm256_castsi256_ps(b_words[j]), acc[r][j]);
+            }
+        }
+        store<R>(acc, t);
+    }
+};
+
 inline bool cpu_runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // Whether operands may be values that need no rounding, in whatever format.
@@ -256,6 +288,7 @@ inline bool cpu_takes_values() { return false; }
 
 template <class Run>
 inline int with_engine(const DsqOperand& a, const DsqOperand& b, Run run) {
+    if (terms_of(a) == 2 && terms_of(b) == 2) return run(Single());
     return Int8::holds(a.bits, b.bits) ? run(Int8()) : run(Int16());
 }
 

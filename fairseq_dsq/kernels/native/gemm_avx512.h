@@ -1,6 +1,8 @@
 // The engines of gemm.cpp for AVX512-VNNI and, where the CPU has it, AVX512-BF16.
 #pragma once
 
+#include "transpose_avx512.h"
+
 namespace {
 
 constexpr int PAIRS = BOX / 2;
@@ -13,34 +15,6 @@ inline __mmask16 first(long lanes) { return lanes >= LANES ? 0xFFFF : lanes > 0 
 
 // ---------------------------------------- packing
 // Everything below works on one box of 16 rows: x[k] holds value k of each row.
-
-inline void transpose(F (&x)[BOX]) {
-    __m512 t[BOX];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    auto pd = [&](int i) { return _mm512_castps_pd(t[i]); };
-    auto lo = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpacklo_pd(pd(i), pd(j))); };
-    auto hi = [&](int i, int j) { return _mm512_castpd_ps(_mm512_unpackhi_pd(pd(i), pd(j))); };
-    __m512 s[BOX];
-    for (int i = 0; i < 16; i += 4) {  // block b (of 4 lanes) of s[i + j]: column 4 b + j of rows i to i + 3
-        s[i] = lo(i, i + 2);
-        s[i + 1] = hi(i, i + 2);
-        s[i + 2] = lo(i + 1, i + 3);
-        s[i + 3] = hi(i + 1, i + 3);
-    }
-    constexpr int EVEN = 0x88, ODD = 0xDD;  // blocks 0 and 2, or 1 and 3, of either operand
-    for (int j = 0; j < 4; j++) {
-        __m512 top02 = _mm512_shuffle_f32x4(s[j], s[4 + j], EVEN), top13 = _mm512_shuffle_f32x4(s[j], s[4 + j], ODD);
-        __m512 end02 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], EVEN);
-        __m512 end13 = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], ODD);
-        x[j] = _mm512_shuffle_f32x4(top02, end02, EVEN);
-        x[4 + j] = _mm512_shuffle_f32x4(top13, end13, EVEN);
-        x[8 + j] = _mm512_shuffle_f32x4(top02, end02, ODD);
-        x[12 + j] = _mm512_shuffle_f32x4(top13, end13, ODD);
-    }
-}
 
 // Replaces the box by its integer codes and returns each row's 2^(E - 127 - scale_shift), NaN if it holds Inf or NaN.
 // scalef multiplies by a power of two with one rounding, whatever the range; so is a scale below 2^-126 exact.
@@ -80,6 +54,12 @@ inline void write_bf16(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
             x[k] = _mm512_maskz_sub_ps(finite, x[k], truncate_to_bf16(x[k]));
         }
     }
+}
+
+template <int W>
+inline void write_single(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
+    F scale = bits ? encode(x, bits, bits - 2) : all(1.0f);
+    for (int k = 0; k < BOX; k++) _mm512_mask_storeu_ps(out + k * W, lanes, x[k] * scale);
 }
 
 template <int W>
@@ -200,6 +180,33 @@ struct Int16 {
     }
 };
 
+struct Single {
+    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS, A_WORDS = BOX, B_WORDS = BOX;
+    template <Side SIDE>
+    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+        constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
+        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
+            write_single<W>(x, s.bits, to, lanes);
+        });
+    }
+    template <int R>
+    static void tile(const uint32_t* a, const uint32_t* b, long boxes, const Tile& t) {
+        __m512 acc[R][2];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+        for (long k = boxes * BOX; k > 0; k--, a += A_ROWS, b += B_ROWS) {
+            __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                __m512 v = _mm512_castsi512_ps(_mm512_set1_epi32(a[r]));
+                acc[r][0] = _mm512_fmadd_ps(v, b0, acc[r][0]);
+                acc[r][1] = _mm512_fmadd_ps(v, b1, acc[r][1]);
+            }
+        }
+        store<R>(acc, t);
+    }
+};
+
 inline bool cpu_runs() {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -210,9 +217,11 @@ inline bool cpu_takes_values() { return __builtin_cpu_supports("avx512bf16"); }
 
 template <class Run>
 inline int with_engine(const DsqOperand& a, const DsqOperand& b, Run run) {
-    int terms = a.bits ? 1 + (a.bits > ONE_TERM_BITS) : a.terms;
-    bool integers = a.bits && b.bits && (terms == 2 || !cpu_takes_values());
-    return integers ? run(Int16()) : terms == 2 ? run(Bf16<2>()) : run(Bf16<1>());
+    bool coded = a.bits && b.bits;
+    int a_terms = terms_of(a), b_terms = terms_of(b);
+    if (b_terms == 2 && (a_terms == 2 || !coded)) return run(Single());
+    if (coded && (a_terms == 2 || b_terms == 2 || !cpu_takes_values())) return run(Int16());
+    return a_terms == 2 ? run(Bf16<2>()) : run(Bf16<1>());
 }
 
 }  // namespace
