@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import Format, KernelSpec
+from fairseq_dsq.kernels import memory
 
 ISAS = ("amx", "avx512", "avx2", "baseline")
 EMULATED = "amx_emulated"
@@ -467,3 +468,5 @@ def _choose() -> tuple[Kernels | None, str]:
 
 
 kernels, unavailable = _choose()
+if os.name == "posix":
+    memory.keep_freed(os.environ, ctypes.CDLL(None))
