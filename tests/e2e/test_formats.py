@@ -13,12 +13,19 @@ def costs(log):
 @pytest.mark.parametrize(
     ("levels", "flags", "method"),
     [
-        ("[int8/row,int4/row,int8/row,int16/row]", (), "int8"),
-        ("[int8/row|bfp4,bfp4/32,int8/128,bfp16|int8/tensor]", ("--dsq-rules", "*.fc2=float32"), "bfp4/32,int8/128"),
-        (
+        # The slow ones train for minutes: scripts/readme.sh runs them.
+        pytest.param("[int8/row,int4/row,int8/row,int16/row]", (), "int8", marks=pytest.mark.slow),
+        pytest.param(
+            "[int8/row|bfp4,bfp4/32,int8/128,bfp16|int8/tensor]",
+            ("--dsq-rules", "*.fc2=float32"),
+            "bfp4/32,int8/128",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "[int8/row|ternary,int8/row,ternary,float32]",
             ("--dsq-box-dim", "last", "--dsq-attention-matmul", "off"),
             "ternary,int8/row,ternary,float32",
+            marks=pytest.mark.slow,
         ),
         (
             "[mxfp8e4m3|4,nvfp4,mxfp6e2m3,mxfp8e5m2]",

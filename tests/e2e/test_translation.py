@@ -53,6 +53,8 @@ def run(clone, script, *arguments, code=0):
     return done
 
 
+# Minutes of fairseq's commands, as below: scripts/readme.sh runs them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "test", "language"),
     [("multi30k.sh", "test_2016_flickr", "en"), ("wmt14.sh", "newstest2014", "de")],
@@ -90,9 +92,15 @@ def test_another_corpus_is_not_taken_for_the_one_that_was_prepared(clone, monkey
     )
 
 
+@pytest.mark.slow
 def test_the_table(clone):
     done = run(clone, "iwslt17.sh", "--methods", "stash-fixed dsq", "--vocab", "200", "--epochs", "1", "--", *TINY)
     table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
+    held = next(number for number, row in enumerate(table) if row[1] == "Held (MB)")
+    table, held_rows = table[:held], table[held + 2 :]
+    assert [row[1] for row in held_rows] == ["stash-fixed-seed1", "dsq-seed1"] and len(held_rows[0]) == len(
+        held_rows[1]
+    )
     assert [(row[1], row[2]) for row in table[2:]] == [
         ("Stashing (Fixed)", "[16,4,4,16]"),
         ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]"),

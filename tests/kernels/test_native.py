@@ -452,9 +452,22 @@ BAD_CALLS = [
     ("got 4 of torch.float32, expected 4 of torch.uint8", "mask", (X, BYTES[:4].float())),
     ("p: got -0.1, expected 0 to 1", "dropout", (X, -0.1, 2.0, 1)),
     ("p: got nan, expected 0 to 1", "dropout", (X, math.nan, 2.0, 1)),
-    *((f"a_bits: got {bits}, expected 2 to 16, or 0", "gemm", (*XS, bits, 4, 1, None, False)) for bits in (1, 17, 64)),
-    *((f"b_bits: got {bits}, expected 2 to 9, or 0", "gemm", (*XS, 4, bits, 1, None, False)) for bits in (1, 10, 64)),
-    *((f"terms: got {terms}, expected 1 or 2", "gemm", (*XS, 0, 0, terms, None, False)) for terms in (0, 3)),
+    *(
+        call
+        for bits in (1, 17, 64)
+        for call in (
+            (f"a_bits: got {bits}, expected 2 to 16, or 0", "gemm", (*XS, bits, 4, 1, 1, None, False)),
+            (f"b_bits: got {bits}, expected 2 to 16, or 0", "gemm", (*XS, 4, bits, 1, 1, None, False)),
+        )
+    ),
+    *(
+        call
+        for terms in (0, 3)
+        for call in (
+            (f"a_terms: got {terms}, expected 1 or 2", "gemm", (*XS, 0, 0, terms, 1, None, False)),
+            (f"b_terms: got {terms}, expected 1 or 2", "gemm", (*XS, 0, 0, 1, terms, None, False)),
+        )
+    ),
     (
         "quantize_and_pack: expected formats with a box size",
         "quantize_and_pack", (X, FOUR, "fixed4", X.dtype),
