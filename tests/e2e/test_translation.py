@@ -98,9 +98,7 @@ def test_the_table(clone):
     table = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
     held = next(number for number, row in enumerate(table) if row[1] == "Held (MB)")
     table, held_rows = table[:held], table[held + 2 :]
-    assert [row[1] for row in held_rows] == ["stash-fixed-seed1", "dsq-seed1"] and len(held_rows[0]) == len(
-        held_rows[1]
-    )
+    assert len(held_rows) == 2 and all(float(cell) > 0 for row in held_rows for cell in row[2:-1])
     assert [(row[1], row[2]) for row in table[2:]] == [
         ("Stashing (Fixed)", "[16,4,4,16]"),
         ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]"),
