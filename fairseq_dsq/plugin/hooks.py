@@ -11,8 +11,9 @@ from fairseq.distributed.utils import get_global_rank, get_global_world_size
 from fairseq.logging import metrics
 from torch import nn
 
+from fairseq_dsq.ledger import Update
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
-from fairseq_dsq.plugin.held import log_update
+from fairseq_dsq.plugin.held import known_update, log_update
 from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
@@ -38,6 +39,7 @@ class _Hooks:
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
         self.own_optimizer_step = getattr(task, "optimizer_step", None)
+        self.updates: dict[Any, Update] = {}
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
@@ -86,7 +88,7 @@ class _Hooks:
         """The task's; where a gradient overflows it raises, and there was no update."""
         assert self.own_optimizer_step is not None
         self.own_optimizer_step(optimizer, model=model, update_num=update_num)
-        log_update(model, optimizer, _state(model).cost_profile)
+        log_update(optimizer, known_update(model, optimizer, self.updates), _state(model).cost_profile)
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
