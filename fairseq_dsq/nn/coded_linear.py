@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, Self, cast
 
 import torch
@@ -28,6 +30,14 @@ CODES, SCALE, COLUMNS, FORMAT = "weight_codes", "weight_scale", "weight_columns"
 _LONGEST_TEXT = 32  # one length for all, so that a state dict's shapes do not depend on it
 # Values of a weight that are updated at a time: a few integers of 64 bits stand beside each.
 _AT_A_TIME = 1 << 20
+
+
+@cache
+def _say_slow(fmt: str) -> None:
+    warnings.warn(
+        f"{fmt}: no kernel updates weights of these codes; they are updated in plain torch, which is slower",
+        stacklevel=2,
+    )
 
 
 class CodedLinear(DSQLinear):
@@ -110,6 +120,8 @@ class CodedLinear(DSQLinear):
         if kernels is not None and weight is not None and covered:
             self.record_update(kernels.subtract(weight, step, seed, leave_rest))
             return
+        if kernels is not None and step.is_cpu and self.weight_format.bits != 8:
+            _say_slow(self.weight_format.text)
         limits = code_limits(self.weight_format, self.weight_rule)
         rows = max(1, _AT_A_TIME // max(1, self.in_features))
         changed, bad = torch.zeros((), dtype=torch.int64, device=step.device), []

@@ -9,6 +9,7 @@ from nn.common import tensors_of
 from torch import nn
 
 from fairseq_dsq.formats import parse
+from fairseq_dsq.kernels import native
 from fairseq_dsq.nn import (
     CodedLinear,
     CodedWeight,
@@ -25,6 +26,7 @@ from fairseq_dsq.nn import (
     weight_format,
 )
 from fairseq_dsq.nn.coded import code_limits
+from fairseq_dsq.nn.coded_linear import _say_slow
 from fairseq_dsq.precision import PrecisionConfig, Rule
 from fairseq_dsq.quantized import fake_quantize, noise_seed
 
@@ -207,6 +209,15 @@ def test_the_rest_of_a_step_is_what_rounding_left_undone(fmt, monkeypatch):
     plain, _, _ = layer(fmt)
     plain.subtract_(step, 7)
     assert torch.equal(plain.weight_codes, coded.weight_codes)
+
+
+@pytest.mark.skipif(native.kernels is None, reason="no kernels here, which is said elsewhere")
+def test_codes_that_no_kernel_updates_are_said_to_be_slow_once(recwarn):
+    _say_slow.cache_clear()
+    for fmt in ("int8/row", "int4/row", "int4/row"):
+        layer(fmt)[0].subtract_(torch.full((10, 21), 0.01), 1)
+    (said,) = (str(warning.message) for warning in recwarn if "no kernel updates" in str(warning.message))
+    assert said.startswith("int4/row: no kernel updates weights of these codes")
 
 
 def test_a_step_with_nan_makes_its_row_nan_and_no_other():
