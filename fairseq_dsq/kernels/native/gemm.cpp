@@ -101,20 +101,27 @@ constexpr long box_words() {
     return SIDE == A ? E::A_ROWS * E::A_WORDS : E::B_ROWS * E::B_WORDS;
 }
 
+// Rows of a panel, and how many panels are packed at once.
+template <class E, Side SIDE>
+constexpr long WIDTH = SIDE == A ? E::A_ROWS : E::B_ROWS;
+template <class E, Side SIDE>
+constexpr long AT_ONCE = SIDE == A ? E::A_PANELS : 1;
+
 template <class E, Side SIDE>
 void pack(const Source& s, uint32_t* out) {
-    constexpr long width = SIDE == A ? E::A_ROWS : E::B_ROWS;
-    long boxes = (s.k + BOX - 1) / BOX, panels = (s.rows + width - 1) / width;
-    auto pack_box = [&](long p, long b) {
-        E::template pack_box<SIDE>(s, p * width, b, out + (p * boxes + b) * box_words<E, SIDE>());
+    constexpr long rows = WIDTH<E, SIDE> * AT_ONCE<E, SIDE>;
+    long boxes = (s.k + BOX - 1) / BOX, panel = boxes * box_words<E, SIDE>(), groups = (s.rows + rows - 1) / rows;
+    auto pack_box = [&](long g, long b) {
+        uint32_t* to = out + g * AT_ONCE<E, SIDE> * panel + b * box_words<E, SIDE>();
+        E::template pack_box<SIDE>(s, g * rows, b, to, panel);
     };
     // Along memory: a K-outer operand has neighbouring panels side by side, else neighbouring boxes are.
     if (s.k_outer)
         for (long b = 0; b < boxes; b++)
-            for (long p = 0; p < panels; p++) pack_box(p, b);
+            for (long g = 0; g < groups; g++) pack_box(g, b);
     else
-        for (long p = 0; p < panels; p++)
-            for (long b = 0; b < boxes; b++) pack_box(p, b);
+        for (long g = 0; g < groups; g++)
+            for (long b = 0; b < boxes; b++) pack_box(g, b);
 }
 
 template <class E, size_t... I>
@@ -140,51 +147,88 @@ void multiply(const Source& a, const uint32_t* packed_b, long n, uint32_t* packe
         }
 }
 
-uint32_t* allocate(long words) {  // never nothing, whose address may be null
-    return static_cast<uint32_t*>(aligned_alloc(64, (words * sizeof(uint32_t) / 64 + 1) * 64));
-}
+struct Scratch {
+    uint32_t* words;
+    explicit Scratch(long count)  // never nothing, whose address may be null
+        : words(static_cast<uint32_t*>(aligned_alloc(64, (count * sizeof(uint32_t) / 64 + 1) * 64))) {}
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { free(words); }
+};
 
 template <class E, Side SIDE>
 long panel_words(long rows, long k) {
-    constexpr long width = SIDE == A ? E::A_ROWS : E::B_ROWS;
-    return (rows + width - 1) / width * ((std::min(K_BLOCK, k) + BOX - 1) / BOX) * box_words<E, SIDE>();
+    constexpr long at_once = WIDTH<E, SIDE> * AT_ONCE<E, SIDE>;
+    long panels = (rows + at_once - 1) / at_once * AT_ONCE<E, SIDE>;
+    return panels * ((std::min(K_BLOCK, k) + BOX - 1) / BOX) * box_words<E, SIDE>();
 }
 
-// One batch item; its blocks of rows on `threads` threads.
 template <class E>
-bool run_item(Source a, Source b, Tile t, int threads) {
-    uint32_t* packed_b = allocate(panel_words<E, B>(b.rows, a.k));
-    bool ok = packed_b;
-    for (long k = 0; ok && (k == 0 || k < a.k); k += K_BLOCK) {  // K = 0 makes one empty sum
+Scratch scratch_of_a(const Source& a) {
+    return Scratch(panel_words<E, A>(std::min(M_BLOCK, a.rows), a.k));
+}
+
+// C of one batch item. `on_rows` runs its argument for each block of rows of A, with scratch of the caller's own.
+template <class E, class OnRows>
+void run_item(const Source& a, const Source& b, const Tile& t, uint32_t* packed_b, OnRows on_rows) {
+    for (long k = 0; k == 0 || k < a.k; k += K_BLOCK) {  // K = 0 makes one empty sum
         pack<E, B>(b.part(0, b.rows, k, K_BLOCK), packed_b);
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : ok)
-        {
-            uint32_t* packed_a = allocate(panel_words<E, A>(std::min(M_BLOCK, a.rows), a.k));
-            ok = packed_a;
-#pragma omp for schedule(static)
-            for (long i = 0; i < a.rows; i += M_BLOCK) {
-                Tile u = {t.c + i * t.stride, t.stride, b.rows, k ? nullptr : t.bias, t.add || k};
-                if (packed_a) multiply<E>(a.part(i, M_BLOCK, k, K_BLOCK), packed_b, b.rows, packed_a, u);
-            }
-            free(packed_a);
-        }
+        on_rows([&](long i, uint32_t* packed_a) {
+            Tile u = {t.c + i * t.stride, t.stride, b.rows, k ? nullptr : t.bias, t.add || k};
+            multiply<E>(a.part(i, M_BLOCK, k, K_BLOCK), packed_b, b.rows, packed_a, u);
+        });
     }
-    free(packed_b);
-    return ok;
 }
 
 template <class E>
-int run(Source a, long a_batch, Source b, long b_batch, Tile t, long c_batch, long batch, int threads) {
-    bool ok = true;
-    int items_at_once = batch > 1 ? threads : 1;
-#pragma omp parallel for num_threads(items_at_once) if (items_at_once > 1) schedule(static) reduction(&& : ok)
-    for (long item = 0; item < batch; item++) {
+bool run_items(const Source& a, long a_batch, const Source& b, long b_batch, const Tile& t, long c_batch, long from,
+               long to) {
+    Scratch packed_b(panel_words<E, B>(b.rows, a.k)), packed_a = scratch_of_a<E>(a);
+    if (!packed_b.words || !packed_a.words) return false;
+    for (long item = from; item < to; item++) {
         Source item_a = a, item_b = b;
         Tile item_t = t;
         item_a.data += item * a_batch;
         item_b.data += item * b_batch;
         item_t.c += item * c_batch;
-        ok = run_item<E>(item_a, item_b, item_t, batch > 1 ? 1 : threads) && ok;
+        run_item<E>(item_a, item_b, item_t, packed_b.words, [&](auto block) {
+            for (long i = 0; i < a.rows; i += M_BLOCK) block(i, packed_a.words);
+        });
+    }
+    return true;
+}
+
+template <class E>
+bool run_on_threads(const Source& a, const Source& b, const Tile& t, int threads) {
+    Scratch packed_b(panel_words<E, B>(b.rows, a.k));
+    bool ok = packed_b.words;
+    if (ok)
+        run_item<E>(a, b, t, packed_b.words, [&](auto block) {
+#pragma omp parallel num_threads(threads) reduction(&& : ok)
+            {
+                Scratch packed_a = scratch_of_a<E>(a);
+                ok = packed_a.words;
+#pragma omp for schedule(static)
+                for (long i = 0; i < a.rows; i += M_BLOCK)
+                    if (packed_a.words) block(i, packed_a.words);
+            }
+        });
+    return ok;
+}
+
+// A parallel region, even of one thread, takes as long as a small item of a batch.
+template <class E>
+int run(Source a, long a_batch, Source b, long b_batch, Tile t, long c_batch, long batch, int threads) {
+    bool ok = true;
+    if (threads == 1) {
+        ok = run_items<E>(a, a_batch, b, b_batch, t, c_batch, 0, batch);
+    } else if (batch == 1) {
+        ok = run_on_threads<E>(a, b, t, threads);
+    } else {
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : ok)
+        for (int part = 0; part < threads; part++) {
+            long from = batch * part / threads, to = batch * (part + 1) / threads;
+            ok = run_items<E>(a, a_batch, b, b_batch, t, c_batch, from, to) && ok;
+        }
     }
     return ok ? DSQ_OK : DSQ_NO_MEMORY;
 }

@@ -175,11 +175,11 @@ inline void sum_products(__m256i (&sum)[R][TILE_VECTORS], const uint32_t*& a, co
 }
 
 struct Int16 {
-    static constexpr int A_ROWS = PANEL_ROWS, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
+    static constexpr int A_ROWS = PANEL_ROWS, A_PANELS = 1, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
     static constexpr int PAIRS = BOX / 2, A_WORDS = PAIRS + 1, B_WORDS = PAIRS + 1;  // codes, scale
 
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
         pack_rows<W>(s, row, box, s.scale_shift(SIDE), out, [](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
             for (int p = 0; p < PAIRS; p++) put(to + p * W, halves(codes[2 * p], codes[2 * p + 1]));
@@ -202,7 +202,7 @@ struct Int16 {
 // offset, which makes them positive, and B's box with what takes that away again, offset * (-sum of codes), where each
 // lane's sum begins. A lane sums 8 products, which fit for bits of A + bits of B <= 14; sums on the way may wrap.
 struct Int8 {
-    static constexpr int A_ROWS = PANEL_ROWS, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
+    static constexpr int A_ROWS = PANEL_ROWS, A_PANELS = 1, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
     static constexpr int FOURS = BOX / 4, A_WORDS = FOURS + 1, B_WORDS = FOURS + 2;  // codes, (correction,) scale
     static constexpr int MOST_BITS = 8, MOST_BITS_TOGETHER = 14;
 
@@ -211,7 +211,7 @@ struct Int8 {
     }
 
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
         int a_bits = SIDE == A ? s.bits : s.other_bits;
         __m256i offset = _mm256_set1_epi16((1 << (a_bits - 1)) - 1);
@@ -251,11 +251,11 @@ struct Int8 {
 };
 
 struct Single {
-    static constexpr int A_ROWS = PANEL_ROWS, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
+    static constexpr int A_ROWS = PANEL_ROWS, A_PANELS = 1, B_ROWS = TILE_VECTORS * LANES, TILE_ROWS = ::TILE_ROWS;
     static constexpr int A_WORDS = BOX, B_WORDS = BOX;
 
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
         pack_rows<W>(s, row, box, s.bits - 2, out, [](const __m256i(&codes)[BOX], __m256 scale, uint32_t* to) {
             for (int k = 0; k < BOX; k++) put(to + k * W, bits_of(_mm256_cvtepi32_ps(codes[k]) * scale));

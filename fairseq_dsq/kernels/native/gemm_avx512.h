@@ -7,6 +7,7 @@ namespace {
 
 constexpr int PAIRS = BOX / 2;
 constexpr int A_ROWS = 12, B_ROWS = 2 * LANES;  // a tile of 12 x 32: 24 accumulators, 2 vectors of B, 1 of A
+constexpr int A_PANELS = 4;                     // three times 16 rows, as many as are packed at once
 constexpr int SMALLER_MAGNITUDE = 2;            // range: of two operands, with the sign of the first
 constexpr int NOT_FINITE = 0x99;                // fpclass: quiet NaN, +Inf, -Inf, signalling NaN
 
@@ -35,8 +36,18 @@ inline __m512 truncate_to_bf16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_and_si512(bits_of(x), _mm512_set1_epi32(0xFFFF0000)));
 }
 
+// Where the words of 16 rows go: to one panel, or to the end of one and the start of the next.
+struct Places {
+    uint32_t* out[2];
+    __mmask16 lanes[2];
+    void store(long at, __m512i words) const {  // a masked store does not touch what it leaves out
+        _mm512_mask_storeu_epi32(out[0] + at, lanes[0], words);
+        if (lanes[1]) _mm512_mask_storeu_epi32(out[1] + at, lanes[1], words);
+    }
+};
+
 template <int TERMS, int W>
-inline void write_bf16(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
+inline void write_bf16(F (&x)[BOX], int bits, const Places& to) {
     if (bits) {
         __m512 scale = encode(x, bits, bits - 2);
         for (int k = 0; k < BOX; k++) x[k] = _mm512_mul_ps(x[k], scale);  // exact: at most 15 bits, at least 2^-140
@@ -47,8 +58,8 @@ inline void write_bf16(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
                 _mm512_mask_or_epi32(bits_of(x[k]), nan, bits_of(x[k]), _mm512_set1_epi32(1 << 22)));
         }
     }
-    for (int term = 0; term < TERMS; term++, out += PAIRS * W) {
-        for (int p = 0; p < PAIRS; p++) _mm512_mask_storeu_epi32(out + p * W, lanes, bf16_pair(x[2 * p], x[2 * p + 1]));
+    for (int term = 0; term < TERMS; term++) {
+        for (int p = 0; p < PAIRS; p++) to.store((term * PAIRS + p) * W, bf16_pair(x[2 * p], x[2 * p + 1]));
         for (int k = 0; term + 1 < TERMS && k < BOX; k++) {  // Inf and NaN stay in the first term: Inf - Inf is NaN
             __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(x[k], NOT_FINITE));
             x[k] = _mm512_maskz_sub_ps(finite, x[k], truncate_to_bf16(x[k]));
@@ -57,37 +68,42 @@ inline void write_bf16(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
 }
 
 template <int W>
-inline void write_single(F (&x)[BOX], int bits, uint32_t* out, __mmask16 lanes) {
+inline void write_single(F (&x)[BOX], int bits, const Places& to) {
     F scale = bits ? encode(x, bits, bits - 2) : all(1.0f);
-    for (int k = 0; k < BOX; k++) _mm512_mask_storeu_ps(out + k * W, lanes, x[k] * scale);
+    for (int k = 0; k < BOX; k++) to.store(k * W, bits_of(x[k] * scale));
 }
 
 template <int W>
-inline void write_int16(F (&x)[BOX], int bits, int scale_shift, uint32_t* out, __mmask16 lanes) {
+inline void write_int16(F (&x)[BOX], int bits, int scale_shift, const Places& to) {
     __m512 scale = encode(x, bits, scale_shift);
     for (int p = 0; p < PAIRS; p++) {
         __m512i low = _mm512_cvtps_epi32(x[2 * p]), high = _mm512_cvtps_epi32(x[2 * p + 1]);
-        _mm512_mask_storeu_epi32(out + p * W, lanes, interleave(low, _mm512_slli_epi32(high, 16)));
+        to.store(p * W, interleave(low, _mm512_slli_epi32(high, 16)));
     }
-    _mm512_mask_storeu_ps(out + PAIRS * W, lanes, scale);
+    to.store(PAIRS * W, bits_of(scale));
 }
 
-// Box `box` of the panel of W rows from `row` on, as `write` writes 16 rows of it.
-template <int W, class Write>
-inline void pack_rows(const Source& s, long row, long box, uint32_t* out, Write write) {
+// Box `box` of PANELS panels of W rows, from `row` on, `panel` words apart, as `write` writes 16 rows of it. Of several
+// panels, which are A's, groups of 16 rows that are all missing stay as they are: no tile reads them.
+template <int W, int PANELS, class Write>
+inline void pack_rows(const Source& s, long row, long box, uint32_t* out, long panel, Write write) {
+    static_assert(W * PANELS % LANES == 0);
     long k0 = box * BOX, k = std::min<long>(BOX, s.k - k0);
-    for (int g = 0; g < W; g += LANES) {
-        long rows = std::min<long>(s.rows - row - g, W - g);  // may be < 1: then all of the group is padding
+    for (int g = 0; g < W * PANELS; g += LANES) {
+        long rows = s.rows - row - g;  // may be < 1: then all of the group is padding
+        if (PANELS > 1 && rows < 1) break;
         F x[BOX];
         const float* from = s.data + (s.k_outer ? k0 * s.stride + row + g : (row + g) * s.stride + k0);
-        long vectors = s.k_outer ? k : rows;
+        long vectors = s.k_outer ? k : std::min<long>(rows, LANES);
         __mmask16 mask = s.k_outer ? first(rows) : first(k);
         // Sixteen rows are too many streams for the hardware to prefetch. To L2: rows 2^n apart share few sets of L1.
         for (int i = 0; i < BOX; i++) _mm_prefetch(from + i * s.stride + PREFETCH, _MM_HINT_T1);
         for (int i = 0; i < BOX; i++)  // a masked load does not touch what it leaves out
             x[i] = _mm512_maskz_loadu_ps(i < vectors ? mask : 0, from + i * s.stride);
         if (!s.k_outer) transpose(x);
-        write(x, out + g, first(W - g));
+        int p = g / W, here = W - g % W;  // lanes of the first panel
+        uint32_t* to = out + p * panel + g % W;
+        write(x, {{to, to + panel - W}, {first(here), (__mmask16)~first(here)}});
     }
 }
 
@@ -110,13 +126,13 @@ inline void store(__m512 (&acc)[R][2], const Tile& t) {
 
 template <int TERMS>
 struct Bf16 {
-    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS;
+    static constexpr int A_ROWS = ::A_ROWS, A_PANELS = ::A_PANELS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS;
     static constexpr int A_WORDS = PAIRS * TERMS, B_WORDS = PAIRS;
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long panel) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
-        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
-            write_bf16<SIDE == A ? TERMS : 1, W>(x, s.bits, to, lanes);
+        pack_rows<W, SIDE == A ? A_PANELS : 1>(s, row, box, out, panel, [&](F(&x)[BOX], const Places& to) {
+            write_bf16<SIDE == A ? TERMS : 1, W>(x, s.bits, to);
         });
     }
     template <int R>
@@ -141,13 +157,13 @@ struct Bf16 {
 };
 
 struct Int16 {
-    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS / 2;  // two accumulators per value
+    static constexpr int A_ROWS = ::A_ROWS, A_PANELS = ::A_PANELS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS / 2;  // two accumulators per value
     static constexpr int A_WORDS = PAIRS + 1, B_WORDS = PAIRS + 1;                      // codes, scale
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long panel) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
-        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
-            write_int16<W>(x, s.bits, s.scale_shift(SIDE), to, lanes);
+        pack_rows<W, SIDE == A ? A_PANELS : 1>(s, row, box, out, panel, [&](F(&x)[BOX], const Places& to) {
+            write_int16<W>(x, s.bits, s.scale_shift(SIDE), to);
         });
     }
     template <int R>
@@ -181,12 +197,12 @@ struct Int16 {
 };
 
 struct Single {
-    static constexpr int A_ROWS = ::A_ROWS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS, A_WORDS = BOX, B_WORDS = BOX;
+    static constexpr int A_ROWS = ::A_ROWS, A_PANELS = ::A_PANELS, B_ROWS = ::B_ROWS, TILE_ROWS = A_ROWS, A_WORDS = BOX, B_WORDS = BOX;
     template <Side SIDE>
-    static void pack_box(const Source& s, long row, long box, uint32_t* out) {
+    static void pack_box(const Source& s, long row, long box, uint32_t* out, long panel) {
         constexpr int W = SIDE == A ? A_ROWS : B_ROWS;
-        pack_rows<W>(s, row, box, out, [&](F(&x)[BOX], uint32_t* to, __mmask16 lanes) {
-            write_single<W>(x, s.bits, to, lanes);
+        pack_rows<W, SIDE == A ? A_PANELS : 1>(s, row, box, out, panel, [&](F(&x)[BOX], const Places& to) {
+            write_single<W>(x, s.bits, to);
         });
     }
     template <int R>
