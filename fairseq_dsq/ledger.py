@@ -102,8 +102,12 @@ class Work:
         )
 
 
+# What a ledger notes down before it counts: a step's worth, so that one that nobody drains stays small.
+_NOTES = 1_000
+
+
 @dataclass
-class Ledger(Work):
+class Ledger:
     """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
 
     What activation checkpointing repeats is counted as often as it runs.
@@ -117,6 +121,10 @@ class Ledger(Work):
     scope: str = ""
     updated_codes: int = 0
     changed_codes: Any = 0
+    _work: Work = field(default_factory=Work)
+    # Fields of a LedgerKey and of a StashKey: to make and hash a key takes ten times as long as to note its fields.
+    _ran: list[tuple[tuple[GemmKind, int, int, int, int], PrecisionConfig, bool, str]] = field(default_factory=list)
+    _packed: list[tuple[tuple[StashRole, tuple[int, ...], int], PrecisionConfig, str]] = field(default_factory=list)
 
     def record(
         self,
@@ -130,16 +138,42 @@ class Ledger(Work):
         scope: str | None = None,
     ) -> None:
         """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
-        self.gemms[
-            LedgerKey(Gemm(kind, m, k, n, batch), precision, training, self.scope if scope is None else scope)
-        ] += 1
+        self._ran.append(((kind, m, k, n, batch), precision, training, self.scope if scope is None else scope))
+        if len(self._ran) > _NOTES:
+            self._count()
 
     def record_stash(
         self, role: StashRole, shape: tuple[int, ...], dim: int, precision: PrecisionConfig, nbytes: int
     ) -> None:
         """Count one stash that took ``nbytes`` bytes."""
-        self.stashes[StashKey(Stash(role, shape, dim), precision, self.scope)] += 1
-        self.stash_bytes += nbytes
+        self._packed.append(((role, shape, dim), precision, self.scope))
+        self._work.stash_bytes += nbytes
+        if len(self._packed) > _NOTES:
+            self._count()
+
+    def _count(self) -> Work:
+        """All that ran so far, with what has been noted down."""
+        for (gemm, precision, training, scope), count in Counter(self._ran).items():
+            self._work.gemms[LedgerKey(Gemm(*gemm), precision, training, scope)] += count
+        for (stash, precision, scope), count in Counter(self._packed).items():
+            self._work.stashes[StashKey(Stash(*stash), precision, scope)] += count
+        self._ran, self._packed = [], []
+        return self._work
+
+    @property
+    def gemms(self) -> Counter[LedgerKey]:
+        """The GEMMs that ran."""
+        return self._count().gemms
+
+    @property
+    def stashes(self) -> Counter[StashKey]:
+        """The stashes that were packed."""
+        return self._count().stashes
+
+    @property
+    def stash_bytes(self) -> int:
+        """Bytes that the stashes took."""
+        return self._work.stash_bytes
 
     def record_update(self, changed: Any, codes: int) -> None:
         """Count one update of a weight of so many codes, of which it changed ``changed``."""
@@ -154,6 +188,5 @@ class Ledger(Work):
 
     def drain(self) -> Work:
         """What ran since the last call; starts anew."""
-        work = Work(self.gemms, self.stashes, self.stash_bytes)
-        self.gemms, self.stashes, self.stash_bytes = Counter(), Counter(), 0
+        work, self._work = self._count(), Work()
         return work

@@ -11,7 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes, update_bytes
@@ -121,9 +122,17 @@ class CostProfile(ABC):
         """The coefficients of a format family."""
         return self.formats.get(family) or self.formats[ANY_FORMAT]
 
+    @cached_property
+    def _known(self) -> dict[Any, float]:
+        """What :meth:`mac` and the like gave: a training step prices each of its GEMMs twice."""
+        return {}
+
     def mac(self, precision: PrecisionConfig, kind: GemmKind, bits: tuple[int, int]) -> float:
         """One MAC of a GEMM's operands, in 32-bit fixed-point MACs; of two families, the dearer one's formula."""
-        return max(self.format_cost(family).mac(*bits) for family in precision.operand_families(kind))
+        key = precision, kind, bits
+        if key not in self._known:
+            self._known[key] = max(self.format_cost(family).mac(*bits) for family in precision.operand_families(kind))
+        return self._known[key]
 
     @abstractmethod
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
@@ -148,6 +157,12 @@ class SettingProfile(CostProfile):
 
     def dram_relative(self, precision: PrecisionConfig, training: bool) -> float:
         """DRAM traffic of a training step, or of a forward pass alone, relative to 32-bit fixed point."""
+        key = precision, training
+        if key not in self._known:
+            self._known[key] = self._dram_relative(precision, training)
+        return self._known[key]
+
+    def _dram_relative(self, precision: PrecisionConfig, training: bool) -> float:
         pairs = list(zip(precision.bits, precision.families, strict=True))[: None if training else 1]
 
         def stored(bits: tuple[int, int], families: tuple[str, str]) -> float:

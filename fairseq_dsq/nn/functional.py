@@ -13,6 +13,7 @@ Boxes lie along the reduction dimension of the GEMM that reads them. Source: arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -418,6 +419,8 @@ def linear_group(
         One (..., N) tensor per layer.
     """
     coded = [None] * len(params) if coded is None else coded
+    if not config.precision.rounds and not any(coded):
+        return _float_linear_group(x, params, config, ledger)
     flat = [None if held else weight for held, (weight, _) in zip(coded, params, strict=True)]
     x, *cast = _autocast(x, *flat, *(bias for _, bias in params))  # type: ignore[assignment]
     for index, (held, (weight, _)) in enumerate(zip(coded, params, strict=True)):
@@ -428,6 +431,55 @@ def linear_group(
         return _Linear.apply(  # type: ignore[no-any-return]
             config, ledger, torch.is_grad_enabled(), layers, coded, x, *operands
         )
+
+
+def _float_linear_group(
+    x: Tensor, params: Sequence[tuple[Tensor, Tensor | None]], config: GemmConfig, ledger: Ledger | None
+) -> tuple[Tensor, ...]:
+    """:func:`linear_group` where nothing is rounded: torch's own layers, whose GEMMs are counted."""
+    outputs = tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in params)
+    if ledger is None:
+        return outputs
+    m, k = x.shape[:-1].numel(), x.shape[-1]
+    needs_x = torch.is_grad_enabled() and x.requires_grad
+    needs_weight = [torch.is_grad_enabled() and weight.requires_grad for weight, _ in params]
+    if any(needs_weight):
+        _record_float_stash(ledger, config, "input", (m, k), -2, outputs[0].dtype)
+    for y, (weight, _), needs in zip(outputs, params, needs_weight, strict=True):
+        n = len(weight)
+        ledger.record("output", m, k, n, 1, config.precision, needs_x or needs)
+        _record_backward(ledger, config, y, (1, m, k, n), needs_x, needs)
+    return outputs
+
+
+def _record_float_stash(
+    ledger: Ledger, config: GemmConfig, role: StashRole, shape: tuple[int, ...], reduction: int, dtype: torch.dtype
+) -> None:
+    """Count what torch keeps of an operand, the tensor itself, in the ``dtype`` that it multiplies."""
+    ledger.record_stash(role, shape, config.dim(reduction), config.precision, math.prod(shape) * dtype.itemsize)
+
+
+def _record_backward(
+    ledger: Ledger, config: GemmConfig, y: Tensor, sizes: tuple[int, int, int, int], needs_a: bool, needs_b: bool
+) -> None:
+    """Have a product's two GEMMs of the backward pass counted when they run: when ``y`` gets its gradient.
+
+    Args:
+        sizes: batch, M, K and N of the output GEMM.
+        needs_a, needs_b: which of its operands get a gradient.
+    """
+    if not (needs_a or needs_b):
+        return
+    batch, m, k, n = sizes
+    scope = ledger.scope
+
+    def record(_: Tensor) -> None:
+        if needs_a:
+            ledger.record("grad_input", m, n, k, batch, config.precision, True, scope)
+        if needs_b:
+            ledger.record("grad_weight", k, m, n, batch, config.precision, True, scope)
+
+    y.register_hook(record)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
@@ -547,6 +599,24 @@ def matmul(
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2 if transpose_b else 1]:
         expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
         raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")
+    if not config.precision.rounds:
+        return _float_matmul(a, b, config, ledger, transpose_b)
     operands = _autocast(a, b)
     with torch.autocast(autocast_device(a), enabled=False):
         return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, apart, *operands)  # type: ignore[no-any-return]
+
+
+def _float_matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | None, transpose_b: bool) -> Tensor:
+    """:func:`matmul` where nothing is rounded: torch's own, whose GEMMs are counted."""
+    y = torch.bmm(a, b.mT if transpose_b else b)
+    if ledger is None:
+        return y
+    batch, m, k = a.shape
+    needs_a, needs_b = (torch.is_grad_enabled() and operand.requires_grad for operand in (a, b))
+    ledger.record("output", m, k, y.shape[2], batch, config.precision, needs_a or needs_b)
+    if needs_b:
+        _record_float_stash(ledger, config, "input", tuple(a.shape), -2, y.dtype)
+    if needs_a:
+        _record_float_stash(ledger, config, "weight", tuple(b.shape), -2 if transpose_b else -1, y.dtype)
+    _record_backward(ledger, config, y, (batch, m, k, y.shape[2]), needs_a, needs_b)
+    return y

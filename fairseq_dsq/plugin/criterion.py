@@ -21,7 +21,6 @@ from fairseq_dsq.cost.metrics import (
     WEIGHT_BYTES,
 )
 from fairseq_dsq.errors import flag_error
-from fairseq_dsq.nn import weight_bytes
 from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQCriterionConfig
 
 
@@ -64,7 +63,7 @@ class DSQCriterionMixin:
         ledger.drain()  # what ran outside of any criterion, such as generation for BLEU
         loss, sample_size, logging_output = super().forward(model, sample, *args, **kwargs)  # type: ignore[misc]
         logging_output |= {"dsq_batches": 1, LEVEL: state.level_in_force, STASH_BYTES: 0}
-        logging_output[WEIGHT_BYTES] = weight_bytes(model)
+        logging_output[WEIGHT_BYTES] = state.weight_bytes(model)
         changed, updated = ledger.drain_updates() if model.training else (0, 0)
         logging_output |= {CHANGED_CODES: changed, UPDATED_CODES: updated}
         logging_output |= dataclasses.asdict(Cost(), dict_factory=_metrics)

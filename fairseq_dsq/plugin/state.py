@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fairseq_dsq.cost import CostProfile
 from fairseq_dsq.errors import flag_error
-from fairseq_dsq.nn import DSQContext
+from fairseq_dsq.nn import DSQContext, weight_bytes
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedules import Policy, State
 
@@ -115,6 +115,7 @@ class DSQState(nn.Module):
         self._problems: dict[bool, str] = {}
         self._loaded = False
         self._trained_at: list[int] = []
+        self._weight_bytes: dict[torch.dtype, int] = {}
         self._put_in_force(0)
 
     def validated(self, loss: float, update: int = -1) -> None:
@@ -123,6 +124,13 @@ class DSQState(nn.Module):
         self.state = self.schedule.on_validation(before, loss)
         self.counted_update = update
         self._say_change(before.level, self.schedule.why(before, self.state))
+
+    def weight_bytes(self, model: nn.Module) -> int:
+        """Bytes of the model's weights as they are held, added up once for each dtype that it is cast to."""
+        dtype = next(model.parameters()).dtype
+        if dtype not in self._weight_bytes:
+            self._weight_bytes[dtype] = weight_bytes(model)
+        return self._weight_bytes[dtype]
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq's hook, before each batch of an update; also when it loads a checkpoint, even for fine-tuning."""

@@ -346,6 +346,33 @@ def test_linear_computes_the_gradients_that_are_needed(needs):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=2)), ids=str)
+def test_float32_products_are_torchs_own_and_are_counted_when_they_run(needs):
+    """No autograd Function of Python stands between; the counts and bytes are those of a level that rounds."""
+    a, b, weight = (leaf.requires_grad_(need) for leaf, need in zip(
+        (normal(2, 5, 8, seed=1), normal(2, 8, 6, seed=2), normal(6, 8, seed=3)), (needs[0], needs[1], needs[1]),
+        strict=True,
+    ))  # fmt: skip
+    calls = {
+        "linear": lambda how, ledger: linear(a, weight, None, how, ledger),
+        "a @ b": lambda how, ledger: matmul(a, b, how, ledger),
+        "a @ b^T": lambda how, ledger: matmul(a, b.mT.contiguous(), how, ledger, transpose_b=True),
+    }
+    for name, call in calls.items():
+        ledger, rounding = Ledger(scope="here"), Ledger(scope="here")
+        y, rounded = call(GemmConfig(FLOAT32), ledger), call(MIXED, rounding)
+        assert "_Linear" not in str(y.grad_fn) and "_Matmul" not in str(y.grad_fn)
+        assert {key.gemm.kind for key in ledger.gemms} == {"output"}
+        for result, of in ((y, ledger), (rounded, rounding)):
+            of.scope = "elsewhere"
+            if any(needs):
+                result.sum().backward()
+        expected = rounding.drain().at_precision(FLOAT32)
+        work = ledger.drain()
+        assert (work.gemms, work.stashes) == (expected.gemms, expected.stashes), name
+        assert work.stash_bytes == sum(4 * key.stash.elements for key in work.stashes)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_matmul_computes_the_gradients_that_are_needed(needs):
     batch, m, k, n = 3, 37, 21, 18
     a, b, grad_output = matmul_operands(m, k, n, batch)
