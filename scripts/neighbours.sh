@@ -3,14 +3,12 @@
 # configs/methods/neighbours.yaml with the same updates, five of them with a second seed. Hours on two cores; what is
 # done is not repeated. --dry-run prints the commands. JOBS (2) runs go side by side; the corpora lie in DSQ_DATA.
 set -euo pipefail
-# shellcheck source=scripts/env.sh
-. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-[ "${*:---dry-run}" = --dry-run ] || fail "got '$*', expected --dry-run or nothing" 2
-[ -d "${DSQ_DATA:-}/multi30k" ] || fail "DSQ_DATA: got '${DSQ_DATA:-}', expected the folder that the corpora lie in"
-use_env ""
-export OMP_NUM_THREADS=1 runs=$DSQ_ROOT/runs text=$DSQ_ROOT/runs/english.txt
+# shellcheck source=scripts/table.sh
+. "$(dirname "${BASH_SOURCE[0]}")/table.sh"
+use_table "$@"
+export text=$runs/english.txt
 english=(multi30k/train iwslt14_de-en/train_subset wmt/newstest2013 wmt/train_10k/train)
-mapfile -t all < <(grep -oP '^[a-z][\w-]*(?=:)' "$DSQ_ROOT/configs/methods/neighbours.yaml")
+mapfile -t all < <(rows neighbours)
 twice=(float32 dsq w8a8 bitnet direct-eco)
 
 run() {  # lm|mt METHODS SEED MORE...
@@ -35,4 +33,4 @@ fairseq-dsq translation-prepare multi30k "$runs/neighbours-mt/data-4000" --vocab
 for recipe in lm mt; do
     printf "$recipe %s 1\n" "${all[@]}"
     printf "$recipe %s 2\n" "${twice[@]}"
-done | xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" || { echo "failed: $*" >&2; exit 1; }' run
+done | side_by_side

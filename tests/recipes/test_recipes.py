@@ -12,7 +12,7 @@ from fairseq_dsq.cli import main
 from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.recipes.run import slug
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/neighbours.sh"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def commands(capsys, *arguments):
@@ -105,36 +105,38 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
 
 def test_no_such_recipe(capsys):
     assert main(["run", "latin"]) == 2
-    assert (
-        "RECIPE: got 'latin', expected glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, wmt14 or the path"
-        in capsys.readouterr().err
-    )
+    expected = "expected formats, glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, wmt14 or the path"
+    assert f"RECIPE: got 'latin', {expected}" in capsys.readouterr().err
 
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
     assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
 
 
-def neighbours(*arguments, data):
+def script(name, *arguments, data):
     environment = {**os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(data)}
-    return subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run([SCRIPTS / name, *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_the_comparison_trains_every_method_twice_over_and_five_with_a_second_seed(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "recipes", "twice"),
+    [("neighbours.sh", ("neighbours-lm", "neighbours-mt"), 5), ("formats.sh", ("formats",), 0)],
+)
+def test_a_table_s_script_trains_every_row_and_some_with_a_second_seed(tmp_path, name, recipes, twice):
     (tmp_path / "multi30k").mkdir()
-    done = neighbours("--dry-run", data=tmp_path)
+    done = script(name, "--dry-run", data=tmp_path)
     assert done.returncode == 0, done.stderr
     trained = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("fairseq-dsq run-train ")]
-    methods = load_recipe("neighbours-lm").rows()
-    assert len(set(trained)) == len(trained) == 2 * (len(methods) + 5)
-    assert {name for name in methods for run in trained if run.endswith(f"{name}-seed1")} == set(methods)
+    rows = load_recipe(recipes[0]).rows()
+    assert len(set(trained)) == len(trained) == len(recipes) * (len(rows) + twice)
+    assert {row for row in rows for run in trained if run.endswith(f"{row}-seed1")} == set(rows)
 
 
-def test_the_comparison_refuses_what_it_does_not_know(tmp_path):
+def test_a_table_s_script_refuses_what_it_does_not_know(tmp_path):
     (tmp_path / "multi30k").mkdir()
     for arguments, data, said in (
         (("--fast",), tmp_path, "got '--fast', expected --dry-run or nothing"),
         (("--dry-run",), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder"),
     ):
-        done = neighbours(*arguments, data=data)
+        done = script("neighbours.sh", *arguments, data=data)
         assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
