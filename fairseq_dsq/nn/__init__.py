@@ -32,12 +32,14 @@ from fairseq_dsq.nn.convert import (
 from fairseq_dsq.nn.functional import linear, linear_group, matmul
 from fairseq_dsq.nn.linear import DSQConv1D, DSQLinear
 from fairseq_dsq.nn.log_softmax import log_softmax
+from fairseq_dsq.nn.rotation import ROTATIONS, Rotation
 from fairseq_dsq.nn.saved import DSQDropout, DSQLayerNorm, DSQRMSNorm, register_elementwise
 from fairseq_dsq.precision import FLOAT32
 
 __all__ = [
     "BOX_DIMS",
     "FLOAT32",
+    "ROTATIONS",
     "STASH_SCOPES",
     "VALUE_BOXES",
     "WEIGHT_SCALES",
@@ -54,6 +56,7 @@ __all__ = [
     "GemmConfig",
     "Ledger",
     "LedgerKey",
+    "Rotation",
     "StashKey",
     "StashScope",
     "Work",

@@ -208,8 +208,11 @@ def hold_codes(model: nn.Module, context: DSQContext, fmt: Integer, rule: Weight
         The layers' names.
 
     Raises:
-        ValueError: a weight of zeros; names the layer.
+        ValueError: a weight of zeros; names the layer. Or a rotation of grad_input's operands, of which codes are one.
     """
+    rotation = context.config.rotation
+    if rotation and rotation.covers("grad_input"):
+        raise ValueError(f"got codes, read as they are, beside {rotation}, expected grad_weight alone")
     places: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

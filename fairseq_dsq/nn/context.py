@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from fairseq_dsq import gemm
-from fairseq_dsq.formats import Format
+from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.ledger import Ledger
-from fairseq_dsq.precision import FLOAT32, PrecisionConfig
+from fairseq_dsq.nn.rotation import Rotation
+from fairseq_dsq.precision import FLOAT32, GemmKind, PrecisionConfig
 from fairseq_dsq.quantized import Rounding
 
 BoxDim = Literal["reduction", "last"]
@@ -33,6 +34,7 @@ class GemmConfig:
         value_boxes: what shares an exponent of attention's values, of which no position's may share one with
             another's: ``row``, all of one position and head; ``feature``, boxes along the features.
         coded: the weight is held as codes, see :meth:`with_weight`.
+        rotation: of the operands of GEMMs that read a gradient; None for none.
     """
 
     precision: PrecisionConfig
@@ -41,6 +43,13 @@ class GemmConfig:
     gemm: str = gemm.AUTO
     value_boxes: ValueBoxes = "row"
     coded: bool = False
+    rotation: Rotation | None = None
+
+    def rotates(self, kind: GemmKind) -> bool:
+        """Whether a GEMM's operands are rotated: not where neither is rounded, nor those that are codes already."""
+        if self.rotation is None or not self.rotation.covers(kind) or (self.coded and kind == "grad_input"):
+            return False
+        return any(fmt != Float32() for fmt in self.precision.operands(kind))
 
     @cached_property
     def _with_weight(self) -> dict[Format, GemmConfig]:

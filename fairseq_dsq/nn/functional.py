@@ -9,6 +9,9 @@ One training step of ``y = x @ W^T`` with x: M x K, W: N x K, precision [q0, q1,
     grad_bias:    sum of dy over M, unquantized
 
 Boxes lie along the reduction dimension of the GEMM that reads them. Source: arXiv 2303.05295, Figure 2 and section 3.
+
+Where the configuration rotates a GEMM, both operands are, along its reduction, before they are quantized: the stash
+holds the rotated input.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from fairseq_dsq.kernels import ops
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
+from fairseq_dsq.nn.rotation import rotate
 from fairseq_dsq.precision import GemmKind, StashRole
 from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack, round_terms
 
 # What is added to a call's seed for those who draw beside the forward's operands; ranks and layers lie further apart.
 _BACKWARD, _STASH, _APART = 1, 2, 4
+# The GEMM that reads a stash.
+_READER: dict[StashRole, GemmKind] = {"input": "grad_weight", "weight": "grad_input"}
 
 
 class _Seeds(NamedTuple):
@@ -111,6 +117,11 @@ class _Quantizer:
             self.generator = torch.Generator().manual_seed(seeds.values)
             self.stash_generator = torch.Generator().manual_seed(seeds.values + _STASH)
 
+    def rotated(self, x: Tensor, kind: GemmKind, reduction: int) -> Tensor:
+        """An operand of a GEMM that sums over ``reduction`` of it, rotated if that GEMM's are."""
+        rotation = self.config.rotation
+        return rotate(x, reduction, rotation) if rotation and self.config.rotates(kind) else x
+
     def operand(self, x: Tensor, plan: Plan, which: int, reduction: int) -> Operand:
         """The first or second operand, 0 or 1, of a GEMM that sums over ``reduction`` of it.
 
@@ -162,6 +173,8 @@ class _Quantizer:
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> QuantizedTensor:
         fmt, dim = self.config.precision.stash(role), self.config.dim(reduction_dim)
+        if not isinstance(fmt, Float32):  # else the tensor itself is kept, and rotated when it is read
+            x = self.rotated(x, _READER[role], reduction_dim)
         packed = pack(x, fmt, dim, self.config.rounding, self.stash_generator)
         self._record(packed, role, ledger)
         return packed
@@ -179,7 +192,7 @@ class _Quantizer:
             return self.operand(x, plan, which, -1), None
         stash_fmt = self.config.precision.stash(stash)
         left_to_engine = plan.fused[which] and self.generator is None
-        alone = left_to_engine or isinstance(side.fmt, Float32) or side.factored
+        alone = left_to_engine or isinstance(side.fmt, Float32) or side.factored or self.config.rotates(_READER[stash])
         if alone or self.generator is not None:
             return self.operand(x, plan, which, -1), self.pack(x, stash, -2, ledger)
         if plan.in_terms and self._reads_once(x, side.fmt, stash_fmt):
@@ -225,19 +238,34 @@ class _Quantizer:
         input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
         side_n, side_m = input_plan.sides[0], weight_plan.sides[0]
         in_terms = input_plan.in_terms and weight_plan.in_terms
-        if all(need) and in_terms and self._reads_once(grad, side_n.fmt, side_m.fmt):
+        alike = not (self.config.rotates("grad_input") or self.config.rotates("grad_weight"))
+        if all(need) and in_terms and alike and self._reads_once(grad, side_n.fmt, side_m.fmt):
             first, second, _ = self._round_once(grad, side_n.fmt, side_m.fmt, None, True)
             return _of_terms(first, side_n, -1, grad), _of_terms(second, side_m, -2, grad)
         if need[0]:
-            along_n = self.operand(grad, input_plan, 0, -1)
+            along_n = self.operand(self.rotated(grad, "grad_input", -1), input_plan, 0, -1)
         if need[1]:
             same = side_n.fmt == side_m.fmt and self.config.dim(-1) == self.config.dim(-2)
             same = same or (side_n.fmt == side_m.fmt and side_n.fmt.group == "tensor")
-            if same and along_n is not None and along_n.rounded and along_n.scale is None:
+            if same and alike and along_n is not None and along_n.rounded and along_n.scale is None:
                 along_m = along_n._replace(side=side_m, reduction=-2)
             else:
-                along_m = self.operand(grad, weight_plan, 0, -2)
+                along_m = self.operand(self.rotated(grad, "grad_weight", -2), weight_plan, 0, -2)
         return along_n, along_m
+
+    def stashed(self, stash: QuantizedTensor | None, role: StashRole, plan: Plan, reduction: int) -> Operand | None:
+        """A stash as a product's second operand."""
+        if stash is None:
+            return None
+        side = plan.sides[1]
+        if isinstance(side.fmt, Float32):
+            return Operand(self.rotated(stash.dequantize(), _READER[role], reduction), side, reduction)
+        if side.factored and stash.data.numel():
+            return _factored(*stash.factorize(), side, reduction)
+        if plan.in_terms and stash.dtype is torch.float32:
+            terms = stash.terms()
+            return Operand(terms, side, reduction, terms=len(terms))
+        return Operand(stash.dequantize(), side, reduction)
 
 
 def rounded_operand(x: Tensor, plan: Plan, which: int, config: GemmConfig) -> Operand:
@@ -255,19 +283,6 @@ def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Op
     if side.fmt.group == "tensor":
         scale = scale.reshape(-1)[:1].view([1] * elements.dim())
     return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
-
-
-def _stashed(stash: QuantizedTensor | None, plan: Plan, reduction: int) -> Operand | None:
-    """A stash as a product's second operand."""
-    if stash is None:
-        return None
-    side = plan.sides[1]
-    if side.factored and stash.data.numel():
-        return _factored(*stash.factorize(), side, reduction)
-    if plan.in_terms and stash.dtype is torch.float32:
-        terms = stash.terms()
-        return Operand(terms, side, reduction, terms=len(terms))
-    return Operand(stash.dequantize(), side, reduction)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -340,7 +355,7 @@ class _Linear(torch.autograd.Function):
         ]
         quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
         grad_input = ctx.plans["grad_input"]
-        stashed = _stashed(_held(data, ctx.stash_spec), ctx.plans["grad_weight"], -2)
+        stashed = quantizer.stashed(_held(data, ctx.stash_spec), "input", ctx.plans["grad_weight"], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
         for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -355,8 +370,9 @@ class _Linear(torch.autograd.Function):
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
                         ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
-                    layer = ctx.layers[index]
-                    operand = quantizer.weight(weight, layer, grad_input, -2, rows.dtype)
+                    if not isinstance(weight, CodedWeight):
+                        weight = quantizer.rotated(weight, "grad_input", -2)
+                    operand = quantizer.weight(weight, ctx.layers[index], grad_input, -2, rows.dtype)
                     grad_x = grad_input.multiply(along_n, operand, add_to=grad_x)
                 if along_m is not None:
                     assert stashed is not None
@@ -544,8 +560,8 @@ class _Matmul(torch.autograd.Function):
         grad_input, grad_weight = ctx.plans["grad_input"], ctx.plans["grad_weight"]
         stashes = [_held(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
         n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
-        a = _stashed(stashes[0], grad_weight, -2)
-        b = _stashed(stashes[1], grad_input, n_dim)
+        a = quantizer.stashed(stashes[0], "input", grad_weight, -2)
+        b = quantizer.stashed(stashes[1], "weight", grad_input, n_dim)
         along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), ctx.plans)
         batch, m, n = grad.shape
         grad_a = grad_b = None

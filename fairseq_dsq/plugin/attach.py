@@ -15,6 +15,7 @@ from fairseq_dsq.formats import Format
 from fairseq_dsq.nn import (
     DSQContext,
     GemmConfig,
+    Rotation,
     convert,
     hold_codes,
     matching_patterns,
@@ -26,6 +27,7 @@ from fairseq_dsq.plugin.config import set_defaults
 from fairseq_dsq.plugin.effects import levels_of, rules_of
 from fairseq_dsq.plugin.hooks import hang_on_training
 from fairseq_dsq.plugin.layers import convert_heads
+from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.state import DSQState, refuse_field
 from fairseq_dsq.precision import PrecisionConfig, Rule
 from fairseq_dsq.schedules import Policy
@@ -84,8 +86,12 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
             f"{'--dsq-fixed-scale dynamic' if dynamic else ', '.join(mixing)}: one scale per tensor lets a sentence's "
             "result depend on its batch and a position's on later ones; row and static do not"
         )
+    seed = flag_of(args, "seed")
     context = DSQContext(
-        GemmConfig(levels[0], flags.dsq_rounding, flags.dsq_box_dim, flags.dsq_gemm, flags.dsq_value_boxes),
+        GemmConfig(
+            *(levels[0], flags.dsq_rounding, flags.dsq_box_dim, flags.dsq_gemm, flags.dsq_value_boxes),
+            rotation=Rotation.of(flags.dsq_rotate, 1 if seed is None else seed),
+        ),
         attention_matmul=flags.dsq_attention_matmul == "on",
         stash_scope=flags.dsq_stash_scope,
     )

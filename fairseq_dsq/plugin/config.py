@@ -23,7 +23,7 @@ from omegaconf import OmegaConf, open_dict
 from fairseq_dsq import formats, gemm, schedules
 from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.flags import Check, Choice, Role, boolean, choice, flag, integer, number
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, STASH_SCOPES, VALUE_BOXES, WEIGHT_SCALES, weight_format
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, ROTATIONS, STASH_SCOPES, VALUE_BOXES, WEIGHT_SCALES, weight_format
 from fairseq_dsq.plugin.modes import check_modes
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quantized import ROUNDINGS
@@ -185,6 +185,14 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         "RULES",
         "levels of modules by name, as in 'decoder.output_projection=float32; *.fc2=[4,4,4,16] [16,4,4,16]': one, or "
         "as many as --dsq-levels; the first pattern that matches wins, --dsq-skip's before all",
+    )
+    dsq_rotate: str = flag(
+        "off",
+        choice(*ROTATIONS),
+        "GEMMS/N",
+        "random Hadamard rotation of a GEMM's operands along its reduction, in blocks of N, before they are quantized: "
+        "of grad_weight (along tokens, as NVFP4's recipe has it), or backward, grad_input (along output features) too:",
+        "training",
     )
     dsq_weights: str = flag(
         "float",

@@ -10,14 +10,16 @@ from typing import Any
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import FormatOptions
+from fairseq_dsq.nn import GemmConfig, Rotation
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
-from fairseq_dsq.precision import PrecisionConfig, Rule, parse_levels, parse_rules
+from fairseq_dsq.precision import GemmKind, PrecisionConfig, Rule, parse_levels, parse_rules
 from fairseq_dsq.schedules import Policy, own_flags
 from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 from fairseq_dsq.schedules.updates import Updates
 
 THE_LEVELS = ("dsq_format", "dsq_levels")
+ROTATED: tuple[GemmKind, ...] = ("grad_input", "grad_weight")
 OF_CODES = ("dsq_weight_format", "dsq_weight_scale")
 
 
@@ -191,6 +193,11 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
         for line in given(*(name for name in own if name not in others)):
             yield f"{line} with --dsq-format float32, which rounds nothing"
         return
+    rotation = Rotation.of(args.dsq_rotate, 0)
+    configs = [GemmConfig(level, rotation=rotation) for level in [*levels, *ruled]]
+    if rotation and not any(config.rotates(kind) for config in configs for kind in ROTATED):
+        for line in given("dsq_rotate"):
+            yield f"{line}: the operands of these GEMMs are float32"
     if all(held.group == "tensor" for held in used - {formats.Float32()}):
         for line in given("dsq_box_dim", "dsq_value_boxes"):
             yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"

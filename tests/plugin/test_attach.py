@@ -14,7 +14,7 @@ from torch import nn
 
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.models import TWINS
-from fairseq_dsq.nn import DSQLinear
+from fairseq_dsq.nn import DSQLinear, Rotation
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.attach import attach
 from fairseq_dsq.plugin.config import DSQOptimizerConfig, defaults, flag_table, option, set_defaults
@@ -193,6 +193,17 @@ def test_flags_reach_the_layers():
     model = attached(Task(), rounding="stochastic", box_dim="last", attention_matmul="off")
     context = model[0].context
     assert (context.config.rounding, context.config.box_dim, context.attention_matmul) == ("stochastic", "last", False)
+    assert context.config.rotation is None
+    model, args = nn.Sequential(nn.Linear(8, 8)), flags(rotate="grad_weight/32")
+    args.seed = 5
+    attach(model, args, Task())
+    assert model[0].context.config.rotation == Rotation("grad_weight", 32, seed=5)
+
+
+def test_codes_are_not_rotated():
+    with pytest.raises(DSQError, match=r"--dsq-weights: got codes, .* the rotation backward/16, expected grad_weight"):
+        attached(Task(), weights="direct", rotate="backward/16")
+    attached(Task(), weights="direct", rotate="grad_weight/16")
 
 
 def test_skipped_layers_stay_float32():

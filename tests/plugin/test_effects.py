@@ -43,6 +43,9 @@ def idle(**changes):
             ["--dsq-attention-matmul off", "--dsq-fixed-scale static", "--dsq-stash-scope all"],
         ),
         ({"format": "float32", "skip": "*.fc1", "gemm": "float32"}, ["--dsq-skip *.fc1", "--dsq-gemm float32"]),
+        ({"rotate": "grad_weight/16"}, []),
+        ({"levels": "[4,32,4,32]", "rotate": "backward/16"}, []),
+        ({"levels": "[bfp4,float32,bfp4,float32]", "rotate": "grad_weight/16"}, ["--dsq-rotate grad_weight/16"]),
     ],
 )
 def test_a_flag_without_effect_is_named(flags, expected):
@@ -53,7 +56,7 @@ def test_every_flag_without_effect_in_float32_is_named():
     others = {"patience": 9, "min_delta": 1.0, "rounding": "stochastic", "sign_bit": "extra", "box_dim": "last"}
     others |= {"attention_matmul": "off", "fixed_scale": "static", "stash_scope": "all", "skip": "x", "gemm": "float32"}
     others |= {"value_boxes": "feature", "scale": "fit", "schedule": "cyclic", "raise_at": "5", "cycle": 2}
-    others |= {"callback": "a:b", "raise_on_divergence": True, "box_size": "32"}
+    others |= {"callback": "a:b", "raise_on_divergence": True, "box_size": "32", "rotate": "backward/32"}
     others |= {"weight_format": "ternary", "weight_scale": "mse"}
     assert len(idle(format="float32", **others)) == len(defaults(DSQConfig)) - len(
         ("dsq_format", "dsq_levels", "dsq_rules", "dsq_weights")
