@@ -77,8 +77,10 @@ def main(args: argparse.Namespace) -> int:
     else:
         (level, _), *_ = levels
         result |= pricing.price_level(profile, work_at(level), level, details=bool(args.model))
+    result["unpriced"] = profile.unpriced(level for level, _ in levels)
+    said = profile.says_of_unpriced(level for level, _ in levels)
     text = _trajectory_text if args.trajectory else _setting_text
-    print(json.dumps(result, indent=1) if args.json else text(result))
+    print(json.dumps(result, indent=1) if args.json else "\n".join(filter(None, (text(result), said))))
     return 0
 
 

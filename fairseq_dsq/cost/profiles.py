@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes, update_bytes
+from fairseq_dsq.formats import Float32
 from fairseq_dsq.ledger import Gemm, Stash, Update
 from fairseq_dsq.precision import GemmKind, PrecisionConfig
 
@@ -126,6 +127,27 @@ class CostProfile(ABC):
     def _known(self) -> dict[Any, float]:
         """What :meth:`mac` and the like gave: a training step prices each of its GEMMs twice."""
         return {}
+
+    def unpriced(self, levels: Iterable[PrecisionConfig]) -> list[str]:
+        """The formats of levels that a profile of named families does not name; float32, the unit, is not among them.
+
+        A profile whose only formula is ``*`` prices every format by it.
+        """
+        named = self.formats.keys() - {ANY_FORMAT}
+        found = {
+            fmt.text: family
+            for level in levels
+            for pair in zip(level.families, level.formats, strict=True)
+            for family, fmt in zip(*pair, strict=True)
+        }
+        return [text for text, family in found.items() if named and family not in {*named, Float32.family}]
+
+    def says_of_unpriced(self, levels: Iterable[PrecisionConfig]) -> str:
+        """One line on :meth:`unpriced`; empty where there are none."""
+        names = ", ".join(self.unpriced(levels))
+        fixed = self.formats[ANY_FORMAT] == FormatCost()
+        formula = "fixed point of the same bits, scales not counted" if fixed else f"its entry {ANY_FORMAT} has it"
+        return f"profile {self.name} has no price for {names}: charged as {formula}" if names else ""
 
     def mac(self, precision: PrecisionConfig, kind: GemmKind, bits: tuple[int, int]) -> float:
         """One MAC of a GEMM's operands, in 32-bit fixed-point MACs; of two families, the dearer one's formula."""

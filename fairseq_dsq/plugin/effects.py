@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fairseq_dsq import formats
+from fairseq_dsq.cost import load_profile
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.nn import GemmConfig, Rotation
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
@@ -148,6 +149,18 @@ def _plateau_warnings(
             f"{rises} levels left take {schedule.patience * rises - state.bad_validations} of them at --dsq-patience "
             f"{schedule.patience}: expected a --patience above that, or none"
         )
+
+
+def unpriced_formats(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
+    """A line that names the formats that the cost profile in use does not price, if there are any.
+
+    Args:
+        args: with every flag of :class:`DSQConfig`; and with ``--dsq-cost-profile`` where the criterion charges.
+        levels: what they stand for.
+    """
+    if profile := flag_of(args, "dsq_cost_profile"):
+        ruled = [level for rule in rules_of(args, len(levels)) for level in rule.levels]
+        yield from filter(None, [load_profile(profile).says_of_unpriced([*levels, *ruled])])
 
 
 def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_dsq.ledger import Update
-from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings
+from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings, unpriced_formats
 from fairseq_dsq.plugin.held import known_update, log_update
 from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
 from fairseq_dsq.plugin.state import DSQState
@@ -72,6 +72,8 @@ class _Hooks:
     def _warn(self, state: DSQState, epoch: int) -> None:
         for warning in idle_flags(self.args, state.levels):
             logger.warning(warning)
+        for line in unpriced_formats(self.args, state.levels):
+            logger.info(line)
         if self.flags is None:
             return
         if get_global_world_size() > 1 and any(count > 1 for count in self.flags.update_freq):

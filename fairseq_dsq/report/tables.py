@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -10,13 +11,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from fairseq_dsq.cost import load_profile
+from fairseq_dsq.cost import CostProfile, load_profile
 from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
@@ -177,11 +178,14 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
         reference = floats[0] if floats else None
         if len(floats) > 1:
             notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float runs")
-    profiles = {run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"]) for run in runs if _costs(run)}
+    profiles = {_profile_of(run) for run in runs if _costs(run)}
     if len(profiles) > 1:
         notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
-    if priced := [name for name in sorted(profiles) if _prices_updates(name)]:
+    if priced := [name for name in sorted(profiles) if (found := _profile(name)) and found.prices_updates]:
         notes.append(f"DRAM by profile {', '.join(priced)} includes updates, relative to Adam's in float32")
+    for name in sorted(profiles):
+        if profile := _profile(name):
+            notes += filter(None, [profile.says_of_unpriced(_priced_levels(runs, name))])
     for run in runs:
         trained = [epoch.level for epoch in run.epochs if epoch.level is not None]
         if trained and (unreached := levels(run)[math.ceil(max(trained)) + 1 :]):
@@ -223,12 +227,21 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
     )
 
 
-def _prices_updates(profile: str) -> bool:
-    """Whether a profile, where it is still found, prices updates."""
+def _profile(name: str) -> CostProfile | None:
+    """A profile, where it is still found."""
     try:
-        return load_profile(profile).prices_updates
+        return load_profile(name)
     except (ValueError, OSError):
-        return False
+        return None
+
+
+def _priced_levels(runs: Sequence[Run], profile: str) -> Iterator[PrecisionConfig]:
+    """The levels of the runs whose costs follow a profile; a format that is no longer known is left out."""
+    for run in runs:
+        flags = {**DSQ_DEFAULTS, **run.flags}
+        if run.flags and _profile_of(run) == profile and flags["dsq_format"] != "float32":
+            with contextlib.suppress(ValueError):
+                yield from parse_levels(flags["dsq_levels"], flags["dsq_format"])
 
 
 def find(runs: Sequence[Run], wanted: str) -> int:
@@ -241,6 +254,10 @@ def find(runs: Sequence[Run], wanted: str) -> int:
         if wanted in (run.name, str(run.path), str(run.path).rstrip("/")) or wanted.rstrip("/") == str(run.path):
             return index
     raise ValueError(f"got {wanted!r}, expected one of the runs: {', '.join(run.name for run in runs)}")
+
+
+def _profile_of(run: Run) -> str:
+    return run.flags.get("dsq_cost_profile", DSQ_DEFAULTS["dsq_cost_profile"])
 
 
 def _costs(run: Run) -> tuple[float, float, float, float] | None:

@@ -42,6 +42,16 @@ def test_one_setting(capsys):
     assert "arithmetic 20.95x, DRAM 2.55x" in text
 
 
+def test_formats_that_the_profile_does_not_price_are_named(capsys):
+    setting = ("cost", "--precision", "bfp4|mxfp4,nvfp4,4,bfp16")
+    said = "profile paper has no price for mxfp4, nvfp4: charged as fixed point of the same bits, scales not counted"
+    assert run(capsys, *setting).splitlines()[-1] == said
+    assert run(capsys, "cost", "--trajectory", "2,2,2,16:1 mxfp4,nvfp4,4,16:2").splitlines()[-1] == said
+    assert as_json(capsys, *setting)["unpriced"] == ["mxfp4", "nvfp4"]
+    for argv in ((*setting, "--profile", "operands"), ("cost", "--precision", "fixed8,float32,4,16")):
+        assert "no price" not in run(capsys, *argv) and as_json(capsys, *argv)["unpriced"] == []
+
+
 def test_the_layer_matters_to_profile_operands_alone(capsys):
     for profile, equal in (("paper", True), ("operands", False)):
         wide, narrow = (

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fairseq_dsq.plugin.config import DSQConfig, defaults, set_defaults
-from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings
+from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings, unpriced_formats
 from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 
 
@@ -50,6 +50,15 @@ def idle(**changes):
 )
 def test_a_flag_without_effect_is_named(flags, expected):
     assert idle(**flags) == expected
+
+
+def test_formats_that_the_cost_profile_does_not_price_are_named():
+    args = argparse.Namespace(dsq_format="mxfp4", dsq_levels="[4,bfp4,4,bfp16]", dsq_rules="x=nvfp4")
+    set_defaults(args)
+    assert list(unpriced_formats(args, levels_of(args))) == []  # the criterion charges nothing
+    args.dsq_cost_profile = "paper"
+    (line,) = unpriced_formats(args, levels_of(args))
+    assert line.startswith("profile paper has no price for mxfp4, nvfp4: charged as fixed point of the same bits")
 
 
 def test_every_flag_without_effect_in_float32_is_named():

@@ -74,6 +74,15 @@ def test_a_profile_that_prices_updates_is_noted(tmp_path):
     assert not any("updates" in note for note in tables.all_notes(table))
 
 
+def test_formats_that_a_profile_does_not_price_are_noted(tmp_path):
+    levels = {"dsq_format": "mxfp4", "dsq_levels": "[4,nvfp4,4,bfp16]"}
+    runs = {"mx": levels, "operands": {**levels, "dsq_cost_profile": "operands"}, "float": samples.FLOAT32}
+    runs |= {"gone": {**levels, "dsq_format": "of_mine"}}
+    table, _ = table_of([samples.write(tmp_path, name, samples.record(flags, [7])) for name, flags in runs.items()])
+    said = "Profile paper has no price for mxfp4, nvfp4: charged as fixed point of the same bits, scales not counted."
+    assert [note for note in tables.all_notes(table) if "no price" in note] == [said]
+
+
 def test_costs_are_of_the_whole_training(tmp_path):
     text = samples.record(samples.DSQ, [7, 6, 5], [0, 0, 1], [samples.LOW, samples.LOW, samples.HIGH])
     path = samples.write(tmp_path, "dsq", text)
