@@ -14,6 +14,15 @@ from fairseq_dsq.formats.base import Format, Group, check_bits, check_box_size
 MOST_BITS = 16
 
 
+def scale_for(largest: Tensor, greatest: float) -> Tensor:
+    """The float32 scale under which an element ``greatest`` stands for ``largest``, finite values.
+
+    Where rounding has made it so large that their product is no float32, the next smaller one.
+    """
+    scale = largest / greatest
+    return torch.where((scale * greatest).isinf(), scale.nextafter(torch.zeros_like(scale)), scale)
+
+
 @dataclass(frozen=True)
 class FloatScaled(Format):
     """A format whose scale is a float32, of a row, a tensor or a number of values: ``int8/row``, ``log8/128``.

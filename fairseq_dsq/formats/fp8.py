@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, FormatOptions, Group, register
-from fairseq_dsq.formats.float_scaled import FloatScaled, group_of
+from fairseq_dsq.formats.float_scaled import FloatScaled, group_of, scale_for
 from fairseq_dsq.formats.minifloat import E4M3, E5M2, Minifloat
 
 
@@ -20,9 +20,9 @@ class ScaledFP8(FloatScaled):
     """OFP8 under a float32 scale: ``fp8e4m3/tensor``, ``fp8e5m2/row``, ``fp8e4m3/128``.
 
     scale = largest magnitude / the largest element, 448 or 57,344; element = x / scale, rounded to nearest even, or
-    stochastically between neighbours. Nothing clips. A group that holds Inf or NaN has the scale NaN, where OFP8 would
-    saturate Inf or keep it; elements never hold the Inf and NaN of OFP8. Values are rounded twice where a product of
-    element and scale is, so that rounding is not exactly idempotent.
+    stochastically between neighbours. Nothing clips, and no value becomes Inf. A group that holds Inf or NaN has the
+    scale NaN, where OFP8 would saturate Inf or keep it; elements never hold the Inf and NaN of OFP8. Values are rounded
+    twice where a product of element and scale is, so that rounding is not exactly idempotent.
 
     Source: Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 
@@ -58,7 +58,7 @@ class ScaledFP8(FloatScaled):
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)
-        return torch.where(largest.isfinite(), largest / self.element.largest, math.nan)
+        return torch.where(largest.isfinite(), scale_for(largest, self.element.largest), math.nan)
 
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         # A scale of 0: all values are 0, or too small for one.

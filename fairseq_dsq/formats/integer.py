@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import SIGNIFICAND_BITS, FormatOptions, RowKernel, register
-from fairseq_dsq.formats.float_scaled import FloatScaled
+from fairseq_dsq.formats.float_scaled import FloatScaled, scale_for
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Integer(FloatScaled):
     """Symmetric integers: ``int8/row``, ``int8/tensor``, ``int4/128``.
 
     scale = largest magnitude / (2^(bits-1) - 1), a float32; code = x / scale, rounded to nearest even, or
-    stochastically. Nothing clips. A group that holds Inf or NaN has the scale NaN. Values are rounded twice where a
-    product of code and scale is, so that rounding is not exactly idempotent.
+    stochastically. Nothing clips, and no value becomes Inf. A group that holds Inf or NaN has the scale NaN. Values are
+    rounded twice where a product of code and scale is, so that rounding is not exactly idempotent.
 
     ``bits`` counts the sign.
     """
@@ -52,7 +52,7 @@ class Integer(FloatScaled):
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)
-        return torch.where(largest.isfinite(), largest / self.max_code, math.nan)
+        return torch.where(largest.isfinite(), scale_for(largest, self.max_code), math.nan)
 
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         codes = torch.where(scale > 0, groups / scale, 0.0)  # a scale of 0: all values are 0, or too small for one

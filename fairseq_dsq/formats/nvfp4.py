@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import Format, FormatOptions, Group, check_bits, check_box_size, register
+from fairseq_dsq.formats.float_scaled import scale_for
 from fairseq_dsq.formats.minifloat import E2M1, E4M3
 
 BLOCK_SIZE = 16
@@ -77,7 +78,7 @@ class NVFP4(Format):
             return self
         magnitudes = x.float().abs()
         largest = torch.where(magnitudes.isfinite(), magnitudes, 0.0).amax()
-        scale = largest / (E4M3.largest * E2M1.largest)
+        scale = scale_for(largest, E4M3.largest * E2M1.largest)
         return replace(self, tensor_scale=scale.clamp_(min=LEAST_TENSOR_SCALE))
 
     def tensor_to_bytes(self) -> Tensor:

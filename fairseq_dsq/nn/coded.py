@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import Integer, definition, parse
+from fairseq_dsq.formats.float_scaled import scale_for
 from fairseq_dsq.gemm import Operand, Side
 
 WeightScale = Literal["own", "absmean", "absmax", "mse"]
@@ -64,7 +65,7 @@ def weight_scale(weight: Tensor, fmt: Integer, rule: WeightScale) -> Tensor:
     if rule == "own":
         scale = fmt.scale_of(groups)
     elif rule == "absmax":
-        scale = groups.abs().amax(-1, keepdim=True) / fmt.max_code
+        scale = scale_for(groups.abs().amax(-1, keepdim=True), fmt.max_code)
     elif rule == "absmean":
         scale = mean / fmt.max_code
     else:
@@ -82,7 +83,7 @@ def _least_squared_error(groups: Tensor, fmt: Integer, largest: list[Tensor]) ->
     """The scales among those that make ``largest`` the largest code's value, chosen for each group."""
     best, least = largest[0], torch.full_like(largest[0], torch.inf)
     for candidate in largest:
-        scale = candidate / fmt.max_code
+        scale = scale_for(candidate, fmt.max_code)
         error = (fmt.decode(fmt.encode(groups, scale, None), scale) - groups).square_().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return torch.where(least.isfinite(), best, torch.nan)

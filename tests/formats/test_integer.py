@@ -30,6 +30,31 @@ def test_bytes_are_those_of_the_formula_and_give_the_rounded_values(fmt, dim):
             assert torch.equal(elements, elements.round()) and elements.abs().max() == fmt.max_code
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    "text", ["ternary", "ternary/row", "fp8e4m3/row", "fp8e5m2/tensor", "nvfp4", *map(str, FORMATS)]
+)
+def test_the_largest_floats_do_not_become_inf(text):
+    fmt = parse(text)
+    bits = torch.tensor(LARGEST).view(torch.int32) - torch.arange(60, dtype=torch.int32)
+    x = bits.view(torch.float32)[:, None].repeat(1, 3) * torch.tensor([1.0, -1.0, 0.25])
+    rounded = [fake_quantize(x, fmt)] + [
+        fake_quantize(x[:1], fmt, rounding="stochastic", generator=seed) for seed in (1, 2)
+    ]
+    assert all(result.isfinite().all() for result in rounded)
+    if not text.startswith("ternary"):
+        torch.testing.assert_close(rounded[0][:, 0], x[:, 0], rtol=1e-5, atol=0)
+        assert torch.equal(pack(x, fmt).dequantize(), rounded[0])
+
+
+def test_a_scale_is_the_next_smaller_float_only_where_the_product_would_overflow():
+    x = torch.tensor([[LARGEST], [LARGEST / 2], [3.0], [0.0]])
+    expected = (x / 127).mul(torch.tensor([[1 - 2.0**-24], [1.0], [1.0], [1.0]]))
+    assert (LARGEST / 127 * torch.ones(1)).mul(127).isinf() and torch.equal(Integer(8).scale_of(x), expected)
+
+
 @pytest.mark.parametrize("fmt", [Integer(4, 5), Integer(8), Integer(8, "tensor")], ids=str)
 def test_values_are_the_nearest_code_times_the_largest_magnitude_over_the_largest_code(fmt):
     x = normal(4, 10, seed=2).double()

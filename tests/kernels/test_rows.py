@@ -51,6 +51,7 @@ def test_rows_that_are_special_are_the_definition_s(isa, text):
     x = values((9, 50), text[0] == "i", 20)
     x[0], x[1], x[2, 49], x[3, 48], x[4, 0], x[5, 20] = 0.0, -0.0, math.nan, math.inf, -math.inf, -1e-40
     x[6, ::2], x[7, 3] = -0.0, 2.0**-149
+    x[8, 5] = torch.finfo(torch.float32).max
     assert_definition(x, text)
 
 
