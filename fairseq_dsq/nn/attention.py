@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fairseq_dsq.nn.attend import Masks, attend, repeats_for_less
 from fairseq_dsq.nn.context import DSQContext
-from fairseq_dsq.nn.functional import matmul
+from fairseq_dsq.nn.functional import autocast_device, matmul
 from fairseq_dsq.nn.linear import DSQLinear, forward_group
-from fairseq_dsq.nn.saved import softmax
+from fairseq_dsq.nn.saved import DSQDropout, needs_gradient, softmax
 
 
 class _TakeRows(torch.autograd.Function):
@@ -205,44 +206,70 @@ class DSQAttention(nn.Module):
         k, v = self._split(k), self._split(v)
         assert k is not None and v is not None
         k, v, key_padding_mask, order = self._ordered(k, v, key_padding_mask)
-        scores = self._scores(q, k, key_padding_mask, attn_mask, order)
-        return self._weigh(scores, v, order, need_weights, need_head_weights)
+        return self._attend(q, k, v, Masks(attn_mask, key_padding_mask, order), need_weights, need_head_weights)
 
-    def _scores(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, order: Tensor | None
-    ) -> Tensor:
-        """q T x (B * beam) x C and k B x heads x S x head_dim to B x heads x beam x T x S, masked."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool, need_head_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and the weights of q T x (B * beam) x C and k, v B x heads x S x head_dim."""
+        rows, shape = self._rows(q, k)
+        if need_weights or need_head_weights or not self._repeats(rows, k, v, masks):
+            scores = self._scores(rows, k, masks, shape)
+            return self._weigh(scores, v, masks.order, need_weights, need_head_weights)
+        arguments = shape, self._score_of_padding(rows.dtype), self._dropped()
+        config = self.context.for_mode(self.training)
+        heads = attend(config, self.context.ledger, *arguments, rows, k.flatten(0, 1), v.flatten(0, 1), *masks)
+        return self._project_heads(heads, shape), None
+
+    def _dropped(self) -> float:
+        """The probability of a weight to be dropped now; NaN where another module than ours decides."""
+        module = self.dropout_module
+        return module.probability if isinstance(module, DSQDropout) else math.nan
+
+    def _repeats(self, rows: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
+        """Whether scores are computed again in the backward pass: where that keeps less."""
+        if not (self.context.packs_everything and self.context.attention_matmul) or rows.numel() * k.numel() == 0:
+            return False
+        learnt = all(needs_gradient(x) for x in (rows, k, v)) and not needs_gradient(masks.additive)
+        plain = not (math.isnan(self._dropped()) or torch.is_autocast_enabled(autocast_device(rows)))
+        return learnt and plain and repeats_for_less(self.context.for_mode(self.training), rows, k.flatten(0, 1))
+
+    def _rows(self, q: Tensor, k: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Queries as (B * heads) x (beam * T) x head_dim, and the scores' shape: B x heads x beam x T x S.
+
+        With shared sources a beam's queries are rows of one product.
+        """
         tgt_len, batch, _ = q.shape
-        kv_batch, _, src_len, _ = k.shape
-        # With shared sources the beam's queries are rows of one product: (B * heads) x (beam * T) x head_dim.
-        beam = batch // max(1, kv_batch)
-        q = q.view(tgt_len, kv_batch, beam, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
-        rows = q.reshape(kv_batch * self.num_heads, beam * tgt_len, self.head_dim)
+        beam = batch // max(1, len(k))
+        q = q.view(tgt_len, len(k), beam, self.num_heads, self.head_dim).permute(1, 3, 2, 0, 4)
+        rows = q.reshape(len(k) * self.num_heads, beam * tgt_len, self.head_dim)
+        return rows, (len(k), self.num_heads, beam, tgt_len, k.shape[2])
+
+    def _scores(self, rows: Tensor, k: Tensor, masks: Masks, shape: tuple[int, ...]) -> Tensor:
+        """Masked scores of ``shape``."""
         scores = self._matmul(rows, k.flatten(0, 1), transpose_b=True)
-        scores = scores.view(kv_batch, self.num_heads, beam, tgt_len, src_len)
-        if attn_mask is not None:
-            # T x S, or B x 1 x 1 x T x S with the keys in each sentence's order.
-            scores = scores + (attn_mask if order is None else attn_mask[:, order].transpose(0, 1)[:, None, None])
-        if key_padding_mask is not None:
-            hidden = self._score_of_padding(scores.dtype)
-            scores = scores.masked_fill(key_padding_mask.bool()[:, None, None, None], hidden)
-        return scores
+        return masks.apply(scores.view(shape), self._score_of_padding(scores.dtype))
+
+    def _project_heads(self, heads: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The output, T x B x C, of what each head found."""
+        kv_batch, _, beam, tgt_len, _ = shape
+        heads = heads.view(kv_batch, self.num_heads, beam, tgt_len, self.head_dim).permute(3, 0, 2, 1, 4)
+        out: Tensor = self.out_proj(heads.reshape(tgt_len, kv_batch * beam, self.embed_dim))
+        return out
 
     def _weigh(
         self, scores: Tensor, v: Tensor, order: Tensor | None, need_weights: bool, need_head_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The output and the weights of scores B x heads x beam x T x S and v B x heads x S x head_dim."""
         kv_batch, _, beam, tgt_len, src_len = scores.shape
-        batch = kv_batch * beam
         weights = softmax(scores, self.context)
         probs = self.dropout_module(weights.to(scores.dtype))
         heads = self._matmul(probs.view(kv_batch * self.num_heads, beam * tgt_len, src_len), v.flatten(0, 1))
-        heads = heads.view(kv_batch, self.num_heads, beam, tgt_len, self.head_dim)
-        out: Tensor = self.out_proj(heads.permute(3, 0, 2, 1, 4).reshape(tgt_len, batch, self.embed_dim))
+        out = self._project_heads(heads, scores.shape)
         if not (need_weights or need_head_weights):
             return out, None
         if order is not None:
             places = order[:, None, None, None].expand_as(weights)
             weights = weights.new_zeros(weights.shape).scatter(-1, places, weights)
-        per_head = weights.permute(1, 0, 2, 3, 4).reshape(self.num_heads, batch, tgt_len, src_len)
+        per_head = weights.permute(1, 0, 2, 3, 4).reshape(self.num_heads, kv_batch * beam, tgt_len, src_len)
         return out, per_head if need_head_weights else per_head.mean(0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -176,10 +177,16 @@ class _Quantizer:
         if not isinstance(fmt, Float32):  # else the tensor itself is kept, and rotated when it is read
             x = self.rotated(x, _READER[role], reduction_dim)
         packed = pack(x, fmt, dim, self.config.rounding, self.stash_generator)
-        self._record(packed, role, ledger)
+        self.record(packed, role, ledger)
         return packed
 
-    def _record(self, packed: QuantizedTensor, role: StashRole, ledger: Ledger | None) -> None:
+    def skip_stash(self) -> None:
+        """Leave out the noise of a stash, for :meth:`stashed_now` to draw."""
+        if self.stash_generator is not None:
+            torch.randint(2**62, (), generator=self.stash_generator)
+
+    def record(self, packed: QuantizedTensor, role: StashRole, ledger: Ledger | None) -> None:
+        """Count a stash."""
         if ledger is not None:
             ledger.record_stash(role, tuple(packed.shape), packed.dim, self.config.precision, packed.nbytes)
 
@@ -203,7 +210,7 @@ class _Quantizer:
             dims = self.config.dim(-1), self.config.dim(-2)
             rounded, packed = quantize_and_pack(x, side.fmt, stash_fmt, *dims)
             operand = Operand(rounded, side, -1)
-        self._record(packed, stash, ledger)
+        self.record(packed, stash, ledger)
         return operand, packed
 
     def rows_apart(self, a: Tensor, b: Tensor, output: Plan) -> tuple[Operand, Operand, Plan]:
@@ -253,19 +260,29 @@ class _Quantizer:
                 along_m = self.operand(self.rotated(grad, "grad_weight", -2), weight_plan, 0, -2)
         return along_n, along_m
 
+    def stashed_now(self, x: Tensor, role: StashRole, plan: Plan, reduction: int) -> Operand:
+        """What :meth:`stashed` gives of what :meth:`pack` packs of ``x``; of the forward's quantizer."""
+        rotated = self.rotated(x, _READER[role], reduction)
+        return self._operand(rotated, plan, 1, reduction, self.stash_generator)
+
     def stashed(self, stash: QuantizedTensor | None, role: StashRole, plan: Plan, reduction: int) -> Operand | None:
         """A stash as a product's second operand."""
         if stash is None:
             return None
-        side = plan.sides[1]
-        if isinstance(side.fmt, Float32):
-            return Operand(self.rotated(stash.dequantize(), _READER[role], reduction), side, reduction)
-        if side.factored and stash.data.numel():
-            return _factored(*stash.factorize(), side, reduction)
-        if plan.in_terms and stash.dtype is torch.float32:
-            terms = stash.terms()
-            return Operand(terms, side, reduction, terms=len(terms))
-        return Operand(stash.dequantize(), side, reduction)
+        if isinstance(plan.sides[1].fmt, Float32):
+            return Operand(self.rotated(stash.dequantize(), _READER[role], reduction), plan.sides[1], reduction)
+        return _unpacked(stash, plan, 1, reduction)
+
+
+def _unpacked(packed: QuantizedTensor, plan: Plan, which: int, reduction: int) -> Operand:
+    """The first or second operand of a product, 0 or 1, that has been packed."""
+    side = plan.sides[which]
+    if side.factored and packed.data.numel():
+        return _factored(*packed.factorize(), side, reduction)
+    if plan.in_terms and packed.dtype is torch.float32 and not isinstance(side.fmt, Float32):
+        terms = packed.terms()
+        return Operand(terms, side, reduction, terms=len(terms))
+    return Operand(packed.dequantize(), side, reduction)
 
 
 def rounded_operand(x: Tensor, plan: Plan, which: int, config: GemmConfig) -> Operand:
@@ -503,6 +520,133 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, l
     return linear_group(x, [(weight, bias)], config, ledger)[0]
 
 
+@dataclass(frozen=True)
+class Product:
+    """A batched product a @ b, or a @ b^T, whose forward pass has run; what its backward pass goes by.
+
+    Attributes:
+        config, ledger, scope: as the forward pass had them.
+        seeds: of the forward pass.
+        plans: what multiplies.
+        transpose_b: multiplies by b^T.
+        specs: of the stashes of a and b; None where none is kept.
+        sizes: batch, M, K and N of the output GEMM.
+    """
+
+    config: GemmConfig
+    ledger: Ledger | None
+    scope: str
+    seeds: _Seeds | None
+    plans: dict[GemmKind, Plan]
+    transpose_b: bool
+    specs: Sequence[Any]
+    sizes: tuple[int, int, int, int]
+
+    @classmethod
+    def run(
+        cls,
+        config: GemmConfig,
+        ledger: Ledger | None,
+        a: Tensor,
+        b: Tensor,
+        kept: tuple[bool, bool],
+        transpose_b: bool = False,
+        apart: bool = False,
+        a_comes_again: bool = False,
+    ) -> tuple[Tensor, Product, tuple[Tensor | None, Tensor | None]]:
+        """The product, and the bytes of its stashes; shapes and ``apart`` as :func:`matmul`.
+
+        Args:
+            kept: whether a and b are stashed, as the gradients of the other one need.
+            a_comes_again: :meth:`grads` will be given ``a``, which is not stashed.
+        """
+        n_dim = -2 if transpose_b else -1  # of b as it is stored
+        seeds = _draw_seeds(config)
+        quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
+        product = cls(
+            config, ledger, ledger.scope if ledger else "", seeds, plans, transpose_b, (None, None),
+            (*a.shape, b.shape[n_dim]),
+        )  # fmt: skip
+        product.record("output", any(kept))
+        output, keeps_a, keeps_b = plans["output"], *kept
+        stash_b = None
+        if a_comes_again:
+            quantizer.skip_stash()
+        # output: MxK @ KxN => MxN
+        side_b = output.sides[1]
+        if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
+            operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
+            stash_a = quantizer.pack(a, "input", -2, ledger) if keeps_a else None
+        else:
+            operand_a, stash_a = quantizer.operand_and_stash(a, output, 0, "input" if keeps_a else None, ledger)
+            if transpose_b:
+                operand_b, stash_b = quantizer.operand_and_stash(b, output, 1, "weight" if keeps_b else None, ledger)
+            else:
+                operand_b = quantizer.operand(b, output, 1, -2)
+        y = output.multiply(operand_a, operand_b).to(a.dtype)
+        if keeps_b and not transpose_b:
+            stash_b = quantizer.pack(b, "weight", -1, ledger)
+        specs = [None if stash is None else stash.spec for stash in (stash_a, stash_b)]
+        product = replace(product, specs=specs)
+        return y, product, (None if stash_a is None else stash_a.data, None if stash_b is None else stash_b.data)
+
+    def record(self, kind: GemmKind, training: bool = True) -> None:
+        """Count one of its three GEMMs."""
+        batch, m, k, n = self.sizes
+        sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (k, m, n)}[kind]
+        if self.ledger is not None:
+            self.ledger.record(kind, *sizes, batch, self.config.precision, training, self.scope)
+
+    def pack_operands(self, a: Tensor, b: Tensor) -> list[QuantizedTensor]:
+        """What :meth:`repeat` needs of a @ b^T: its operands, packed."""
+        quantizer, dim = _Quantizer(self.config, self.seeds), self.config.dim(-1)
+        roles: tuple[StashRole, StashRole] = ("first operand", "second operand")
+        found = []
+        for x, role, fmt in zip((a, b), roles, self.config.precision.operands("output"), strict=True):
+            found.append(pack(x, fmt, dim, self.config.rounding, quantizer.generator))
+            quantizer.record(found[-1], role, self.ledger)
+        return found
+
+    def repeat(self, packed: Sequence[QuantizedTensor]) -> Tensor:
+        """a @ b^T again, bit for bit; that GEMM is counted again."""
+        self.record("output")
+        output = self.plans["output"]
+        first, second = (_unpacked(operand, output, which, -1) for which, operand in enumerate(packed))
+        return output.multiply(first, second).to(packed[0].dtype)
+
+    def grads(
+        self, data: Sequence[Tensor | None], grad: Tensor, a: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of a and b, each where the other's stash is there.
+
+        Args:
+            data: the stashes' bytes.
+            grad: of the product.
+            a: that operand again, which is rounded as its stash would have been.
+        """
+        quantizer = _Quantizer(self.config, self.seeds and self.seeds.backward())
+        grad_input, grad_weight = self.plans["grad_input"], self.plans["grad_weight"]
+        n_dim = -2 if self.transpose_b else -1  # of b as it is stored
+        stash_a, stash_b = (_held(bytes_, spec) for bytes_, spec in zip(data, self.specs, strict=True))
+        if a is None:
+            first = quantizer.stashed(stash_a, "input", grad_weight, -2)
+        else:
+            first = _Quantizer(self.config, self.seeds).stashed_now(a, "input", grad_weight, -2)
+        second = quantizer.stashed(stash_b, "weight", grad_input, n_dim)
+        along_n, along_m = quantizer.grad_outputs(grad, (second is not None, first is not None), self.plans)
+        grad_a = grad_b = None
+        if along_n is not None and second is not None:
+            # grad_input: MxN @ NxK => MxK
+            self.record("grad_input")
+            grad_a = grad_input.multiply(along_n, second)
+        if along_m is not None and first is not None:
+            # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
+            self.record("grad_weight")
+            transposed = grad_weight.multiply(along_m, first)
+            grad_b = transposed if self.transpose_b else transposed.mT
+        return grad_a, grad_b
+
+
 class _Matmul(torch.autograd.Function):
     """Batched a @ b, or a @ b^T; a is stashed at q1, b, which plays the weight, at q2.
 
@@ -520,63 +664,15 @@ class _Matmul(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
-        precision = config.precision
         needs_a, needs_b = (grad_enabled and need for need in ctx.needs_input_grad[5:])
-        n_dim = -2 if transpose_b else -1  # of b as it is stored
-        if ledger is not None:
-            batch, m, k = a.shape
-            n = b.shape[n_dim]
-            ledger.record("output", m, k, n, batch, precision, needs_a or needs_b)
-        seeds = _draw_seeds(config)
-        quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
-        output = plans["output"]
-        # output: MxK @ KxN => MxN
-        side_b = output.sides[1]
-        if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
-            operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
-            stash_a = quantizer.pack(a, "input", -2, ledger) if needs_b else None
-        else:
-            operand_a, stash_a = quantizer.operand_and_stash(a, output, 0, "input" if needs_b else None, ledger)
-            if transpose_b:
-                operand_b, stash_b = quantizer.operand_and_stash(b, output, 1, "weight" if needs_a else None, ledger)
-            else:
-                operand_b = quantizer.operand(b, output, 1, -2)
-        y = output.multiply(operand_a, operand_b).to(a.dtype)
-        if not transpose_b:
-            stash_b = quantizer.pack(b, "weight", -1, ledger) if needs_a else None
-        stashes = (stash_a, stash_b)
-        ctx.config, ctx.seeds, ctx.plans, ctx.transpose_b = config, seeds, plans, transpose_b
-        ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
-        ctx.stash_specs = [None if stash is None else stash.spec for stash in stashes]
-        ctx.save_for_backward(*(None if stash is None else stash.data for stash in stashes))
+        y, ctx.product, data = Product.run(config, ledger, a, b, (needs_b, needs_a), transpose_b, apart)
+        ctx.save_for_backward(*data)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        config, ledger = ctx.config, ctx.ledger
-        precision = config.precision
-        quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
-        grad_input, grad_weight = ctx.plans["grad_input"], ctx.plans["grad_weight"]
-        stashes = [_held(data, spec) for data, spec in zip(ctx.saved_tensors, ctx.stash_specs, strict=True)]
-        n_dim = -2 if ctx.transpose_b else -1  # of b as it is stored
-        a = quantizer.stashed(stashes[0], "input", grad_weight, -2)
-        b = quantizer.stashed(stashes[1], "weight", grad_input, n_dim)
-        along_n, along_m = quantizer.grad_outputs(grad, (b is not None, a is not None), ctx.plans)
-        batch, m, n = grad.shape
-        grad_a = grad_b = None
-        if along_n is not None and b is not None:
-            # grad_input: MxN @ NxK => MxK
-            if ledger is not None:
-                ledger.record("grad_input", m, n, b.rows.shape[-2], batch, precision, True, ctx.scope)
-            grad_a = grad_input.multiply(along_n, b)
-        if along_m is not None and a is not None:
-            # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
-            if ledger is not None:
-                ledger.record("grad_weight", a.rows.shape[-2], m, n, batch, precision, True, ctx.scope)
-            transposed = grad_weight.multiply(along_m, a)
-            grad_b = transposed if ctx.transpose_b else transposed.mT
-        return None, None, None, None, None, grad_a, grad_b
+        return None, None, None, None, None, *ctx.product.grads(ctx.saved_tensors, grad)
 
 
 def matmul(

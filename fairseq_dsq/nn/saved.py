@@ -21,7 +21,8 @@ torch's is.
 
 Eight bits are block floating point with boxes along the last dimension, rounded to nearest: 17 bytes for 16 values.
 Where the context's precision is float32, nothing needs a gradient, or a tensor has no elements, torch's own operations
-run. What is kept here is no operand of a GEMM, and the ledger does not count it.
+run. What is kept here is no operand of a GEMM, and the ledger does not count it. Attention whose scores are computed
+twice (:mod:`fairseq_dsq.nn.attend`) keeps no probabilities.
 """
 
 from __future__ import annotations
@@ -276,10 +277,15 @@ def softmax(x: Tensor, context: DSQContext) -> Tensor:
     return torch.softmax(x, -1, dtype=torch.float32)
 
 
+def keep_rate_inverse(p: float) -> float:
+    """What dropout multiplies by what it keeps."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.arguments = p, 1 / (1 - p) if p < 1 else 0.0, seed
+        ctx.arguments = p, keep_rate_inverse(p), seed
         return ops.dropout(x, *ctx.arguments)
 
     @staticmethod
@@ -386,7 +392,12 @@ class DSQDropout(nn.Module):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """``x`` with values dropped, of any shape; ``inplace`` is a permission that goes unused."""
-        active = self.module.training or getattr(self.module, "apply_during_inference", False)
-        if not (active and self.module.p > 0 and self.context.packs_everything):
+        if not (self.probability and self.context.packs_everything):
             return self.module(x)  # type: ignore[no-any-return]
-        return dropout(x, self.module.p)
+        return dropout(x, self.probability)
+
+    @property
+    def probability(self) -> float:
+        """Of a value to be dropped now."""
+        active = self.module.training or getattr(self.module, "apply_during_inference", False)
+        return float(self.module.p) if active else 0.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.nn import DSQAttention, DSQContext, DSQLinear
+from fairseq_dsq.nn.attend import Masks
 
 IncrementalState = dict[str, dict[str, Tensor | None]]
 
@@ -149,10 +150,12 @@ class DSQMultiheadAttention(DSQAttention):
             if incremental_state is not None:
                 self._set_input_buffer(incremental_state, buffer)
         assert k is not None and v is not None
-        scores = self._scores(q, k, key_padding_mask, attn_mask, order)
+        masks = Masks(attn_mask, key_padding_mask, order)
         if before_softmax:
+            rows, shape = self._rows(q, k)
+            scores = self._scores(rows, k, masks, shape)
             return scores.transpose(1, 2).reshape(-1, *scores.shape[3:]), v.flatten(0, 1)
-        return self._weigh(scores, v, order, need_weights, need_head_weights)
+        return self._attend(q, k, v, masks, need_weights, need_head_weights)
 
     def _get_input_buffer(self, incremental_state: IncrementalState | None) -> dict[str, Tensor | None]:
         return {} if incremental_state is None else incremental_state.get(self._state_key, {})

@@ -16,8 +16,8 @@ LEVEL, FIXED = "--dsq-levels [2,2,2,16]", "--dsq-format fixed --dsq-levels [16,4
 
 
 # As many as the code makes: who changes it says by how many. The whole step had 877, 1306 where boxes were short,
-# and in fixed point some 24,000 of torch's.
-@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 683), (f"{LEVEL} --dsq-stash-scope all", 845), (FIXED, 1373)])
+# and in fixed point some 24,000 of torch's. Scope all had 845 before its attention computed scores twice.
+@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 683), (f"{LEVEL} --dsq-stash-scope all", 862), (FIXED, 1373)])
 def test_a_step_launches_as_many_kernels_whether_boxes_are_full_or_short(flags, most):
     aligned, ragged = (python.launches(flags, length) for length in (ALIGNED, RAGGED))
     assert aligned == ragged
