@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fairseq_dsq.bench.timing import Row, interleave
+from fairseq_dsq.bench.timing import CPU, Found, Settings, interleave
 from fairseq_dsq.bench.train_step import criterion_of
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.config import CRITERION_PREFIX
@@ -12,7 +12,7 @@ from fairseq_dsq.plugin.config import CRITERION_PREFIX
 ROUNDS = 15
 
 
-def run(rounds: int) -> list[Row]:
+def run(settings: Settings) -> Found:
     name = "cross_entropy"
     spec = probe.ModelSpec("transformer_dsq_iwslt_de_en", "--dsq-format float32", tokens=512)
     model = probe.build(spec, "cpu")
@@ -22,4 +22,5 @@ def run(rounds: int) -> list[Row]:
         criterion = criterion_of(name)
         return lambda: criterion(model, sample)[0].backward()
 
-    return interleave({f"{CRITERION_PREFIX}{name}": step(CRITERION_PREFIX + name)}, step(name), name, rounds)
+    ours = {f"{CRITERION_PREFIX}{name}": step(CRITERION_PREFIX + name)}
+    return Found(interleave(ours, step(name), name, settings.rounds, CPU.clock))

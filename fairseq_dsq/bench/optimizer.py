@@ -13,7 +13,7 @@ from fairseq.optim.adam import Adam
 from torch import Tensor
 
 from fairseq_dsq.adam import LowBitAdam
-from fairseq_dsq.bench.timing import Row, interleave
+from fairseq_dsq.bench.timing import CPU, Found, Settings, interleave
 from fairseq_dsq.bench.train_step import TOKENS, training_step
 from fairseq_dsq.nn import FLOAT32, CodedLinear, DSQContext, DSQLinear, GemmConfig, weight_format
 
@@ -44,8 +44,9 @@ def _in_codes(parameters: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def run(rounds: int) -> list[Row]:
+def run(settings: Settings) -> Found:
     """Whole updates are float32's but for the optimizer."""
+    rounds = settings.rounds
     _, model = training_step(None, TOKENS)
     parameters = list(model.parameters())
     torch.manual_seed(0)
@@ -55,10 +56,10 @@ def run(rounds: int) -> list[Row]:
     optimizers = {name: make(parameters, lr=1e-6) for name, make in _optimizers().items()}
     optimizers[f"{' '.join(PAIRS[0])}, weights {CODES}"] = LowBitAdam(_in_codes(parameters), lr=1e-6)
     steps = {f"step {name}": optimizer.step for name, optimizer in optimizers.items()}
-    rows = interleave(steps, Adam(parameters, lr=1e-6).step, "fairseq's Adam", rounds)
+    rows = interleave(steps, Adam(parameters, lr=1e-6).step, "fairseq's Adam", rounds, CPU.clock)
     for row, optimizer in zip(rows, optimizers.values(), strict=True):
         row["state_bytes"] = optimizer.state_nbytes if isinstance(optimizer, LowBitAdam) else None
     update, _ = training_step(None, TOKENS, LowBitAdam)
     baseline, _ = training_step(None, TOKENS, Adam)
-    whole = interleave({f"update {' '.join(PAIRS[0])}": update}, baseline, "fairseq's Adam", rounds)
-    return [*rows, {**whole[0], "state_bytes": rows[0]["state_bytes"]}]
+    whole = interleave({f"update {' '.join(PAIRS[0])}": update}, baseline, "fairseq's Adam", rounds, CPU.clock)
+    return Found([*rows, {**whole[0], "state_bytes": rows[0]["state_bytes"]}])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from fairseq_dsq.bench.mocked_gpu import Waits, mocked_gpu
-from fairseq_dsq.bench.timing import LEVELS, Row, interleave
+from fairseq_dsq.bench.timing import LEVELS, Found, Settings, interleave
 from fairseq_dsq.bench.train_step import criterion_of
 from fairseq_dsq.plugin import probe
 
@@ -68,16 +68,16 @@ def waits(flags: str | None) -> int:
         return count()
 
 
-def run(rounds: int) -> list[Row]:
+def run(settings: Settings) -> Found:
     baseline = shrunken_step(None)
     flags = {text: f"--dsq-levels {text}" for text in LEVELS}
     flags |= {"[2,2,2,16] scope all": "--dsq-levels [2,2,2,16] --dsq-stash-scope all"}
     flags |= {"fixed [16,4,4,16]": "--dsq-format fixed --dsq-levels [16,4,4,16]"}
     here = {"--dsq-format float32": shrunken_step("--dsq-format float32")}
     here |= {name: shrunken_step(given) for name, given in flags.items()}
-    rows = interleave(here, baseline, "fairseq's float step", rounds, time.process_time)
+    rows = interleave(here, baseline, "fairseq's float step", settings.rounds, time.process_time)
     if importlib.util.find_spec("triton") is None:
-        return rows
+        return Found(rows, ("a mocked GPU's launches: left out, as Triton is not installed",))
     least = waits(None)
     with mocked_gpu():
         there = {
@@ -86,8 +86,8 @@ def run(rounds: int) -> list[Row]:
             for length in (ALIGNED, RAGGED)
         }
         named = {f"mocked GPU {name}, {length} tokens": step for (name, length), step in there.items()}
-        mocked = interleave(named, baseline, "fairseq's float step", rounds, time.process_time)
+        mocked = interleave(named, baseline, "fairseq's float step", settings.rounds, time.process_time)
     for row, (name, length) in zip(mocked, there, strict=True):
         row["launches"] = sum(launches(flags[name], length).values())
         row["waits"] = waits(flags[name]) - least
-    return [*rows, *mocked]
+    return Found([*rows, *mocked])

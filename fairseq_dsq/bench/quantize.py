@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from fairseq_dsq.bench.peers import all_peers
-from fairseq_dsq.bench.timing import CPU, Place, Row, interleave
+from fairseq_dsq.bench.timing import Found, Settings, interleave
 from fairseq_dsq.formats import BlockFloat, parse
 from fairseq_dsq.quantized import fake_quantize, pack
 
@@ -18,7 +18,8 @@ ROUNDS = 50
 OTHERS = "mxfp4", "mxfp6e2m3", "mxfp6e3m2", "mxfp8e4m3", "mxfp8e5m2", "mxint8"
 
 
-def run(rounds: int, place: Place = CPU) -> list[Row]:
+def run(settings: Settings) -> Found:
+    place = settings.place
     torch.manual_seed(0)
     x = torch.randn(ROWS, COLUMNS).to(place.device, place.dtype)
     runs: dict[str, Callable[[], object]] = {}
@@ -38,4 +39,4 @@ def run(rounds: int, place: Place = CPU) -> list[Row]:
             runs[f"unpack {text}{suffix}"] = packed.dequantize
     for peer, quantize in all_peers(*place).items():
         runs[f"quantize bfp4 last, {peer}"] = partial(quantize, x, 4)
-    return interleave(runs, x.clone, "clone", rounds, place.clock)
+    return Found(interleave(runs, x.clone, "clone", settings.rounds, place.clock))

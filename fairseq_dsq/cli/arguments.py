@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,19 @@ def find_model(args: argparse.Namespace, flag: str) -> Any:
         return dataclasses.replace(spec, **changes)
     except ValueError as error:  # begins with the field's name, which is the flag's
         raise ValueError(f"--{error}") from None
+
+
+_UNITS = {f"{prefix}{ending}": base**power for power, prefix in enumerate("KMGT", 1)
+          for ending, base in (("", 1000), ("B", 1000), ("i", 1024), ("iB", 1024))}  # fmt: skip
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of ``16GB`` (16 * 10^9), ``16G`` (the same) or ``16GiB`` (16 * 2^30)."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]i?B?)?", text)
+    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
+    if size < 1:
+        raise ValueError(f"got {quoted(text)}, expected a size such as 16GB (16 * 10^9 bytes) or 16GiB (16 * 2^30)")
+    return size
 
 
 def add_flags_argument(parser: argparse.ArgumentParser, summary: str) -> None:

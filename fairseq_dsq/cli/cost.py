@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model
+from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model, size_in_bytes
 from fairseq_dsq.cost import CostProfile, load_profile, pricing
 from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.cost.published import compare
@@ -197,7 +197,7 @@ def _memory(args: argparse.Namespace, levels: Sequence[PrecisionConfig]) -> int:
     if args.layer or args.forward_only:
         raise ValueError(f"{'--layer' if args.layer else '--forward-only'}: got it beside --memory, expected none")
     with blame("--fit"):
-        limit = _bytes(args.fit) if args.fit else None
+        limit = size_in_bytes(args.fit) if args.fit else None
     from fairseq_dsq.nn import STASH_SCOPES
     from fairseq_dsq.plugin import footprint
 
@@ -243,19 +243,6 @@ def _memory_text(result: Mapping[str, Any]) -> str:
         "saved: what autograd keeps for backward beside the stash, as on a CPU. Not counted: what comes and goes\n"
         "within an operation, gradients of activations, tables of positions, workspaces, what allocators take"
     )
-
-
-_UNITS = {f"{prefix}{ending}": base**power for power, prefix in enumerate("KMGT", 1)
-          for ending, base in (("", 1000), ("B", 1000), ("i", 1024), ("iB", 1024))}  # fmt: skip
-
-
-def _bytes(text: str) -> int:
-    """Bytes of ``16GB`` (16 * 10^9), ``16G`` (the same) or ``16GiB`` (16 * 2^30)."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([KMGT]i?B?)?", text)
-    size = int(float(match[1]) * _UNITS.get(match[2], 1)) if match else 0
-    if size < 1:
-        raise ValueError(f"got {quoted(text)}, expected a size such as 16GB (16 * 10^9 bytes) or 16GiB (16 * 2^30)")
-    return size
 
 
 def _title(result: Mapping[str, Any]) -> str:

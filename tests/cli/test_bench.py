@@ -1,16 +1,19 @@
 """fairseq-dsq bench: its rows and what they hold; the ratios themselves are measured elsewhere."""
 
 import json
+import resource
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fairseq_dsq.bench import linear, optimizer, train_step
+from fairseq_dsq.bench import linear, memory, optimizer, rivals, train_step
 from fairseq_dsq.bench.peers import microxcaling_style, naive
 from fairseq_dsq.bench.timing import interleave
 from fairseq_dsq.cli import main
+from fairseq_dsq.plugin import footprint
 from fairseq_dsq.plugin.held import saved_bytes
 
 
@@ -28,13 +31,19 @@ def rows_of(capsys, *argv):
     return {row["name"]: row for row in result["rows"]}
 
 
-def test_quantize_and_linear_have_the_rows_that_are_tracked(capsys):
+def test_quantize_and_linear_have_the_rows_that_are_tracked(capsys, monkeypatch):
     rows = rows_of(capsys, "quantize", "--rounds", 2)
     wanted = {f"quantize bfp{bits} {way}" for bits in (4, 8) for way in ("last", "first")}
     wanted |= {f"{verb} bfp{bits}" for verb in ("pack", "unpack") for bits in (2, 4, 8, 16)}
     assert wanted | {"quantize bfp4 last, naive torch", "quantize bfp4 last, microxcaling-style"} <= set(rows)
-    layers = rows_of(capsys, "linear", "--rounds", 1)
-    assert {"[2,2,2,16]", "[16,4,4,16]", "[8,8,8,8]", "[8,8,8,8], naive torch"} <= set(layers)
+    monkeypatch.setattr(linear, "SHAPE", (64, 32, 48))
+    layers = rows_of(capsys, "linear", "--rounds", 1, "--rivals", "autocast,peers")
+    ours = {"[2,2,2,16]", "[16,4,4,16]", "[8,8,8,8]"}
+    assert ours | {"[8,8,8,8], naive torch", "autocast bf16"} <= set(layers)
+    assert layers["autocast bf16"]["over_autocast_min"] == layers["autocast bf16"]["over_autocast_median"] == 1
+    for name in ours:
+        seconds = (layers[each]["seconds_min"] for each in (name, "autocast bf16"))
+        assert layers[name]["over_autocast_min"] == pytest.approx(next(seconds) / next(seconds))
     for row in (*rows.values(), *layers.values()):
         assert row["ratio_min"] == pytest.approx(row["seconds_min"] / row["over_seconds_min"])
         assert row["ratio_median"] > 0
@@ -88,6 +97,97 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters():
     assert saved_bytes(run, layer) == x.nbytes + 16 * 4 * 4
 
 
+SMALL = ("--rounds", 1, "--rivals", "autocast")
+
+
+def test_compiled_and_mkldnn_s_rivals_are_the_float_layer_under_a_setting_that_is_put_back(capsys, monkeypatch):
+    monkeypatch.setattr(linear, "SHAPE", (64, 32, 48))
+    settings, calls = [], []
+
+    def compile_(function):
+        def call(*args):
+            calls.append(torch.is_autocast_enabled("cpu"))
+            return function(*args)
+
+        return call
+
+    def linear_(x, *args):
+        settings.append(setting.fp32_precision)
+        return plain(x, *args)
+
+    setting, plain = torch.backends.mkldnn.matmul, nn.functional.linear
+    before = setting.fp32_precision
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(rivals, "_no_bf16_products", lambda place: None)
+    monkeypatch.setattr(nn.functional, "linear", linear_)
+    rows = rows_of(capsys, "linear", "--rounds", 1, "--rivals", "compile,mkldnn")
+    assert {"torch.compile", "torch.compile, autocast bf16", "mkldnn.matmul.fp32_precision = bf16"} <= set(rows)
+    assert sorted(calls) == [False, False, False, True, True]  # the check whether it compiles, and two rounds of each
+    assert settings.count("bf16") == 2 and setting.fp32_precision == before
+
+
+def test_a_rival_that_this_machine_has_not_is_left_out_in_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(linear, "SHAPE", (64, 32, 48))
+
+    def no_compiler(function):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert main(["bench", "linear", "--rounds", "1"]) == 0
+    *_, compiled, products = capsys.readouterr().out.splitlines()
+    assert compiled == "torch.compile: left out, as it fails here (RuntimeError: no C++ compiler)"
+    assert products == "mkldnn.matmul.fp32_precision = bf16: left out, as this CPU has no bfloat16 multipliers"
+
+
+def test_memory_has_its_rivals_and_the_largest_batch_both_measured_and_modelled(capsys, monkeypatch):
+    monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
+    monkeypatch.setattr(memory, "TOKENS", 64)
+    monkeypatch.setattr(
+        memory, "peak", lambda variant, tokens, device: (100 if variant.flags else 200) * tokens + 10**8
+    )
+    modelled = {None: 10, "[2,2,2,16]": 20}  # tests/cli/test_cost.py has the model's own figures
+    monkeypatch.setattr(
+        footprint,
+        "Step",
+        lambda spec, level=None: SimpleNamespace(largest_batch=lambda limit: modelled[level and str(level)]),
+    )
+    rows = rows_of(capsys, "memory", "--fit", "200MB")
+    assert rows["peak resident all [2,2,2,16]"]["bytes"] == 100 * memory.LARGE_BATCH + 10**8
+    assert rows["saved bytes --checkpoint-activations"]["ratio_min"] < 1  # of the others this model's weights are most
+    assert rows["saved bytes autocast bf16"]["ratio_min"] > 0
+    for name, per_token in (("fit float32", 200), ("fit all [2,2,2,16]", 100), ("fit autocast bf16", 200)):
+        row = rows[name]
+        assert 0.97 * 10**8 / per_token < row["measured_tokens"] <= 10**8 / per_token < row["too_many_tokens"]
+        assert row["peak_bytes"] <= row["fit_bytes"] == 2 * 10**8
+    assert (
+        rows["fit float32"]["modelled_tokens"] == 32 * 10 and rows["fit all [2,2,2,16]"]["modelled_tokens"] == 32 * 20
+    )
+    assert rows["fit --checkpoint-activations"]["modelled_tokens"] is None
+
+
+@pytest.mark.parametrize("largest", [0, 1, 7, 40, 96, 1000, 12345])
+def test_the_largest_batch_is_found_in_few_steps(largest):
+    tried = []
+
+    def peak(batch):
+        tried.append(batch)
+        return 1000 + 10 * batch + batch // 7 % 3  # not quite a line
+
+    fits, own, above = memory.largest_batch(peak, 1012 + 10 * largest)
+    assert 0.97 * largest - 1 <= fits <= largest + 1 and len(tried) <= memory.MOST_STEPS
+    assert own is None if fits == 0 else own <= 1012 + 10 * largest
+    assert above is None or peak(above) > 1012 + 10 * largest
+
+
+def test_a_peak_is_of_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = torch.ones(here // 4)  # more than all that this process held before
+    own, more = (memory.peak(memory.FLOAT32, tokens, "cpu") for tokens in (64, 2048))
+    assert 0 < own < more < held.nbytes + here
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--rounds", 0), ("--threads", -1)])
 def test_bad_input_gets_one_line(capsys, flag, value):
     assert main(["bench", "quantize", flag, str(value)]) == 2
@@ -97,7 +197,7 @@ def test_bad_input_gets_one_line(capsys, flag, value):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_benches_of_half_precision(capsys, monkeypatch, dtype):
     monkeypatch.setattr(linear, "SHAPE", (64, 32, 48))
-    rows = rows_of(capsys, "linear", "--rounds", 1, "--dtype", dtype)
+    rows = rows_of(capsys, "linear", "--rounds", 1, "--dtype", dtype, "--rivals", "autocast,peers")
     assert all(row["over"] == dtype for row in rows.values())
 
 
@@ -107,21 +207,42 @@ def test_benches_of_half_precision(capsys, monkeypatch, dtype):
 def test_a_bench_runs_on_a_device(capsys, monkeypatch, device):
     monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
     monkeypatch.setattr(train_step, "TOKENS", 64)
-    rows = rows_of(capsys, "train-step", "--rounds", 1, "--device", device)
-    assert {"[2,2,2,16]", "[16,4,4,16] scope all"} <= set(rows)
+    rows = rows_of(capsys, "train-step", "--rounds", 1, "--device", device, "--rivals", "autocast")
+    assert {"[2,2,2,16]", "[16,4,4,16] scope all", "autocast bf16"} <= set(rows)
+    assert all(row["over_autocast_min"] > 0 for row in rows.values())
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["optimizer", "--device", "cuda"], "--device: got cuda, which torch does not find here"),
+        (
+            ["quantize", "--rivals", "autocast"],
+            "--rivals: got quantize, expected one of linear, train-step, memory beside",
+        ),
+        (
+            ["linear", "--rivals", "tpu"],
+            "--rivals: got 'tpu', expected none or some of autocast, compile, mkldnn, peers",
+        ),
+        (["linear", "--fit", "4GB"], "--fit: got linear, expected one of memory beside it"),
+        (["memory", "--fit", "much"], "--fit: got 'much', expected a size such as 16GB"),
+        (["memory", "--fit", "900TB"], "--fit: got 900000000000000 bytes, expected at most "),
+        (["all"], "--out: got none with all, expected a folder with all"),
+        (["linear", "--out", "there"], "--out: got there with linear, expected a folder with all"),
+        (
+            ["all", "--out", "there", "--rivals", "compile,tpu"],
+            "--rivals: got 'tpu', expected none or some of autocast",
+        ),
+        (["all", "--out", "there", "--json"], "--json: got it with all"),
         (["linear", "--dtype", "int8"], "--dtype: got 'int8', expected one of float32, bfloat16, float16"),
         (["linear", "--device", "tpu"], "--device: got 'tpu', expected cpu or cuda"),
         (
             ["python", "--dtype", "float16"],
-            "--device, --dtype: got python, expected one of quantize, linear, train-step",
+            "--dtype: got python, expected one of quantize, linear, train-step beside it",
         ),
     ],
 )
-def test_where_no_bench_runs_is_said_in_one_line(capsys, words, said):
+def test_where_no_bench_runs_is_said_in_one_line(capsys, monkeypatch, words, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *words]) != 0
     assert said in capsys.readouterr().err
