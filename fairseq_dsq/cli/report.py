@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_dsq import artefact
-from fairseq_dsq.report import tables
+from fairseq_dsq.cli import blame
+from fairseq_dsq.report import benches, tables
+from fairseq_dsq.report.benches import Bench
 from fairseq_dsq.report.runs import Run, missing_extra, read_run
 from fairseq_dsq.report.scores import GIVEN, scores, stale
 from fairseq_dsq.report.tables import Table
@@ -36,10 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write table.md, .csv and .tex, figures as PNG and SVG, and index.html"
     )
+    parser.add_argument(
+        "--bench", type=Path, metavar="DIR", help="add what fairseq-dsq bench all --out DIR measured, as tables"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, unrounded, in place of the table")
 
 
 def main(args: argparse.Namespace) -> int:
+    with blame("--bench"):
+        measured = benches.read(args.bench) if args.bench else ()
     runs, skipped = _read(args.runs)
     for path in (path for run in runs for path in stale(run)):
         skipped.append(printable(f"{path}: scored another checkpoint than the run's {artefact.BEST}"))
@@ -50,8 +57,11 @@ def main(args: argparse.Namespace) -> int:
         found[index][GIVEN] = value
     baseline = None if args.baseline is None else _index("--baseline", args.baseline, runs)
     table = tables.make_table(runs, found, baseline)
-    written = _write(args, table, runs, skipped) if args.out else []
-    print(tables.to_json(table, runs, skipped) if args.json else tables.markdown(table), end="\n" if args.json else "")
+    written = _write(args, table, runs, skipped, measured) if args.out else []
+    if args.json:
+        print(tables.to_json(table, runs, skipped, measured))
+    else:
+        print(tables.markdown(table) + benches.markdown(measured), end="")
     if written:
         print(
             ("" if args.json else "\n") + f"wrote {args.out}: {', '.join(written)}",
@@ -95,7 +105,9 @@ def _given(text: str, runs: Sequence[Run]) -> tuple[int, float]:
     return _index("--quality", name, runs), number
 
 
-def _write(args: argparse.Namespace, table: Table, runs: Sequence[Run], skipped: Sequence[str]) -> list[str]:
+def _write(
+    args: argparse.Namespace, table: Table, runs: Sequence[Run], skipped: Sequence[str], measured: Sequence[Bench]
+) -> list[str]:
     """Write everything into the folder; returns the names of the files."""
     try:
         from fairseq_dsq.report import figures, html
@@ -113,8 +125,8 @@ def _write(args: argparse.Namespace, table: Table, runs: Sequence[Run], skipped:
     ]  # fmt: skip
     drawings = [html.Drawing(name, caption, figure) for name, caption, figure in candidates if figure is not None]
     texts = {
-        "index.html": html.page(table, runs, drawings, skipped, _command(args)),
-        "table.md": tables.markdown(table),
+        "index.html": html.page(table, runs, drawings, skipped, _command(args), measured),
+        "table.md": tables.markdown(table) + benches.markdown(measured),
         "table.csv": tables.csv_text(table),
         "table.tex": tables.tex(table),
     }
@@ -131,4 +143,6 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--baseline", args.baseline]
     for text in args.quality:
         words += ["--quality", text]
+    if args.bench is not None:
+        words += ["--bench", str(args.bench)]
     return printable(shlex.join([*words, "--out", str(args.out)]))

@@ -1,4 +1,4 @@
-"""One self-contained page: table, figures, epochs."""
+"""One self-contained page: table, figures, epochs, benches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fairseq_dsq.report import tables
+from fairseq_dsq.report import benches, tables
+from fairseq_dsq.report.benches import Bench
 from fairseq_dsq.report.figures import inline_svg
 from fairseq_dsq.report.runs import Epoch, Run
 from fairseq_dsq.report.tables import Table, fixed
@@ -30,7 +31,14 @@ class Drawing:
     figure: Figure
 
 
-def page(table: Table, runs: Sequence[Run], drawings: Sequence[Drawing], skipped: Sequence[str], command: str) -> str:
+def page(
+    table: Table,
+    runs: Sequence[Run],
+    drawings: Sequence[Drawing],
+    skipped: Sequence[str],
+    command: str,
+    measured: Sequence[Bench] = (),
+) -> str:
     """The page as text, without any reference to the outside."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -47,6 +55,10 @@ def page(table: Table, runs: Sequence[Run], drawings: Sequence[Drawing], skipped
         notes=tables.all_notes(table),
         held=tables.held(table),
         held_note=tables.HELD_NOTE,
+        benches=[
+            {"name": bench.name, "what": bench.what, "lines": benches.lines(bench), "below": benches.below(bench)}
+            for bench in measured
+        ],
         drawings=[
             {"caption": each.caption, "svg": Markup(inline_svg(each.figure, each.name, each.caption))}
             for each in drawings

@@ -27,7 +27,7 @@ from fairseq_dsq.text import printable
 FLOAT32, PLAIN = "Float32", "fairseq"
 _FORMAT_LABELS = {"bfp": "BFP", "fixed": "Fixed"}
 _FORMAT_NAMES = {"bfp": "BFP", "fixed": "Fixed-point"}
-_MISSING = "-"
+MISSING = "-"
 # The sums of a log have six digits: what lies this close to half a unit was half a unit.
 _LOGGED_PLACES = 5
 
@@ -88,7 +88,7 @@ class Table:
 
     def label(self, row: Row) -> str:
         """What a legend calls a row: method and setup, and the run's name where others share these."""
-        setup = "" if row.setup == _MISSING or row.method == FLOAT32 else f" {row.setup}"
+        setup = "" if row.setup == MISSING or row.method == FLOAT32 else f" {row.setup}"
         alike = sum((other.method, other.setup) == (row.method, row.setup) for other in self.rows)
         return f"{row.method}{setup}{f' ({row.name})' if alike > 1 else ''}"
 
@@ -139,7 +139,7 @@ def describe(run: Run) -> tuple[str, str]:
     """(method, precision setup) from the flags in a run's record; a log alone does not tell them."""
     flags = run.flags
     if not flags:
-        return PLAIN if _costs(run) is None else run.name, _MISSING
+        return PLAIN if _costs(run) is None else run.name, MISSING
     flags = {**DSQ_DEFAULTS, **flags}
     name = flags["dsq_format"]
     if name == "float32":
@@ -298,7 +298,7 @@ def fixed(value: float, digits: int, sign: bool = False) -> str:
 def relative(value: float | None) -> str:
     """A relative cost with the paper's digits: two after the point, three below 0.1 (it prints 0.45 and 0.012)."""
     if value is None:
-        return _MISSING
+        return MISSING
     text = fixed(value, 3)
     return text if float(text) < 0.1 else fixed(value, 2)
 
@@ -313,7 +313,7 @@ def cells(table: Table, row: Row) -> list[str]:
     """A row's text."""
     quality = []
     for name in table.metrics:
-        text = fixed(row.scores[name], METRICS[name].digits) if name in row.scores else _MISSING
+        text = fixed(row.scores[name], METRICS[name].digits) if name in row.scores else MISSING
         if name in row.differences:
             text += f" ({fixed(row.differences[name], METRICS[name].digits, sign=True)})"
         quality.append(text)
@@ -352,7 +352,7 @@ def held(table: Table) -> list[list[str]]:
     for row, values in zip(table.rows, parts, strict=True):
         known = [value for value in values if value is not None]
         total = sum(known) if len(known) == len(values) else None
-        texts = [_MISSING if value is None else fixed(value / 1e6, 2) for value in (*values, total)]
+        texts = [MISSING if value is None else fixed(value / 1e6, 2) for value in (*values, total)]
         lines.append([table.label(row), *texts])
     return lines
 
@@ -360,9 +360,9 @@ def held(table: Table) -> list[list[str]]:
 def markdown(table: Table) -> str:
     """The tables and their notes as Markdown, columns aligned."""
     lines = [header(table)] + [cells(table, row) for row in table.rows]
-    parts = [_markdown(lines, _left(table)), *map(escape_markdown, all_notes(table))]
+    parts = [markdown_table(lines, _left(table)), *map(escape_markdown, all_notes(table))]
     if lines := held(table):
-        parts += [_markdown(lines, 1), escape_markdown(HELD_NOTE)]
+        parts += [markdown_table(lines, 1), escape_markdown(HELD_NOTE)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -371,7 +371,8 @@ def _left(table: Table) -> int:
     return len(header(table)) - len(table.metrics) - 2
 
 
-def _markdown(lines: list[list[str]], left: int) -> str:
+def markdown_table(lines: list[list[str]], left: int) -> str:
+    """A table whose first ``left`` columns are text; the first line is its header."""
     lines = [[escape_markdown(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
@@ -433,8 +434,12 @@ def csv_text(table: Table) -> str:
     return buffer.getvalue()
 
 
-def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str]) -> str:
-    """One object: ``runs`` with their flags and epochs, ``summary`` with the table's rows; unrounded, NaN as null."""
+def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str], benches: Sequence[Any] = ()) -> str:
+    """One object: ``runs`` with their flags and epochs, ``summary`` with the table's rows; unrounded, NaN as null.
+
+    Args:
+        benches: dataclasses, which are put beside them.
+    """
     document = {
         "runs": [{**dataclasses.asdict(run), "path": str(run.path)} for run in runs],
         "summary": {
@@ -444,6 +449,7 @@ def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str]) -> str:
             "notes": all_notes(table),
         },
         "skipped": list(skipped),
+        **({"bench": [dataclasses.asdict(bench) for bench in benches]} if benches else {}),
     }
     return json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False)
 

@@ -1,7 +1,12 @@
 """fairseq-dsq bench: its rows and what they hold; the ratios themselves are measured elsewhere."""
 
+import contextlib
+import copy
+import functools
+import io
 import json
 import resource
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -9,12 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_dsq.bench import linear, memory, optimizer, rivals, train_step
+from fairseq_dsq.bench import ALL, linear, memory, optimizer, python, quantize, rivals, train_step
 from fairseq_dsq.bench.peers import microxcaling_style, naive
-from fairseq_dsq.bench.timing import interleave
+from fairseq_dsq.bench.timing import Found, interleave
+from fairseq_dsq.cli import bench as bench_command
 from fairseq_dsq.cli import main
-from fairseq_dsq.plugin import footprint
+from fairseq_dsq.plugin import footprint, probe
 from fairseq_dsq.plugin.held import saved_bytes
+from fairseq_dsq.report.tables import fixed
+from tests.report import samples
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +30,15 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def configurations(monkeypatch):
+    """fairseq's are made once of the same flags: each takes a second."""
+    monkeypatch.setattr(probe, "training_config", lambda flags: copy.deepcopy(_configuration(tuple(flags))))
+
+
+_configuration = functools.cache(probe.training_config)
 
 
 def rows_of(capsys, *argv):
@@ -152,6 +169,7 @@ def test_memory_has_its_rivals_and_the_largest_batch_both_measured_and_modelled(
         "Step",
         lambda spec, level=None: SimpleNamespace(largest_batch=lambda limit: modelled[level and str(level)]),
     )
+    monkeypatch.setattr(memory, "OURS", memory.OURS[:1])
     rows = rows_of(capsys, "memory", "--fit", "200MB")
     assert rows["peak resident all [2,2,2,16]"]["bytes"] == 100 * memory.LARGE_BATCH + 10**8
     assert rows["saved bytes --checkpoint-activations"]["ratio_min"] < 1  # of the others this model's weights are most
@@ -186,6 +204,105 @@ def test_a_peak_is_of_a_process_of_its_own(monkeypatch):
     held = torch.ones(here // 4)  # more than all that this process held before
     own, more = (memory.peak(memory.FLOAT32, tokens, "cpu") for tokens in (64, 2048))
     assert 0 < own < more < held.nbytes + here
+
+
+@pytest.fixture
+def small_benches(monkeypatch):
+    """Benches of small sizes, in this process; gives the words that each ran with."""
+    ran = []
+
+    def run_here(words):
+        ran.append(words)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(["bench", *words, "--json"]) == 0
+        return out.getvalue()
+
+    monkeypatch.setattr(bench_command, "run_alone", run_here)
+    monkeypatch.setattr(train_step, "ARCH", "transformer_tiny")
+    for module, small in (
+        (train_step, {"TOKENS": 64, "LEVELS": ("[2,2,2,16]",)}),
+        (optimizer, {"TOKENS": 64}),
+        (linear, {"SHAPE": (64, 32, 48)}),
+        (quantize, {"ROWS": 64, "COLUMNS": 64}),
+        (python, {"run": lambda settings: Found([{"name": "a step", "ratio_min": 1.5, "launches": 450}])}),
+        (
+            memory,
+            {"TOKENS": 64, "OURS": memory.OURS[:1], "peak": lambda variant, tokens, device: 10**6 * len(variant[0])},
+        ),
+    ):
+        for name, value in small.items():
+            monkeypatch.setattr(module, name, value)
+    return ran
+
+
+def test_all_benches_in_a_folder_that_goes_on_where_it_stopped_and_a_page_of_them(small_benches, capsys, tmp_path):
+    argv = ["bench", "all", "--rounds", "1", "--rivals", "autocast,checkpointing", "--out", str(tmp_path / "found")]
+    assert main(argv) == 0
+    assert [words[0] for words in small_benches] == list(ALL)
+    found = {name: json.loads((tmp_path / "found" / f"{name}.json").read_text()) for name in ALL}
+    for name, document in found.items():
+        machine = document["machine"]
+        assert document["command"].startswith(f"fairseq-dsq bench {name} --threads 1 --rounds 1")
+        assert machine["processor"] and machine["kernels"] and machine["torch"] == torch.__version__
+        assert machine["threads"] == 1 and document["version"] and document["rows"]
+    assert [row["name"] for row in found["linear"]["rows"]][-1] == "autocast bf16"
+
+    # What is there and was made so is kept; what is damaged or of other settings is made again.
+    (tmp_path / "found/quantize.json").write_text("{")
+    older = {**found["linear"], "version": "an older one"}
+    (tmp_path / "found/linear.json").write_text(json.dumps(older))
+    small_benches.clear()
+    assert main(argv) == 0
+    assert [words[0] for words in small_benches] == ["quantize", "linear"]
+    assert f"train-step: kept {tmp_path / 'found/train-step.json'}" in capsys.readouterr().out
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/dsq.jsonl").write_text(samples.record(samples.DSQ, [4.0]))
+    report = ["report", str(tmp_path / "run"), "--bench", str(tmp_path / "found")]
+    assert main([*report, "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page/index.html").read_text()
+    rows = {name: json.loads((tmp_path / "found" / f"{name}.json").read_text())["rows"] for name in ALL}
+    for shown in (page, capsys.readouterr().out, (tmp_path / "page/table.md").read_text()):
+        for name in ("linear", "train-step", "quantize", "optimizer", "python"):
+            assert all(fixed(row["ratio_min"], 3) in shown for row in rows[name])
+        assert all(fixed(row["bytes"] / 1e6, 2) in shown for row in rows["memory"])
+        assert found["linear"]["machine"]["processor"] in shown and "fairseq-dsq bench optimizer --threads 1" in shown
+    assert f"--bench {tmp_path / 'found'}" in page and "http" not in page.partition("Speed and memory")[2]
+    assert main([*report, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bench"][0]["rows"] == rows["linear"]
+
+
+def test_a_bench_that_fails_is_named_and_the_others_run(small_benches, capsys, monkeypatch, tmp_path):
+    def fail(words):
+        if words[0] != "linear":
+            raise ValueError("no memory left")
+        return run_here(words)
+
+    run_here = bench_command.run_alone
+    monkeypatch.setattr(bench_command, "run_alone", fail)
+    assert main(["bench", "all", "--rounds", "1", "--rivals", "none", "--out", str(tmp_path)]) == 1
+    assert "bench: memory failed: no memory left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["linear.json"]
+
+
+def test_a_process_of_its_own_runs_a_bench_or_says_why_not(monkeypatch):
+    document = json.loads(bench_command.run_alone(["quantize", "--rounds", "1"]))
+    assert document["bench"] == "quantize" and document["rows"]
+    failed = subprocess.CompletedProcess([], 2, "", "a warning\nfairseq-dsq bench: error: no memory left\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match=r"^fairseq-dsq bench: error: no memory left$"):
+        bench_command.run_alone(["quantize"])
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"bench": "linear"}'])
+def test_a_folder_without_benches_is_refused_in_one_line(capsys, tmp_path, text):
+    folder = tmp_path / "found"
+    folder.mkdir()
+    if text is not None:
+        (folder / "linear.json").write_text(text)
+    assert main(["report", str(tmp_path), "--bench", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--bench: {folder}" in line and ", expected " in line
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--rounds", 0), ("--threads", -1)])
