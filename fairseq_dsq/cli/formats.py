@@ -15,7 +15,8 @@ from torch import Tensor
 from fairseq_dsq import formats
 from fairseq_dsq.cli import blame
 from fairseq_dsq.formats import Format, definition
-from fairseq_dsq.gemm.base import terms
+from fairseq_dsq.gemm.native import MOST_TERMS
+from fairseq_dsq.kernels.ops import terms
 from fairseq_dsq.quantized import fake_quantize
 
 ROWS, COLUMNS = 256, 4096
@@ -68,7 +69,7 @@ def _row(fmt: Format, samples: tuple[Tensor, Tensor]) -> dict[str, Any]:
         "smallest": smallest,
         "sqnr_normal_db": normal,
         "sqnr_student_t_db": heavy,
-        "bfloat16_terms": terms(fmt.significand_bits),
+        "bfloat16_terms": count if (count := terms(fmt.significand_bits)) <= MOST_TERMS else None,
     }
 
 

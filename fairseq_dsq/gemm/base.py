@@ -22,14 +22,7 @@ from torch import Tensor
 
 from fairseq_dsq.formats import Float32, Format
 
-# Significant bits that one bfloat16 holds, and a value that is the exact sum of two.
-TERM_BITS = (8, 15)
 AUTO = "auto"
-
-
-def terms(significand_bits: int) -> int | None:
-    """bfloat16 terms that hold so many significant bits exactly; None if two do not."""
-    return next((count for count, most in enumerate(TERM_BITS, 1) if significand_bits <= most), None)
 
 
 class Side(NamedTuple):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import Float32
-from fairseq_dsq.gemm.base import TERM_BITS, Engine, Operand, Side, finish
+from fairseq_dsq.gemm.base import Engine, Operand, Side, finish
+from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
 # Significant bits that float32 products keep under torch's settings (TF32: 10 stored bits, 1 implicit).
-KEPT_BITS = {"tf32": 11, "bf16": TERM_BITS[0]}
+KEPT_BITS = {"tf32": 11, "bf16": BFLOAT16_SIGNIFICAND_BITS}
 # torch's name for what multiplies float32 on a type of device, by which it keeps its settings.
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 

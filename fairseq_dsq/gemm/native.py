@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat, Format
-from fairseq_dsq.gemm.base import Engine, Operand, Side, terms
+from fairseq_dsq.gemm.base import Engine, Operand, Side
 from fairseq_dsq.kernels import native, ops
+
+# Of the kernels: bfloat16 terms of an operand, bits of the codes that they round to.
+MOST_TERMS, MOST_FUSED_BITS = 2, 16
 
 
 class NativeEngine(Engine):
@@ -30,13 +33,15 @@ class NativeEngine(Engine):
         kernels = native.kernels
         if kernels is None or not kernels.has_gemm or device.type != "cpu" or dtype is not torch.float32:
             return False
-        if any(terms(side.significand_bits) is None for side in (a, b)):
+        if any(ops.terms(side.significand_bits) > MOST_TERMS for side in (a, b)):
             return False
         return kernels.gemm_takes_values or all(side.along and self.fuses_rounding(side.fmt) for side in (a, b))
 
     def fuses_rounding(self, fmt: Format) -> bool:
         spec = fmt.spec
-        return spec is not None and spec.box_size == DEFAULT_BOX_SIZE and spec == BlockFloat(spec.bits).spec
+        if spec is None or spec.bits > MOST_FUSED_BITS or spec.box_size != DEFAULT_BOX_SIZE:
+            return False
+        return spec == BlockFloat(spec.bits).spec
 
     def multiply(self, a: Operand, b: Operand, bias: Tensor | None, add_to: Tensor | None) -> Tensor:
         rows, columns = a.rows, b.rows
@@ -59,4 +64,4 @@ def _numbers(a: Side, b: Side) -> tuple[int, ...]:
     """
     fuses = NativeEngine().fuses_rounding
     bits = (side.fmt.bits if side.along and fuses(side.fmt) else 0 for side in (a, b))
-    return *bits, *(terms(side.significand_bits) or 1 for side in (a, b))
+    return *bits, *(ops.terms(side.significand_bits) for side in (a, b))

@@ -15,8 +15,8 @@ from nn.common import multiply, normal, operand
 
 from fairseq_dsq import gemm
 from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
-from fairseq_dsq.gemm import Engine, Side, base, float32, int8, plan
+from fairseq_dsq.formats import BlockFloat, FixedPoint, parse
+from fairseq_dsq.gemm import Engine, Side, float32, int8, plan
 from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.nn import GemmConfig, linear, matmul
 from fairseq_dsq.precision import PrecisionConfig
@@ -49,8 +49,10 @@ def engines(a, b, mode="auto", along=True, dtype=torch.float32):
         ("bfp16", "bfp4", "native"),
         ("bfp4", "bfp16", "native"),
         ("bfp16", "bfp16", "native"),
-        ("bfp17", "bfp2", "float32"),
-        ("bfp2", "bfp17", "float32"),
+        ("bfp17", "bfp2", KERNEL_OF_VALUES),
+        ("bfp2", "bfp17", KERNEL_OF_VALUES),
+        ("bfp18", "bfp2", "float32"),
+        ("bfp2", "bfp18", "float32"),
         ("fixed8", "fixed8", KERNEL_OF_VALUES),
         ("bfp4/32", "bfp4/32", KERNEL_OF_VALUES),
         ("float32", "float32", "float32"),
@@ -71,9 +73,9 @@ def test_a_cpu_takes_the_kernel_where_it_is_exact(a, b, expected):
         ("bfp4", "bfp4", torch.float32, None),
         (
             "bfp16",
-            "bfp17",
+            "bfp18",
             torch.float32,
-            "bfp16 by bfp17 in float32",
+            "bfp16 by bfp18 in float32",
         ),
         (
             "bfp4",
@@ -262,9 +264,15 @@ def test_a_step_is_the_same_on_either_arithmetic(q, fmt, rounding, box_dim):
         torch.testing.assert_close(auto, plain, rtol=1e-5, atol=2e-5)
 
 
-def test_formats_of_more_bits_than_two_terms_are_left_to_float32():
-    bits = [Float32().significand_bits, *(FixedPoint(bits).significand_bits for bits in (9, 10, 16, 17))]
-    assert [base.terms(each) for each in bits] == [None, 1, 2, 2, None]
+def test_two_terms_hold_every_number_of_sixteen_bits_and_not_of_seventeen():
+    sixteen = torch.arange(-(2**16) + 1, 2**16).float()
+    assert torch.equal(ops.split(sixteen, ops.terms(16)).double().sum(0), sixteen.double())
+    assert ops.terms(16) == 2 and (ops.split(torch.tensor([2.0**17 - 1]), 2).double().sum() != 2**17 - 1)
+    if TAKES_VALUES:  # times the identity, each term of each number
+        values = sixteen[:-1].reshape(-1, 2)
+        for eye, b_fmt in ((torch.eye(2), "bfp2"), (torch.eye(2), "bfp17")):
+            product = multiply(operand(values, parse("bfp17"), -1), operand(eye, parse(b_fmt), -2), "native")
+            assert torch.equal(product, values)
 
 
 @pytest.mark.parametrize(("a_fmt", "b_fmt"), [("fixed8", "fixed8"), ("fixed3", "fixed8"), ("fixed8.4", "fixed6.3")])

@@ -148,6 +148,24 @@ def test_inf_and_nan_propagate(outer):
     assert torch.equal(gemm(a, b)[0].isnan(), (a @ b.mT)[0].isnan())
 
 
+@pytest.mark.parametrize("bits", [(0, 0), (8, 8), (16, 4), (16, 16)], ids=str)
+@pytest.mark.parametrize("terms", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_nan_stays_one_whatever_its_bits(kernels, bits, terms, outer):
+    if bits == (0, 0) and not kernels.gemm_takes_values:
+        pytest.skip("rounds its operands")
+    a, b = torch.ones(1, 35, 40), torch.ones(1, 35, 40)  # no zero: times Inf it would be NaN
+    # Alone in the lower half, which a cut to bfloat16 takes away; in the upper; both.
+    payloads = [
+        sign + pattern for sign in (0, -(2**31)) for pattern in (0x7F800001, 0x7F80FFFF, 0x7FA00000, 0x7FFFFFFF)
+    ]
+    for row, payload in enumerate(payloads):
+        a.view(torch.int32)[0, row, row], b.view(torch.int32)[0, 2 * row + 1, 39 - row] = payload, payload
+    product = gemm(laid_out(a, outer, 3), laid_out(b, outer, 3), bits, terms)[0]
+    expected = a[0].isnan().any(1)[:, None] | b[0].isnan().any(1)
+    assert torch.equal(product.isnan(), expected) and (product[~expected] == 40).all()
+
+
 def test_empty_products():
     bias = torch.arange(4.0)
     out = torch.full((2, 3, 4), 5.0)

@@ -1,7 +1,7 @@
 // Codes of `width` bits each to packed bytes and back, little-endian.
 #pragma once
 
-#include "lanes.h"
+#include "loops.h"
 
 namespace {
 
@@ -23,32 +23,64 @@ INLINE uint64_t spread_out(uint64_t w, int width) {
     return (w & codes * 0x0001000100010001u) | (w << gap & 0xff00ff00ff00ff00u);
 }
 
-// `Word` holds eight codes of a fast width exactly.
-template <class Word>
-INLINE void close_up_words(const uint8_t* codes, int64_t count, uint8_t* out) {
-    for (int64_t i = 0; i < count / 8; i++) {
+// The number of so many bytes, little-endian. In parts that are loads: copied into a longer number, each waits for its
+// own stores.
+template <int BYTES>
+INLINE uint64_t load_bytes(const uint8_t* from) {
+    uint64_t low = 0;
+    if constexpr (BYTES >= 4) {
+        uint32_t part;
+        memcpy(&part, from, 4);
+        low = part;
+    } else if constexpr (BYTES >= 2) {
+        uint16_t part;
+        memcpy(&part, from, 2);
+        low = part;
+    } else if constexpr (BYTES == 1) {
+        low = *from;
+    }
+    constexpr int LOADED = BYTES >= 4 ? 4 : BYTES >= 2 ? 2 : BYTES;
+    if constexpr (LOADED < BYTES) low |= load_bytes<BYTES - LOADED>(from + LOADED) << 8 * LOADED;
+    return low;
+}
+
+// Eights of codes: `WIDTH` bytes each.
+template <int WIDTH>
+INLINE void close_up_words(const uint8_t* codes, int64_t words, uint8_t* out) {
+    for (int64_t i = 0; i < words; i++) {
         uint64_t w;
         memcpy(&w, codes + 8 * i, 8);
-        Word word = (Word)close_up(w, sizeof(Word));
-        memcpy(out + i * sizeof(Word), &word, sizeof word);
+        w = close_up(w, WIDTH);
+        memcpy(out + i * WIDTH, &w, WIDTH);
     }
 }
-template <class Word>
-INLINE void spread_out_words(const uint8_t* from, int64_t count, uint8_t* codes) {
-    for (int64_t i = 0; i < count / 8; i++) {
-        Word word;
-        memcpy(&word, from + i * sizeof(Word), sizeof word);
-        uint64_t w = spread_out(word, sizeof(Word));
+template <int WIDTH>
+INLINE void spread_out_words(const uint8_t* from, int64_t words, uint8_t* codes) {
+    for (int64_t i = 0; i < words; i++) {
+        uint64_t w = spread_out(load_bytes<WIDTH>(from + i * WIDTH), WIDTH);
         memcpy(codes + 8 * i, &w, 8);
     }
+}
+
+// work(width), known when compiling, for what the words above take; whether they do.
+template <class Work>
+INLINE bool with_short_width(int width, Work work) {
+    if (width == 2) return work(Count<2>()), true;
+    if (width == 3) return work(Count<3>()), true;
+    if (width == 4) return work(Count<4>()), true;
+    if (width == 5) return work(Count<5>()), true;
+    if (width == 6) return work(Count<6>()), true;
+    if (width == 7) return work(Count<7>()), true;
+    return false;
 }
 
 // Codes, one per T, to `width` bits each, beginning and ending on whole bytes.
 template <class T>
 void write_bits(const T* codes, int64_t count, int width, uint8_t* out) {
-    if (sizeof(T) == 1 && count % 8 == 0) {
-        if (width == 2) return close_up_words<uint16_t>((const uint8_t*)codes, count, out);
-        if (width == 4) return close_up_words<uint32_t>((const uint8_t*)codes, count, out);
+    if (sizeof(T) == 1) {  // what is left has no more than seven codes
+        int64_t words = count / 8;
+        if (with_short_width(width, [&](auto bits) { close_up_words<bits()>((const uint8_t*)codes, words, out); }))
+            codes += 8 * words, out += width * words, count -= 8 * words;
     }
     if (width == 8 * (int)sizeof(T)) {
         memcpy(out, codes, count * sizeof(T));
@@ -72,9 +104,10 @@ void write_bits(const T* codes, int64_t count, int width, uint8_t* out) {
 
 template <class T>
 void read_bits(const uint8_t* from, int64_t count, int width, T* codes) {
-    if (sizeof(T) == 1 && count % 8 == 0) {
-        if (width == 2) return spread_out_words<uint16_t>(from, count, (uint8_t*)codes);
-        if (width == 4) return spread_out_words<uint32_t>(from, count, (uint8_t*)codes);
+    if (sizeof(T) == 1) {
+        int64_t words = count / 8;
+        if (with_short_width(width, [&](auto bits) { spread_out_words<bits()>(from, words, (uint8_t*)codes); }))
+            codes += 8 * words, from += width * words, count -= 8 * words;
     }
     if (width == 8 * (int)sizeof(T)) {
         memcpy(codes, from, count * sizeof(T));

@@ -55,23 +55,6 @@ constexpr int PREFETCH = 64;      // floats ahead, when packing
 // A block of A (384 KB at most) stays in L2, a panel of it in L1.
 constexpr long K_BLOCK = 512, M_BLOCK = 192;
 
-struct Source {  // an operand, or a part of it: `rows` rows of length k
-    const float* data;
-    long stride, rows, k;
-    int k_outer, bits, other_bits;
-    Source part(long row, long row_count, long k0, long k_count) const {
-        Source s = *this;
-        s.data += k_outer ? k0 * stride + row : row * stride + k0;
-        s.rows = std::min(row_count, rows - row);
-        s.k = std::min(k_count, k - k0);
-        return s;
-    }
-    // Integer codes are worth 2^(E - (bits - 2)). B's scale takes A's 2^-(bits - 2) along: then A's own is always a
-    // normal number, and a box's sum, under 2^(bits of A + bits of B + 2), times B's scale only overflows if B holds
-    // 2^122 or more.
-    int scale_shift(Side side) const { return side == B ? bits + other_bits - 4 : 0; }
-};
-
 struct Tile {  // where a tile goes: some rows of up to B_ROWS columns
     float* c;
     long stride, columns;
@@ -149,8 +132,7 @@ void multiply(const Source& a, const uint32_t* packed_b, long n, uint32_t* packe
 
 struct Scratch {
     uint32_t* words;
-    explicit Scratch(long count)  // never nothing, whose address may be null
-        : words(static_cast<uint32_t*>(aligned_alloc(64, (count * sizeof(uint32_t) / 64 + 1) * 64))) {}
+    explicit Scratch(long count) : words(allocate(count)) {}
     Scratch(const Scratch&) = delete;
     ~Scratch() { free(words); }
 };
@@ -245,8 +227,7 @@ EXPORT int32_t DSQ_NAME(gemm)(GEMM_ARGUMENTS) {
     if (!cpu_runs() || (!coded && !cpu_takes_values())) return DSQ_UNAVAILABLE;
     if (batch == 0 || m == 0 || n == 0) return DSQ_OK;
     Tile t = {c, c_row_stride, n, bias, accumulate != 0};
-    Source sa = {a->data, a->row_stride, m, k, a->k_outer, a->bits, b->bits};
-    Source sb = {b->data, b->row_stride, n, k, b->k_outer, b->bits, a->bits};
+    Source sa(*a, m, k, b->bits), sb(*b, n, k, a->bits);
     return with_engine(*a, *b, [&](auto engine) {
         return run<decltype(engine)>(sa, a->batch_stride, sb, b->batch_stride, t, c_batch_stride, batch, threads);
     });

@@ -1,7 +1,9 @@
 // What the GEMM kernels have in common: their operands as native/__init__.py describes them, and what they refuse.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "names.h"
 
@@ -32,6 +34,32 @@ enum Side { A, B };
 inline int terms_of(const DsqOperand& x) { return x.bits ? 1 + (x.bits > ONE_TERM_BITS) : x.terms; }
 inline bool valid(const DsqOperand& x) {
     return x.bits ? x.bits >= 2 && x.bits <= 16 : x.terms == 1 || x.terms == 2;
+}
+
+struct Source {  // an operand, or a part of it: `rows` rows of length k
+    const float* data;
+    long stride, rows, k;
+    int k_outer, bits, other_bits;
+
+    Source(const DsqOperand& x, long rows, long k, int other_bits)
+        : data(x.data), stride(x.row_stride), rows(rows), k(k), k_outer(x.k_outer), bits(x.bits),
+          other_bits(other_bits) {}
+
+    Source part(long row, long row_count, long k0, long k_count) const {
+        Source s = *this;
+        s.data += k_outer ? k0 * stride + row : row * stride + k0;
+        s.rows = std::min(row_count, rows - row);
+        s.k = std::min(k_count, k - k0);
+        return s;
+    }
+    // Integer codes are worth 2^(E - (bits - 2)). B's scale takes A's 2^-(bits - 2) along: then A's own is always a
+    // normal number, and a box's sum, under 2^(bits of A + bits of B + 2), times B's scale only overflows if B holds
+    // 2^122 or more.
+    int scale_shift(Side side) const { return side == B ? bits + other_bits - 4 : 0; }
+};
+
+inline uint32_t* allocate(long words) {  // never nothing, whose address may be null
+    return static_cast<uint32_t*>(aligned_alloc(64, (words * sizeof(uint32_t) / 64 + 1) * 64));
 }
 
 }  // namespace

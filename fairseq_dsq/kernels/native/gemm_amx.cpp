@@ -32,7 +32,7 @@
 #include <cstdlib>
 
 #include "encode.h"
-#include "transpose_avx512.h"
+#include "avx512.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <cpuid.h>
@@ -45,8 +45,6 @@ namespace {
 constexpr int STEP = 2 * BOX, PANEL = 2 * BOX;
 constexpr int UNIT = BOX * BOX;         // words
 constexpr long STREAMED = 1L << 20;     // values of C that are written past the caches: 4 MB
-constexpr int SMALLER_MAGNITUDE = 2;    // range: of two operands, with the sign of the first
-constexpr int NOT_FINITE = 0x99;        // fpclass: quiet NaN, +Inf, -Inf, signalling NaN
 constexpr uint32_t UPPER = 0xFFFF0000;  // a float32's bits that are a bfloat16
 
 // ---------------------------------------- tiles
@@ -182,21 +180,6 @@ struct Rounding {
         return _mm512_range_ps(code, limit, SMALLER_MAGNITUDE);
     }
 };
-
-struct Source {  // an operand, or a part of it: `rows` rows of length k
-    const float* data;
-    long stride, rows, k;
-    int k_outer, bits;
-    Source part(long row, long row_count, long k0, long k_count) const {
-        Source s = *this;
-        s.data += k_outer ? k0 * stride + row : row * stride + k0;
-        s.rows = std::min(row_count, rows - row);
-        s.k = std::min(k_count, k - k0);
-        return s;
-    }
-};
-
-inline __mmask16 first(long lanes) { return lanes >= LANES ? 0xFFFF : lanes > 0 ? (1u << lanes) - 1 : 0; }
 
 // The two boxes of a unit of the source s, whose rows or values of K are the vectors: x[0] and x[1].
 template <bool OUTER>
@@ -372,10 +355,6 @@ struct Target {  // C, or a part of it
     }
 };
 
-uint32_t* allocate(long words) {
-    return static_cast<uint32_t*>(aligned_alloc(64, (words * sizeof(uint32_t) / 64 + 1) * 64));
-}
-
 // A product's blocks. Panels of A of 32 KB, or of A and B, in L1 (48 KB); a block of A and its sums in L2 (2 MB).
 template <class Tiles, int A_TERMS, int B_TERMS>
 struct Product {
@@ -476,8 +455,7 @@ template <class Tiles>
 int gemm(GEMM_ARGUMENTS) {
     if (!valid(*a) || !valid(*b) || batch < 0 || m < 0 || n < 0 || k < 0) return DSQ_BAD_ARGUMENT;
     if (batch == 0 || m == 0 || n == 0) return DSQ_OK;
-    Source sa = {a->data, a->row_stride, m, k, a->k_outer, a->bits};
-    Source sb = {b->data, b->row_stride, n, k, b->k_outer, b->bits};
+    Source sa(*a, m, k, b->bits), sb(*b, n, k, a->bits);
     Target t = {c, c_row_stride, m, n, bias, accumulate != 0, m * n >= STREAMED};
     int a_terms = terms_of(*a), b_terms = terms_of(*b);
     auto with = a_terms == 1 ? (b_terms == 1 ? run<Tiles, 1, 1> : run<Tiles, 1, 2>)

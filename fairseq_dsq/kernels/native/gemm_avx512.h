@@ -1,18 +1,15 @@
 // The engines of gemm.cpp for AVX512-VNNI and, where the CPU has it, AVX512-BF16.
 #pragma once
 
-#include "transpose_avx512.h"
+#include "avx512.h"
 
 namespace {
 
 constexpr int PAIRS = BOX / 2;
 constexpr int A_ROWS = 12, B_ROWS = 2 * LANES;  // a tile of 12 x 32: 24 accumulators, 2 vectors of B, 1 of A
 constexpr int A_PANELS = 4;                     // three times 16 rows, as many as are packed at once
-constexpr int SMALLER_MAGNITUDE = 2;            // range: of two operands, with the sign of the first
-constexpr int NOT_FINITE = 0x99;                // fpclass: quiet NaN, +Inf, -Inf, signalling NaN
 
 inline __m512i bits_of(__m512 x) { return _mm512_castps_si512(x); }
-inline __mmask16 first(long lanes) { return lanes >= LANES ? 0xFFFF : lanes > 0 ? (1u << lanes) - 1 : 0; }
 
 // ---------------------------------------- packing
 // Everything below works on one box of 16 rows: x[k] holds value k of each row.

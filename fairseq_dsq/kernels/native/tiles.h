@@ -64,35 +64,62 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
     });
 }
 
-// Boxes of 16 or 32 codes of a width that divides 16: the codes of a column are whole words of 32 bits.
+// Boxes of 16 or 32 codes whose bits are whole words of 32 bits: a column's lie together, so that the words of all
+// columns are interleaved, with room for a power of two of them.
+constexpr int room_for(int words) { return words <= 1 ? 1 : 2 * room_for((words + 1) / 2); }
+
+template <int WORDS>
+INLINE void store_words(uint8_t* out, U (&words)[room_for(WORDS)], int64_t columns) {
+    constexpr int ROOM = room_for(WORDS);
+    interleave<ROOM>(words);
+    if (ROOM == WORDS) {
+        memcpy(out, words, columns * WORDS * 4);
+        return;
+    }
+    for (int64_t column = 0; column < columns; column++)
+        memcpy(out + column * WORDS * 4, (const uint8_t*)words + column * ROOM * 4, WORDS * 4);
+}
+template <int WORDS>
+INLINE void load_words(const uint8_t* from, U (&words)[room_for(WORDS)], int64_t columns) {
+    constexpr int ROOM = room_for(WORDS);
+    if (ROOM == WORDS)
+        memcpy(words, from, columns * WORDS * 4);
+    else
+        for (int64_t column = 0; column < columns; column++)
+            memcpy((uint8_t*)words + column * ROOM * 4, from + column * WORDS * 4, WORDS * 4);
+    separate<ROOM>(words);
+}
+
 template <int WIDTH, int N, bool STOCHASTIC, class Format>
 void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     constexpr int WORDS = WIDTH * N / 32;
     for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
-        U words[WORDS]{};
+        U words[room_for(WORDS)]{};
         Scale scale = down.of_columns(column);
 #pragma GCC unroll 32
         for (int row = 0; row < N; row++) {
             int64_t at = row * tile.stride + column;
             U field = encode_field<STOCHASTIC>(load<F>(x + at, count), scale, format, tile.index + at, seed);
-            words[row * WIDTH / 32] |= field << (row * WIDTH % 32);
+            int word = row * WIDTH / 32, bit = row * WIDTH % 32;
+            words[word] |= field << bit;
+            if (bit + WIDTH > 32) words[word + 1] |= field >> (32 - bit);
         }
-        interleave<WORDS>(words);
-        memcpy(out + column * WORDS * 4, words, (count == LANES ? LANES : count) * WORDS * 4);
+        store_words<WORDS>(out + column * WORDS * 4, words, count == LANES ? LANES : count);
     });
 }
 template <int WIDTH, int N, class Out, class Format>
 void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     constexpr int WORDS = WIDTH * N / 32;
     for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
-        U words[WORDS]{};
-        memcpy(words, from + column * WORDS * 4, (count == LANES ? LANES : count) * WORDS * 4);
-        separate<WORDS>(words);
+        U words[room_for(WORDS)]{};
+        load_words<WORDS>(from + column * WORDS * 4, words, count == LANES ? LANES : count);
         Scale scale = up.of_columns(column);
 #pragma GCC unroll 32
         for (int row = 0; row < N; row++) {
-            U field = words[row * WIDTH / 32] >> (row * WIDTH % 32) & (~0u >> (32 - WIDTH));
-            put(out + row * tile.stride + column, times(from_field(field, format), scale), count);
+            int word = row * WIDTH / 32, bit = row * WIDTH % 32;
+            U field = words[word] >> bit;
+            if (bit + WIDTH > 32) field |= words[word + 1] << (32 - bit);
+            put(out + row * tile.stride + column, times(from_field(field & (~0u >> (32 - WIDTH)), format), scale), count);
         }
     });
 }
@@ -142,9 +169,11 @@ template <class Work>
 INLINE bool with_words(int64_t rows, int width, Work work) {
     if (rows == 16 && width == 2) return work(Count<2>(), Count<16>()), true;
     if (rows == 16 && width == 4) return work(Count<4>(), Count<16>()), true;
+    if (rows == 16 && width == 6) return work(Count<6>(), Count<16>()), true;
     if (rows == 16 && width == 8) return work(Count<8>(), Count<16>()), true;
     if (rows == 16 && width == 16) return work(Count<16>(), Count<16>()), true;
     if (rows == 32 && width == 4) return work(Count<4>(), Count<32>()), true;
+    if (rows == 32 && width == 6) return work(Count<6>(), Count<32>()), true;
     if (rows == 32 && width == 8) return work(Count<8>(), Count<32>()), true;
     return false;
 }

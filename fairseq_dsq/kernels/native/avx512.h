@@ -1,10 +1,16 @@
-// The transpose of 16 x 16 lanes.
+// What the GEMM kernels of AVX-512 have in common.
 #pragma once
 
 #include "lanes.h"
 
 namespace {
 
+constexpr int SMALLER_MAGNITUDE = 2;  // range: of two operands, with the sign of the first
+constexpr int NOT_FINITE = 0x99;      // fpclass: quiet NaN, +Inf, -Inf, signalling NaN
+
+inline __mmask16 first(long lanes) { return lanes >= LANES ? 0xFFFF : lanes > 0 ? (1u << lanes) - 1 : 0; }
+
+// Of 16 x 16 lanes.
 inline void transpose(F (&x)[16]) {
     __m512 t[16];
     for (int i = 0; i < 16; i += 2) {
