@@ -163,31 +163,30 @@ struct Moments {
         v_rows.set_scale(row, scale);
         if (!(scale > 0)) memset(v_codes, 0, length);
         Largest ratios;
-        for (int64_t at = 0; at < length; at += LANES) {
+        for_vectors(length, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
             F element = all(1.0f);
             if (scale > 0) {
                 element = load<F>(v + at) / scale;
                 U rounded = round_to_log8<STOCHASTIC>(element, *held.log8, lane_numbers() + (place + (uint32_t)at),
                                                       held.v_seed);
-                store_log8(v_codes + at, rounded, length - at);
+                store_log8(v_codes + at, rounded, count);
             }
             // No root of a float32 lies below 2^-75 but 0. A NaN comes through.
             F root = max(all(0x1p-75f), square_root(element * scale));
             F ratio = load<F>(m + at) / root;
-            ratios.see(keep(ratio, length - at));
+            ratios.see(keep(ratio, count));
             store(m + at, ratio);
-        }
+        });
         scale = scale_of(ratios.found(), LARGEST_INT8);
         m_rows.set_scale(row, scale);
         if (!(scale > 0)) {
             memset(m_codes, 0, length);
             return;
         }
-        for (int64_t at = 0; at < length; at += LANES) {
+        for_vectors(length, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
             U places = lane_numbers() + (place + (uint32_t)at);
-            store_int8(m_codes + at, int8_element<STOCHASTIC>(load<F>(m + at) / scale, places, held.m_seed),
-                       length - at);
-        }
+            store_int8(m_codes + at, int8_element<STOCHASTIC>(load<F>(m + at) / scale, places, held.m_seed), count);
+        });
     }
     INLINE void finish() {
         if (held.stochastic)
@@ -205,15 +204,15 @@ void update(const DsqAdam& adam, Held weight, const float* grad, const DsqMoment
     for_each(rows, threads, [&](int64_t row) {
         Weight weights(weight, row, length);
         Moments moments(held, row, rows, length);
-        for (int64_t at = 0; at < length; at += LANES) {
-            int64_t count = length - at, place = row * length + at;
+        for_vectors(length, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
+            int64_t place = row * length + at;
             F g = load<F>(grad + place, count), m, v;
             moments.get(m, v, at, count);
             m = add_product<FUSED>(m * adam.beta1, all(adam.rest1), g);
             v = add_product<FUSED>(v * adam.beta2, adam.rest2 * g, g);
             weights.template update<FUSED>(adam, m, square_root(v) + adam.eps, at, count, (uint32_t)place);
             moments.put(m, v, at, count);
-        }
+        });
         weights.finish();
         moments.finish();
     });

@@ -24,6 +24,14 @@ struct Values {
     int64_t operator()() const { return n; }
 };
 
+// Full vectors of values, then the rest: work(place of the first, how many), inlined with the number of a full one known.
+template <class Work>
+INLINE void for_vectors(int64_t values, Work work) {
+    int64_t at = 0;
+    for (; at + LANES <= values; at += LANES) work(at, (int64_t)LANES);
+    if (at < values) work(at, values - at);
+}
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Of the thread that runs a body of for_each, from 0.

@@ -16,19 +16,11 @@ INLINE void for_rows(int64_t rows, Work work) {
     for (; row < rows; row++) work(row, Count<1>());
 }
 
-// Full vectors of columns, then the rest: work(column, count).
-template <class Work>
-INLINE void for_columns(int64_t columns, Work work) {
-    int64_t column = 0;
-    for (; column + LANES <= columns; column += LANES) work(column, (int64_t)LANES);
-    if (column < columns) work(column, columns - column);
-}
-
 // Of columns.
 INLINE void largest_of_columns(const float* x, int64_t rows, int64_t stride, int64_t columns, Exponents& largest) {
     memset(largest, 0, (columns + LANES - 1) / LANES * LANES * sizeof *largest);
     for_rows(rows, [&](int64_t row, auto rows_here) __attribute__((always_inline)) {
-        for_columns(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        for_vectors(columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
             U found = load<U>(largest + column);
             for (int i = 0; i < rows_here(); i++) found = max(found, magnitude(x + (row + i) * stride + column, count));
             store(largest + column, found);
@@ -52,7 +44,7 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
     fill(down, exponents, tile.columns, format.fraction_bits(), encode_scale);
     fill(up, exponents, tile.columns, format.fraction_bits(), decode_scale);
     for_rows(tile.rows, [&](int64_t row, auto rows) __attribute__((always_inline)) {
-        for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+        for_vectors(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
             Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
             for (int i = 0; i < rows(); i++) {
                 int64_t at = (row + i) * tile.stride + column;
@@ -93,7 +85,7 @@ INLINE void load_words(const uint8_t* from, U (&words)[room_for(WORDS)], int64_t
 template <int WIDTH, int N, bool STOCHASTIC, class Format>
 void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     constexpr int WORDS = WIDTH * N / 32;
-    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    for_vectors(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         U words[room_for(WORDS)]{};
         Scale scale = down.of_columns(column);
 #pragma GCC unroll 32
@@ -110,7 +102,7 @@ void pack_words(const float* x, uint8_t* out, Tile tile, const Scales& down, For
 template <int WIDTH, int N, class Out, class Format>
 void unpack_words(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     constexpr int WORDS = WIDTH * N / 32;
-    for_columns(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
+    for_vectors(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
         U words[room_for(WORDS)]{};
         load_words<WORDS>(from + column * WORDS * 4, words, count == LANES ? LANES : count);
         Scale scale = up.of_columns(column);
@@ -131,7 +123,7 @@ template <bool STOCHASTIC, class Format>
 void pack_codes(const float* x, uint8_t* out, Tile tile, const Scales& down, Format format, uint64_t seed) {
     uint32_t codes[LANES][ROWS];
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
-    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+    for_vectors(tile.columns, [&](int64_t column, int64_t count) {
         Scale scale = down.of_columns(column);
         for (int64_t start = 0; start < tile.rows; start += ROWS) {
             int64_t rows = smaller(ROWS, tile.rows - start);
@@ -149,7 +141,7 @@ template <class Out, class Format>
 void unpack_codes(const uint8_t* from, Out* out, Tile tile, const Scales& up, Format format) {
     uint32_t codes[LANES][ROWS]{};
     int64_t box_bytes = bytes_of(tile.rows, format.bits);
-    for_columns(tile.columns, [&](int64_t column, int64_t count) {
+    for_vectors(tile.columns, [&](int64_t column, int64_t count) {
         Scale scale = up.of_columns(column);
         for (int64_t start = 0; start < tile.rows; start += ROWS) {
             int64_t rows = smaller(ROWS, tile.rows - start);
