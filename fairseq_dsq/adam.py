@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import Float32, Format
+from fairseq_dsq.formats import Float32, Format, Square
 from fairseq_dsq.kernels import native
 from fairseq_dsq.kernels.native import AdamMoments, AdamStep
 from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, noise_seed, pack
@@ -57,7 +57,7 @@ class Moments:
         rounding: where they are encoded.
 
     Raises:
-        ValueError: a first format without negative values, or no rounding.
+        ValueError: a first format without negative values, squares, or no rounding.
     """
 
     first: Format
@@ -67,6 +67,9 @@ class Moments:
     def __post_init__(self) -> None:
         if not self.first.signed:
             raise ValueError(f"moment1: got {self.first}, expected a format with negative values, such as int8/row")
+        for name, fmt in (("moment1", self.first), ("moment2", self.second)):
+            if isinstance(fmt.group, Square):
+                raise ValueError(f"{name}: got {fmt}, expected no squares, which are a weight's boxes")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: got {self.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
 

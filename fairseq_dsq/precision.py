@@ -8,7 +8,8 @@
 
 A q is bits of ``--dsq-format`` (``4``), any format's text (``int8/row``), or, for q0 and q3, whose operands may differ,
 a pair of these: ``int8/row|bfp4`` is input and weight in q0, the gradient of grad_input and of grad_weight in q3. The
-second operand of a batched product plays the weight; it is stashed at q2.
+second operand of a batched product plays the weight; it is stashed at q2. Square boxes are a weight's alone:
+``bfp4|bfp4/16x16`` in q0 and ``bfp4/16x16`` in q2 have output and grad_input read the same values.
 
 Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXiv 2303.05295, section 3.
 """
@@ -21,7 +22,7 @@ from functools import cached_property
 from typing import Literal
 
 from fairseq_dsq import formats
-from fairseq_dsq.formats import Float32, Format, FormatOptions
+from fairseq_dsq.formats import Float32, Format, FormatOptions, Square
 from fairseq_dsq.text import printable, quoted, shortened
 
 GemmKind = Literal["output", "grad_input", "grad_weight"]
@@ -78,6 +79,14 @@ class PrecisionConfig:
                     self._format(member)
                 except ValueError as error:
                     raise ValueError(f"q{index} = {q}: {error}") from None
+        for index, pair_of in enumerate(self.formats):
+            # The first of q0 is the input; q1 and q3 are the stash and the gradient.
+            others = {0: pair_of[:1], 2: ()}.get(index, pair_of)
+            if any(isinstance(fmt.group, Square) for fmt in others):
+                raise ValueError(
+                    f"q{index}: got {self.q[index]}, expected squares as a weight's boxes alone: "
+                    "bfp4|bfp4/16x16 in q0, bfp4/16x16 in q2"
+                )
 
     @cached_property
     def _hash(self) -> int:
@@ -154,6 +163,11 @@ class PrecisionConfig:
     def rounds(self) -> bool:
         """Whether any operand is rounded."""
         return any(fmt != Float32() for pair in self.formats for fmt in pair)
+
+    @cached_property
+    def squares(self) -> bool:
+        """Whether a weight's boxes are squares."""
+        return any(isinstance(fmt.group, Square) for fmt in (self.formats[0][1], self.formats[2][0]))
 
     @cached_property
     def by_value(self) -> str:

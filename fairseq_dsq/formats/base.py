@@ -34,8 +34,29 @@ DEFAULT_BOX_SIZE = 16
 # Kernels count values in 64 bits: a group of 32-bit codes is far from that.
 MAX_BOX_SIZE = 2**31 - 1
 
-# Values that share a scale: so many, all of a fibre along the reduction (a token's, a channel's), or all of a tensor.
-Group = int | Literal["row", "tensor"]
+
+@dataclass(frozen=True)
+class Square:
+    """A group of N x N values along a matrix's two dimensions: the same whichever of them a GEMM sums over.
+
+    Shorter at the ends; a matrix is the last two dimensions of a tensor. For weights: what is rounded for the output
+    GEMM is what grad_input reads.
+    """
+
+    side: int
+
+    def __post_init__(self) -> None:
+        check_box_size(self.side)
+
+    def __str__(self) -> str:
+        return f"{self.side}x{self.side}"
+
+
+# Values that share a scale: so many, all of a fibre along the reduction (a token's, a channel's), all of a tensor, or a
+# square.
+Group = int | Literal["row", "tensor"] | Square
+# Of a format's text: box or block sizes, see box_of.
+BOXES = "(?:/(?P<box>row|(?P<side>[0-9]+)(?:x(?P=side))?))?"
 ScaleRule = Literal["floor", "fit"]
 # Kernels that pack rows of 8-bit codes, each row with a float32 scale in front of all codes.
 RowKernel = Literal["int8", "log8"]
@@ -216,17 +237,37 @@ class Format(ABC):
         count = math.prod(shape)
         if count == 0:
             return 0
+        if isinstance(self.group, Square):
+            rows, columns = (1, 1, *shape)[-2:]
+            squares = (high * wide for high in parts(rows, self.group.side) for wide in parts(columns, self.group.side))
+            return self.tensor_bytes + count // (rows * columns) * sum(map(self._group_nbytes, squares))
         length = shape[dim] if shape and self.group != "tensor" else count
         values = length if isinstance(self.group, str) else self.group
         full, rest = length // values, length % values
-        per_fibre = full * (self.scale_bytes + self.codes_nbytes(values))
-        if rest:
-            per_fibre += self.scale_bytes + self.codes_nbytes(rest)
+        per_fibre = full * self._group_nbytes(values) + (self._group_nbytes(rest) if rest else 0)
         return self.tensor_bytes + count // length * per_fibre
+
+    def _group_nbytes(self, values: int) -> int:
+        return self.scale_bytes + self.codes_nbytes(values)
 
     def codes_nbytes(self, values: int) -> int:
         """Bytes of a group's codes, its scale not among them."""
         return -(-values * self.bits // 8)
+
+
+def parts(length: int, size: int) -> list[int]:
+    """The lengths that boxes of ``size`` have along ``length``."""
+    return [size] * (length // size) + [length % size] * (length % size > 0)
+
+
+def box_of(match: re.Match[str], default: int) -> Group:
+    """The group that the part :data:`BOXES` of a format's text stands for."""
+    text = match["box"]
+    if text is None:
+        return default
+    if text == "row":
+        return "row"
+    return Square(int(match["side"])) if "x" in text else int(text)
 
 
 def kernel_box_size(group: Group) -> int:
@@ -292,6 +333,8 @@ def check_box_size(box_size: Group) -> None:
     Raises:
         ValueError: it is no positive integer, or too large.
     """
+    if isinstance(box_size, Square):
+        return
     if isinstance(box_size, bool) or not isinstance(box_size, int) or box_size < 1:
         raise ValueError(f"box_size: got {box_size!r}, expected an integer >= 1")
     if box_size > MAX_BOX_SIZE:
@@ -392,8 +435,9 @@ def make_format(name: str, q: int, options: FormatOptions = FormatOptions()) -> 
 
 
 def parse(text: str) -> Format:
-    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``fixed8``, ``fixed8.4``, ``int8/row``, ``ternary``,
-    ``log8/row``, ``float32``, ``mxfp4``, ``mxfp8e4m3/16-rceil``, ``nvfp4``, ``fp8e4m3/row``, ``bf16``, ``e5m2``.
+    """The inverse of ``str``: ``bfp4``, ``bfp4/32``, ``bfp8/row``, ``bfp4/16x16``, ``fixed8``, ``fixed8.4``,
+    ``int8/row``, ``ternary``, ``log8/row``, ``float32``, ``mxfp4``, ``mxfp8e4m3/16-rceil``, ``nvfp4``, ``fp8e4m3/row``,
+    ``bf16``, ``e5m2``.
 
     Raises:
         ValueError: text that names no format.

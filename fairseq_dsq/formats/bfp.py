@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from fairseq_dsq.formats.base import DEFAULT_BOX_SIZE, FormatOptions, Group, ScaleRule, check_box_size, register
+from fairseq_dsq.formats.base import (
+    BOXES,
+    DEFAULT_BOX_SIZE,
+    FormatOptions,
+    Group,
+    ScaleRule,
+    box_of,
+    check_box_size,
+    register,
+)
 from fairseq_dsq.formats.scaled_integer import ScaledInteger
 
 
 @dataclass(frozen=True)
 class BlockFloat(ScaledInteger):
-    """Block floating point: ``bfp4``, ``bfp4/32``, ``bfp4/row``, ``bfp4-fit``.
+    """Block floating point: ``bfp4``, ``bfp4/32``, ``bfp4/row``, ``bfp4/16x16``, ``bfp4-fit``.
 
     With E = floor(log2 of the box's largest magnitude), clamped to float32's normal range: scale =
     2^(E - (bits - 2)) and codes are sign-magnitude integers of up to 2^(bits-1) - 1. Two bits are ternary.
@@ -22,7 +31,7 @@ class BlockFloat(ScaledInteger):
 
     Attributes:
         bits: bits of an element, sign included; 2 to 32.
-        box_size: values that share an exponent, or ``row``: all along the reduction.
+        box_size: values that share an exponent; ``row``: all along the reduction; or a square of them.
         scale: ``floor``, or ``fit``, under which nothing clips but what is within a step of float32's largest number.
 
     Raises:
@@ -59,11 +68,10 @@ def _make(q: int, options: FormatOptions) -> BlockFloat:
 
 
 def _parse(text: str) -> BlockFloat | None:
-    match = re.fullmatch(r"bfp([0-9]+)(?:/([0-9]+|row))?(-fit)?", text)
+    match = re.fullmatch(rf"bfp([0-9]+){BOXES}(?P<fit>-fit)?", text)
     if match is None:
         return None
-    box_size = DEFAULT_BOX_SIZE if match[2] is None else "row" if match[2] == "row" else int(match[2])
-    return BlockFloat(int(match[1]), box_size, "fit" if match[3] else "floor")  # type: ignore[arg-type]
+    return BlockFloat(int(match[1]), box_of(match, DEFAULT_BOX_SIZE), "fit" if match["fit"] else "floor")
 
 
-register("bfp", _make, _parse, "bfp4, bfp8, bfp16, bfp4/32, bfp4-fit, bfp4/row")
+register("bfp", _make, _parse, "bfp4, bfp8, bfp16, bfp4/32, bfp4-fit, bfp4/row, bfp4/16x16")

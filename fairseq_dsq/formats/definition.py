@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import Format, Group
+from fairseq_dsq.formats.base import Format, Group, Square
 
 
 def split_groups(x: Tensor, group: Group, dim: int) -> list[Tensor]:
@@ -27,12 +27,15 @@ def split_groups(x: Tensor, group: Group, dim: int) -> list[Tensor]:
     Returns:
         Tensors (before, groups, after, values), ``before`` and ``after`` being the elements in front of and behind
         ``dim``: first all full groups, then the short last ones. Parts without elements are left out. Views of a
-        contiguous ``x``: writing to them fills it.
+        contiguous ``x``: writing to them fills it. The values of a square are two dimensions, and lie along the last
+        two of ``x``, whichever ``dim`` is: first the full ones, then those at the rows' ends, the columns', both.
     """
     if x.numel() == 0:
         return []
     if group == "tensor":
         return [x.reshape(1, 1, 1, -1)]
+    if isinstance(group, Square):
+        return _squares(x, group.side)
     if x.dim() == 0:
         x = x.reshape(1)
     dim = dim % x.dim()
@@ -44,6 +47,33 @@ def split_groups(x: Tensor, group: Group, dim: int) -> list[Tensor]:
     if length % values:
         parts.append(x[:, full * values :].unsqueeze(1).transpose(2, 3))
     return parts
+
+
+def _squares(x: Tensor, side: int) -> list[Tensor]:
+    rows, columns = (1, 1, *x.shape)[-2:]
+    x = x.reshape(-1, rows, columns)
+
+    def cuts(length: int) -> list[tuple[slice, int]]:
+        """Where the whole squares lie, and the short one; and their sides."""
+        end = length // side * side
+        found = [(slice(0, end), side), (slice(end, length), length - end)]
+        return [(piece, size) for piece, size in found if piece.start < piece.stop]
+
+    return [
+        x[:, high, wide].unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)
+        for high, height in cuts(rows)
+        for wide, width in cuts(columns)
+    ]
+
+
+def _values(part: Tensor) -> Tensor:
+    """A part of :func:`split_groups` with all values of a group in one dimension."""
+    return part.flatten(3)
+
+
+def _fill(part: Tensor, values: Tensor) -> Tensor:
+    """Write values to a part; gives the part."""
+    return part.copy_(values.view(part.shape) if part.dim() > 4 else values)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -82,7 +112,7 @@ def _group_noise(x: Tensor, fmt: Format, dim: int, seed: int | None) -> list[Ten
     if seed is None:
         return [None] * len(split_groups(x, fmt.group, dim))
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
-    return [noise(part, seed) for part in split_groups(index, fmt.group, dim)]
+    return [noise(_values(part), seed) for part in split_groups(index, fmt.group, dim)]
 
 
 def fake_quantize(x: Tensor, fmt: Format, dim: int, seed: int | None, dtype: torch.dtype) -> Tensor:
@@ -90,9 +120,9 @@ def fake_quantize(x: Tensor, fmt: Format, dim: int, seed: int | None, dtype: tor
     out, fmt = torch.empty(x.shape, dtype=dtype, device=x.device), fmt.of_tensor(x)
     sources, targets = split_groups(x, fmt.group, dim), split_groups(out, fmt.group, dim)
     for source, target, random in zip(sources, targets, _group_noise(x, fmt, dim, seed), strict=True):
-        groups = source.float()
+        groups = _values(source).float()
         scale = fmt.scale_of(groups)
-        target.copy_(fmt.decode(fmt.encode(groups, scale, random), scale))
+        _fill(target, fmt.decode(fmt.encode(groups, scale, random), scale))
     return out
 
 
@@ -107,7 +137,7 @@ def factorize(x: Tensor, fmt: Format, dim: int, seed: int | None) -> tuple[Tenso
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         for source, random in zip(sources, _group_noise(x, fmt, dim, seed), strict=True):
-            groups = source.float()
+            groups = _values(source).float()
             scale = fmt.scale_of(groups)
             yield fmt.factorize(fmt.encode(groups, scale, random), scale)
 
@@ -119,7 +149,7 @@ def _join_factors(elements: Tensor, fmt: Format, dim: int, parts: Iterable[tuple
     shape = [1 if axis == dim % elements.dim() else size for axis, size in enumerate(elements.shape)]
     factors = elements.new_ones(shape)
     for target, (part, factor) in zip(split_groups(elements, fmt.group, dim), parts, strict=True):
-        target.copy_(part).masked_fill_(factor.isnan(), math.nan)
+        _fill(target, part.masked_fill(factor.isnan(), math.nan))
         factor = factor.nan_to_num(1.0)
         factors.copy_(factor.view(()) if factor.numel() == 1 else factor.reshape(shape))
     return factors
@@ -133,7 +163,7 @@ def pack(x: Tensor, fmt: Format, dim: int, seed: int | None) -> Tensor:
     pieces = [fmt.tensor_to_bytes().to(x.device)]
     parts = split_groups(x, fmt.group, dim)
     for part, random in zip(parts, _group_noise(x, fmt, dim, seed), strict=True):
-        groups = part.float()
+        groups = _values(part).float()
         scale = fmt.scale_of(groups)
         elements = fmt.encode(groups, scale, random)
         if fmt.scale_bytes:
@@ -148,7 +178,7 @@ def _unpacked(data: Tensor, shape: Sequence[int], fmt: Format, dim: int) -> tupl
     shared, data = data.tensor_split([fmt.tensor_bytes if data.numel() else 0])
     found = []
     for part in split_groups(torch.empty(shape, device="meta"), fmt.group, dim):
-        *outer, values = part.shape
+        *outer, values = _values(part).shape
         groups = part.numel() // values
         nbytes = fmt.codes_nbytes(values)
         scales, codes, data = data.tensor_split([groups * fmt.scale_bytes, groups * (fmt.scale_bytes + nbytes)])
@@ -163,7 +193,7 @@ def unpack(data: Tensor, shape: Sequence[int], fmt: Format, dim: int, dtype: tor
     out = torch.empty(shape, dtype=dtype, device=data.device)
     fmt, parts = _unpacked(data, shape, fmt, dim)
     for target, (elements, scale) in zip(split_groups(out, fmt.group, dim), parts, strict=True):
-        target.copy_(fmt.decode(elements, scale))
+        _fill(target, fmt.decode(elements, scale))
     return out
 
 

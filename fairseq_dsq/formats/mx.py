@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from fairseq_dsq.formats.base import (
+    BOXES,
     SIGNIFICAND_BITS,
     Format,
     FormatOptions,
     Group,
     KernelSpec,
+    Square,
+    box_of,
     check_bits,
     check_box_size,
     kernel_box_size,
@@ -66,7 +69,8 @@ def _text(fmt: Any) -> str:
 
 @dataclass(frozen=True)
 class MXFloat(PowerOfTwoScaled):
-    """Minifloats under a power of two: ``mxfp4``, ``mxfp8e4m3/16``, ``mxfp6e2m3/row``, ``mxfp4-rceil``.
+    """Minifloats under a power of two: ``mxfp4``, ``mxfp8e4m3/16``, ``mxfp6e2m3/row``, ``mxfp4/32x32``,
+    ``mxfp4-rceil``.
 
     With m the largest magnitude of a block, P the exponent of the largest element and X that of the scale, 2^X,
     clamped to [-127, 127] and stored in a byte (E8M0)::
@@ -87,7 +91,7 @@ class MXFloat(PowerOfTwoScaled):
 
     Attributes:
         bits: of an element; fixed by the family.
-        box_size: values that share a scale, or ``row``: all along the reduction.
+        box_size: values that share a scale; ``row``: all along the reduction; or a square of them.
         scale: the rule.
 
     Raises:
@@ -144,8 +148,10 @@ class MXFloat(PowerOfTwoScaled):
     def from_codes(self, codes: Tensor) -> Tensor:
         return self.element.from_codes(codes)
 
-    def kernel_spec(self) -> KernelSpec:
-        """The kernels run every format of this kind."""
+    def kernel_spec(self) -> KernelSpec | None:
+        """The kernels run every format of this kind but those of squares."""
+        if isinstance(self.group, Square):
+            return None
         largest = self.element.largest
         return KernelSpec(
             self.bits,
@@ -253,11 +259,10 @@ def _register(kind: Any) -> None:
         return kind(options.bits(q), box_size, _RULES[options.scale])  # type: ignore[no-any-return]
 
     def parse(text: str) -> Format | None:
-        match = re.fullmatch(rf"{kind.family}(?:/([0-9]+|row))?(?:-(ceil|even|rceil))?", text)
+        match = re.fullmatch(rf"{kind.family}{BOXES}(?:-(?P<rule>ceil|even|rceil))?", text)
         if match is None:
             return None
-        box_size = BLOCK_SIZE if match[1] is None else "row" if match[1] == "row" else int(match[1])
-        return kind(box_size=box_size, scale=match[2] or "floor")  # type: ignore[no-any-return]
+        return kind(box_size=box_of(match, BLOCK_SIZE), scale=match["rule"] or "floor")  # type: ignore[no-any-return]
 
     register(kind.family, make, parse, kind.family)
 

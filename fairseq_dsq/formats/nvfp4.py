@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import Format, FormatOptions, Group, check_bits, check_box_size, register
+from fairseq_dsq.formats.base import BOXES, Format, FormatOptions, Group, box_of, check_bits, check_box_size, register
 from fairseq_dsq.formats.float_scaled import scale_for
 from fairseq_dsq.formats.minifloat import E2M1, E4M3
 
@@ -21,7 +20,7 @@ _NAN_CODE = 0x7F
 
 @dataclass(frozen=True)
 class NVFP4(Format):
-    """E2M1 under two scales: ``nvfp4``, ``nvfp4/32``.
+    """E2M1 under two scales: ``nvfp4``, ``nvfp4/32``, ``nvfp4/16x16``.
 
     value = element * block scale * tensor scale, with
 
@@ -40,7 +39,7 @@ class NVFP4(Format):
 
     Attributes:
         bits: 4.
-        box_size: values that share an E4M3 scale.
+        box_size: values that share an E4M3 scale; or a square of them, as the paper's weights have.
         tensor_scale: a float32 of no dimension, of the format of one tensor, see :meth:`Format.of_tensor`.
 
     Raises:
@@ -126,8 +125,8 @@ def _make(q: int, options: FormatOptions) -> NVFP4:
 
 
 def _parse(text: str) -> NVFP4 | None:
-    match: Any = re.fullmatch(r"nvfp4(?:/([0-9]+))?", text)
-    return NVFP4(box_size=int(match[1] or BLOCK_SIZE)) if match else None
+    match = re.fullmatch(rf"nvfp4{BOXES}", text)
+    return NVFP4(box_size=box_of(match, BLOCK_SIZE)) if match and match["box"] != "row" else None
 
 
 register("nvfp4", _make, _parse, "nvfp4")

@@ -16,6 +16,7 @@ from fairseq_dsq.formats.base import (
     SCALE_RULES,
     SIGNIFICAND_BITS,
     KernelSpec,
+    Square,
     check_bits,
     kernel_box_size,
 )
@@ -121,8 +122,10 @@ class ScaledInteger(PowerOfTwoScaled):
         wide = codes.to(torch.int64)
         return ((wide ^ sign) - sign).to(torch.float32)
 
-    def kernel_spec(self) -> KernelSpec:
-        """The kernels run every format of this kind."""
+    def kernel_spec(self) -> KernelSpec | None:
+        """The kernels run every format of this kind but those of squares."""
+        if isinstance(self.group, Square):
+            return None
         exponent = 0 if self.fixed_exponent is None else self.fixed_exponent + EXPONENT_BIAS
         return KernelSpec(
             self.bits,

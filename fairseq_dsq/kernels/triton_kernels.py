@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, KernelSpec, definition
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Format, KernelSpec, definition
 from fairseq_dsq.formats.base import MAX_BOX_SIZE as ALL_OF_A_ROW
 from fairseq_dsq.formats.scaled_integer import ScaledInteger
 from fairseq_dsq.kernels import masks
@@ -541,6 +541,11 @@ def check(device: torch.device) -> None:
         _check(device)
 
 
+def _spec_of(fmt: Format) -> KernelSpec:
+    assert fmt.spec is not None
+    return fmt.spec
+
+
 def _check(device: torch.device) -> None:
     shape = 1, 37, 48
     x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
@@ -550,10 +555,10 @@ def _check(device: torch.device) -> None:
     ]  # fmt: skip
     pairs: list[tuple[Tensor, Tensor]] = []
     elements, factors = torch.empty_like(x), x.new_empty(1, 48)
-    factorize(x, elements, factors, shape, FixedPoint(5, per_row=True).kernel_spec(), None)
+    factorize(x, elements, factors, shape, _spec_of(FixedPoint(5, per_row=True)), None)
     pairs += zip((elements, factors), definition.factorize(x, FixedPoint(5, per_row=True), 0, None), strict=True)
     for fmt, seed in formats:
-        spec = fmt.kernel_spec()
+        spec = _spec_of(fmt)
         data = definition.pack(x, fmt, 0, seed)
         expected = definition.unpack(data, x.shape, fmt, 0, x.dtype)
         rounded, packed, unpacked = torch.empty_like(x), torch.empty_like(data), torch.empty_like(x)
@@ -561,7 +566,7 @@ def _check(device: torch.device) -> None:
         pack(x, packed, shape, spec, seed)
         unpack(data, unpacked, shape, spec)
         pairs += [(rounded, expected), (packed, data), (unpacked, expected)]
-    boxes, spec = BlockFloat(5), BlockFloat(5).kernel_spec()
+    boxes, spec = BlockFloat(5), _spec_of(BlockFloat(5))
     along, across = (torch.empty_like(x) for _ in range(2))
     stash = torch.empty(boxes.nbytes(x.shape, 0), dtype=torch.uint8, device=device)
     quantize_both(x, shape, (along, spec, 0), (across, spec, 0), (stash, spec))

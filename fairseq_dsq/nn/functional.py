@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq_dsq.formats import Float32, Format
+from fairseq_dsq.formats import Float32, Format, Square
 from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
 from fairseq_dsq.kernels import ops
 from fairseq_dsq.ledger import Ledger
@@ -47,14 +47,16 @@ class _Seeds(NamedTuple):
     Attributes:
         values: of inputs and gradients; data-parallel replicas hold other ones, and draw other noise.
         weight: of weights, of which replicas hold the same and draw the same noise.
+        forward_weight: the forward's, also in backward.
     """
 
     values: int
     weight: int
+    forward_weight: int
 
     def backward(self) -> _Seeds:
         """Those of the call's backward pass."""
-        return _Seeds(self.values + _BACKWARD, self.weight + _BACKWARD)
+        return _Seeds(self.values + _BACKWARD, self.weight + _BACKWARD, self.forward_weight)
 
 
 def _draw_seeds(config: GemmConfig) -> _Seeds | None:
@@ -69,8 +71,11 @@ def _draw_seeds(config: GemmConfig) -> _Seeds | None:
     drawn = int(torch.randint(2**62, ()))
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed:
-        return _Seeds(drawn, drawn + _STASH + _BACKWARD)
-    return _Seeds(drawn + _APART * torch.distributed.get_rank(), torch.initial_seed() % 2**62)
+        weight = drawn + _STASH + _BACKWARD
+    else:
+        drawn += _APART * torch.distributed.get_rank()
+        weight = torch.initial_seed() % 2**62
+    return _Seeds(drawn, weight, weight)
 
 
 def _plans(config: GemmConfig, x: Tensor, n_dim: int) -> dict[GemmKind, Plan]:
@@ -141,7 +146,10 @@ class _Quantizer:
             return weight.operand(plan.sides[1], reduction, dtype)
         generator = None
         if self.seeds is not None:
-            generator = torch.Generator().manual_seed(self.seeds.weight + _APART * layer)
+            # Squares are the same in both GEMMs, and so is what they are rounded to.
+            squares = isinstance(plan.sides[1].fmt.group, Square)
+            seed = self.seeds.forward_weight if squares else self.seeds.weight
+            generator = torch.Generator().manual_seed(seed + _APART * layer)
         return self._operand(weight, plan, 1, reduction, generator)
 
     def _operand(self, x: Tensor, plan: Plan, which: int, reduction: int, generator: torch.Generator | None) -> Operand:
@@ -706,8 +714,10 @@ def matmul(
         (batch, M, N).
 
     Raises:
-        ValueError: operands that are not three-dimensional or do not fit.
+        ValueError: operands that are not three-dimensional or do not fit, or a weight's square boxes.
     """
+    if config.precision.squares:
+        raise ValueError(f"matmul: got {config.precision}, expected no squares, which are a weight's boxes")
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2 if transpose_b else 1]:
         expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
         raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")

@@ -79,6 +79,10 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
+    for level in levels:
+        if level.squares and flags.dsq_attention_matmul == "on":
+            expected = "expected --dsq-attention-matmul off: squares are a weight's boxes, and its products have none"
+            flag_error("--dsq-levels", f"got {level}, {expected}")
     mixing = sorted({fmt.text for level in levels for fmt in _of_activations(level, flags) if fmt.mixes})
     if mixing:
         dynamic = flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic"

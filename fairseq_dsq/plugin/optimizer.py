@@ -86,6 +86,8 @@ def _check(cfg: Any) -> None:
             flag_error(flag, str(error))
         if flag == "--dsq-moment1" and not fmt.signed:
             flag_error(flag, f"got {fmt}, expected a format with negative values, such as int8/row")
+        if isinstance(fmt.group, formats.Square):
+            flag_error(flag, f"got {fmt}, expected no squares, which are a weight's boxes")
     for flag, got, known in (
         ("--dsq-moment-rounding", cfg.dsq_moment_rounding, ROUNDINGS),
         ("--dsq-residual", cfg.dsq_residual, RESIDUALS),

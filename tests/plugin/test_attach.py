@@ -200,6 +200,14 @@ def test_flags_reach_the_layers():
     assert model[0].context.config.rotation == Rotation("grad_weight", 32, seed=5)
 
 
+def test_squares_are_a_weight_s():
+    levels = "[4|bfp4/16x16,4,bfp4/16x16,16]"
+    with pytest.raises(DSQError, match="expected --dsq-attention-matmul off: squares are a weight's boxes"):
+        attached(Task(), levels=levels)
+    layer = attached(Task(), levels=levels, attention_matmul="off")[0]
+    assert layer(torch.ones(2, 8)).shape == (2, 8)
+
+
 def test_codes_are_not_rotated():
     with pytest.raises(DSQError, match=r"--dsq-weights: got codes, .* the rotation backward/16, expected grad_weight"):
         attached(Task(), weights="direct", rotate="backward/16")
