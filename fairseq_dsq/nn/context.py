@@ -128,6 +128,11 @@ class DSQContext:
         """A context on the same ledger whose GEMMs stay float32."""
         return DSQContext(GemmConfig(FLOAT32), ledger=self.ledger)
 
+    def levels_of(self, other: DSQContext, own: tuple[PrecisionConfig, ...]) -> tuple[PrecisionConfig, ...]:
+        """The levels that modules of ``other`` have: those of a rule, or ``own``, which are this one's; none else."""
+        ruled = (levels for levels, context in self._ruled.items() if context is other)
+        return own if other is self else next(ruled, ())
+
     def ruled(self, levels: tuple[PrecisionConfig, ...]) -> DSQContext:
         """A context for modules with levels of their own, which are put in force with this one's.
 

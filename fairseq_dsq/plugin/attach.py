@@ -13,6 +13,7 @@ from fairseq_dsq import schedules
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.formats import Format
 from fairseq_dsq.nn import (
+    DSQAttention,
     DSQContext,
     GemmConfig,
     Rotation,
@@ -79,10 +80,6 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"
             )
             break
-    for level in levels:
-        if level.squares and flags.dsq_attention_matmul == "on":
-            expected = "expected --dsq-attention-matmul off: squares are a weight's boxes, and its products have none"
-            flag_error("--dsq-levels", f"got {level}, {expected}")
     mixing = sorted({fmt.text for level in levels for fmt in _of_activations(level, flags) if fmt.mixes})
     if mixing:
         dynamic = flags.dsq_format == "fixed" and flags.dsq_fixed_scale == "dynamic"
@@ -108,10 +105,27 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         kind = str(error).partition(" pattern ")[0]
         flag_error({"skip": "--dsq-skip", "rule": "--dsq-rules"}.get(kind, "--arch"), str(error))
+    _refuse_squares(model, context, levels)
     if flags.dsq_weights == "direct":
         _hold_codes(model, context, flags)
     model.dsq = DSQState(levels, schedule, context)
     hang_on_training(task, args)
+
+
+def _refuse_squares(model: nn.Module, context: DSQContext, levels: tuple[PrecisionConfig, ...]) -> None:
+    """Refuse levels with square boxes of a weight where attention's products follow them.
+
+    Raises:
+        DSQError: names the level and the module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DSQAttention) and module.context.attention_matmul:
+            for level in context.levels_of(module.context, levels):
+                if level.squares:
+                    expected = (
+                        "expected --dsq-attention-matmul off: squares are a weight's boxes, its products have none"
+                    )
+                    flag_error("--dsq-levels", f"got {level} for {name}, {expected}")
 
 
 def _hold_codes(model: nn.Module, context: DSQContext, flags: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from fairseq.models import ARCH_MODEL_INV_REGISTRY
+from fairseq.modules import MultiheadAttention
 from torch import nn
 
 from fairseq_dsq.errors import DSQError
@@ -200,12 +201,15 @@ def test_flags_reach_the_layers():
     assert model[0].context.config.rotation == Rotation("grad_weight", 32, seed=5)
 
 
-def test_squares_are_a_weight_s():
-    levels = "[4|bfp4/16x16,4,bfp4/16x16,16]"
-    with pytest.raises(DSQError, match="expected --dsq-attention-matmul off: squares are a weight's boxes"):
-        attached(Task(), levels=levels)
-    layer = attached(Task(), levels=levels, attention_matmul="off")[0]
-    assert layer(torch.ones(2, 8)).shape == (2, 8)
+@pytest.mark.parametrize("changes", [{"levels": "[4|S,4,S,16]"}, {"rules": "x.*=[4,4,4,16] [4|S,4,S,16]"}])
+def test_squares_are_a_weight_s(changes):
+    changes = {name: value.replace("S", "bfp4/16x16") for name, value in changes.items()}
+    model = nn.ModuleDict({"x": nn.ModuleDict({"attention": MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})})
+    other = copy.deepcopy(model)
+    with pytest.raises(DSQError, match=r"--dsq-levels: got \[4\|bfp4/16x16,.* for x.attention, .*-matmul off: squares"):
+        attach(model, flags(**changes), Task())
+    attach(other, flags(**changes, attention_matmul="off"), Task())
+    assert other["x"]["linear"](torch.ones(2, 8)).shape == (2, 8)
 
 
 def test_codes_are_not_rotated():
