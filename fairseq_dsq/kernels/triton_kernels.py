@@ -1,4 +1,5 @@
-"""The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for integers under a power of two.
+"""The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for integers and minifloats under a power
+of two.
 
 One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Full boxes and
 the short last ones go in one launch. A row or tensor that shares a scale goes in chunks, which take the place of boxes,
@@ -26,9 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, Format, KernelSpec, definition
+from fairseq_dsq.formats import MXFP8E5M2, BlockFloat, FixedPoint, Format, KernelSpec, definition
 from fairseq_dsq.formats.base import MAX_BOX_SIZE as ALL_OF_A_ROW
-from fairseq_dsq.formats.scaled_integer import ScaledInteger
 from fairseq_dsq.kernels import masks
 
 Shape = tuple[int, int, int]
@@ -113,11 +113,14 @@ def _magnitude_bits(x):
 
 
 @triton.jit
-def _exponent(largest, headroom, FIXED: tl.constexpr):
-    """Biased exponents of the bits of largest magnitudes, 255 where one is Inf or NaN: no float is compared."""
+def _exponent(largest, headroom, FIXED: tl.constexpr, ELEMENT: tl.constexpr, LEAST: tl.constexpr):
+    """Biased exponents of the bits of largest magnitudes, 255 where one is Inf or NaN: no float is compared.
+
+    ELEMENT is taken from the exponent, which is LEAST at least.
+    """
     finite = tl.minimum(largest, 0x7F7FFFFF)
     if FIXED == 0:
-        found = tl.minimum(tl.maximum((finite + headroom) >> 23, 1), 254)
+        found = tl.maximum(tl.minimum((finite + headroom) >> 23, 254) - ELEMENT, LEAST)
     else:
         found = tl.full(largest.shape, FIXED, tl.int32)
     return tl.where(largest == finite, found, 255)
@@ -139,14 +142,38 @@ def _noise(index, low, high):
 
 
 @triton.jit
-def _magnitudes(
-    x, exponent, index, low, high, BITS: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):  # fmt: skip
-    """Magnitudes of the codes, as float32: ScaledInteger.encode but for the sign, which is ``x``'s own."""
-    shift = (BITS - 2 + 127) - exponent
+def _two_factors(x, shift):
+    """``x`` times 2^shift, as the product of two, so that neither over- nor underflows."""
     half = shift >> 1
-    scaled = x * _power_of_two(half) * _power_of_two(shift - half)
+    return x * _power_of_two(half) * _power_of_two(shift - half)
+
+
+@triton.jit
+def _least(EXPONENT_BITS: tl.constexpr):
+    """The biased exponent of a minifloat's smallest normal number."""
+    return 129 - (1 << (EXPONENT_BITS - 1))
+
+
+@triton.jit
+def _magnitudes(
+    x, exponent, index, low, high, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, MIN_CODE: tl.constexpr,
+    MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Magnitudes of integers or minifloats, as float32: what ``encode`` gives but for the sign, which is ``x``'s."""
+    if EXPONENT_BITS > 0:
+        MANTISSA_BITS: tl.constexpr = BITS - 1 - EXPONENT_BITS
+        magnitude = tl.minimum(tl.abs(_two_factors(x, 127 - exponent)), MAX_CODE)
+        found = tl.maximum(_magnitude_bits(magnitude) >> 23, _least(EXPONENT_BITS))
+        if STOCHASTIC:
+            steps = magnitude * _power_of_two(127 + MANTISSA_BITS - found)
+            scaled = tl.where(x < 0, 0.0 - steps, steps)
+            floor = tl.floor(scaled)
+            code = tl.abs(floor + (_noise(index, low, high) < scaled - floor).to(tl.float32))
+            return code * _power_of_two(found - (127 + MANTISSA_BITS))
+        # So far above that a step is its last bit: a sum with it rounds to a whole number of steps.
+        above = _power_of_two(found + (23 - MANTISSA_BITS) - 127)
+        return (magnitude + above) - above
+    scaled = _two_factors(x, (BITS - 2 + 127) - exponent)
     if STOCHASTIC:
         floor = tl.floor(scaled)
         code = tl.abs(floor + (_noise(index, low, high) < scaled - floor).to(tl.float32))
@@ -161,15 +188,40 @@ def _magnitudes(
 
 
 @triton.jit
-def _values(magnitude, negative, exponent, BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr):
-    """ScaledInteger.decode of float32 magnitudes and uint32 signs, 0 or 1."""
-    shift = exponent - (BITS - 2 + 127)
-    half = shift >> 1
-    value = magnitude * _power_of_two(half) * _power_of_two(shift - half)
+def _values(magnitude, negative, exponent, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr):
+    """What ``decode`` gives of float32 magnitudes and uint32 signs, 0 or 1."""
+    if EXPONENT_BITS > 0:
+        value = _two_factors(magnitude, exponent - 127)
+    else:
+        value = _two_factors(magnitude, exponent - (BITS - 2 + 127))
     if not SIGNED_ZERO:
         negative = tl.where(magnitude == 0.0, 0, negative)
     bits = value.to(tl.uint32, bitcast=True) | (negative << 31)
     return tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _to_field(magnitude, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr):
+    """The bits of a minifloat without its sign, uint32."""
+    least = tl.full(magnitude.shape, _least(EXPONENT_BITS), tl.int32)
+    # With the smallest normal number added, a subnormal one has its mantissa where it belongs, and no exponent.
+    smallest = _power_of_two(least - 127)
+    subnormal = (magnitude + smallest).to(tl.int32, bitcast=True)
+    bits = tl.where(magnitude < smallest, subnormal, magnitude.to(tl.int32, bitcast=True) + (1 << 23))
+    return ((bits - (least << 23)) >> (24 + EXPONENT_BITS - BITS)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _from_field(field, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, MAX_CODE: tl.constexpr):
+    """The magnitude of a minifloat's bits without its sign, float32; Inf and NaN among them."""
+    bits = field.to(tl.int32, bitcast=True) << (24 + EXPONENT_BITS - BITS)
+    least = tl.full(bits.shape, _least(EXPONENT_BITS), tl.int32)
+    # A subnormal number is a normal one of the smallest exponent, without its leading one.
+    exponent_from = tl.where(bits < (1 << 23), least, least - 1) << 23
+    value = (bits + exponent_from).to(tl.float32, bitcast=True)
+    value = tl.where(bits < (1 << 23), value - _power_of_two(least - 127), value)
+    special = (value.to(tl.int32, bitcast=True) | 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(value > MAX_CODE, special, value)
 
 
 @triton.jit
@@ -225,7 +277,8 @@ def _largest(
 @triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom"])
 def _fake_quantize(
     x_ptr, out_ptr, largest_ptr, factor_ptr, low, high, all_boxes, length, boxes, after, headroom, plane,
-    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr,
+    ELEMENT: tl.constexpr, LEAST: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
     GROUPED: tl.constexpr, FACTORS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
@@ -240,20 +293,23 @@ def _fake_quantize(
         largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
     else:
         largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
-    exponent = _exponent(largest, headroom, FIXED)
-    magnitude = _magnitudes(x, exponent, index, low, high, BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
+    exponent = _exponent(largest, headroom, FIXED, ELEMENT, LEAST)
+    magnitude = _magnitudes(x, exponent, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
     negative = x.to(tl.uint32, bitcast=True) >> 31
     if FACTORS:
-        factor = tl.where(exponent == 255, 1.0, _power_of_two(exponent - 127))
+        one = tl.full(exponent.shape, 1.0, tl.float32)
+        factor = tl.where(exponent == 255, 1.0, _two_factors(one, exponent - 127))
         tl.store(factor_ptr + fibre * after + column, factor, mask=exists & (place == 0))
         exponent = tl.where(exponent == 255, 255, 127)
-    _store_terms(out_ptr + index, plane, _values(magnitude, negative, exponent, BITS, SIGNED_ZERO), inside, TERMS)
+    value = _values(magnitude, negative, exponent, BITS, EXPONENT_BITS, SIGNED_ZERO)
+    _store_terms(out_ptr + index, plane, value, inside, TERMS)
 
 
 @triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom", "full", "shorts"])
 def _pack(
     x_ptr, data_ptr, largest_ptr, low, high, all_boxes, length, boxes, after, headroom, total, full, shorts,
-    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr,
+    ELEMENT: tl.constexpr, LEAST: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
     GROUPED: tl.constexpr, RAGGED: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
 ):  # fmt: skip
@@ -269,7 +325,7 @@ def _pack(
         along = tl.arange(0, BOX).to(base.dtype)[None, :]
         x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (begins + along < length))
         largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
-    exponent = _exponent(largest, headroom, FIXED)
+    exponent = _exponent(largest, headroom, FIXED, ELEMENT, LEAST)
     tl.store(data_ptr + scale_at, exponent.to(tl.uint8), mask=exists & (place == 0) if GROUPED else exists)
     # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
@@ -281,9 +337,12 @@ def _pack(
         inside = exists & (along < BOX_SIZE) & (begins + along < length) & (shift < 8)
         x = _load(x_ptr + index, inside)
         x = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
-        magnitude = _magnitudes(x, exponent, index, low, high, BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
+        magnitude = _magnitudes(x, exponent, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
         sign = x.to(tl.uint32, bitcast=True) >> 31
-        if SIGNED_ZERO:
+        if EXPONENT_BITS > 0:
+            # A code that was masked out is no float's, and the other bits of its byte must stay.
+            code = tl.where(inside, _to_field(magnitude, BITS, EXPONENT_BITS) | (sign << (BITS - 1)), 0)
+        elif SIGNED_ZERO:
             code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (BITS - 1))
         else:
             code = magnitude.to(tl.int64).to(tl.uint32)  # 2^31 is one
@@ -301,8 +360,9 @@ def _pack(
 @triton.jit(do_not_specialize=["all_boxes", "boxes", "full", "shorts"])
 def _unpack(
     data_ptr, out_ptr, all_boxes, length, boxes, after, total, full, shorts, plane,
-    BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr,
-    WIDE: tl.constexpr, GROUPED: tl.constexpr, RAGGED: tl.constexpr, TOUCHED: tl.constexpr, TERMS: tl.constexpr,
+    BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, MAX_CODE: tl.constexpr,
+    BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, GROUPED: tl.constexpr,
+    RAGGED: tl.constexpr, TOUCHED: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     along = tl.arange(0, BOX).to(base.dtype)[None, :]
@@ -322,14 +382,16 @@ def _unpack(
         else:
             code |= piece << (shift & 31).to(tl.uint32)
     negative = (code >> (BITS - 1)) & 1
-    if SIGNED_ZERO:
+    if EXPONENT_BITS > 0:
+        magnitude = _from_field(code & ((1 << (BITS - 1)) - 1), BITS, EXPONENT_BITS, MAX_CODE)
+    elif SIGNED_ZERO:
         magnitude = (code & ((1 << (BITS - 1)) - 1)).to(tl.int32).to(tl.float32)
     else:
         whole = tl.where(negative != 0, (~code) + 1, code)
         if BITS < 32:
             whole = whole & ((1 << BITS) - 1)
         magnitude = whole.to(tl.int64).to(tl.float32)
-    value = _values(magnitude, negative, exponent, BITS, SIGNED_ZERO)
+    value = _values(magnitude, negative, exponent, BITS, EXPONENT_BITS, SIGNED_ZERO)
     _store_terms(out_ptr + base + along * after, plane, value, inside, TERMS)
 
 
@@ -357,22 +419,22 @@ def _both(
     sign = x.to(tl.uint32, bitcast=True) >> 31
     if N_BITS > 0:
         largest = tl.max(tl.reshape(bits, [SIDE, SIDE // BOX, BOX]), axis=2)
-        exponent = _exponent(largest, n_headroom, 0)[:, :, None]
+        exponent = _exponent(largest, n_headroom, 0, 0, 1)[:, :, None]
         exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE, SIDE // BOX, BOX]), [SIDE, SIDE])
-        magnitude = _magnitudes(x, exponent, index, 0, 0, N_BITS, -N_MAX, N_MAX, False)
-        _store_terms(n_ptr + index, plane, _values(magnitude, sign, exponent, N_BITS, True), inside, N_TERMS)
+        magnitude = _magnitudes(x, exponent, index, 0, 0, N_BITS, 0, -N_MAX, N_MAX, False)
+        _store_terms(n_ptr + index, plane, _values(magnitude, sign, exponent, N_BITS, 0, True), inside, N_TERMS)
     if M_BITS + S_BITS > 0:
         largest = tl.max(tl.reshape(bits, [SIDE // BOX, BOX, SIDE]), axis=1)
     if M_BITS > 0:
-        exponent = _exponent(largest, m_headroom, 0)[:, None, :]
+        exponent = _exponent(largest, m_headroom, 0, 0, 1)[:, None, :]
         exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
-        magnitude = _magnitudes(x, exponent, index, 0, 0, M_BITS, -M_MAX, M_MAX, False)
-        _store_terms(m_ptr + index, plane, _values(magnitude, sign, exponent, M_BITS, True), inside, M_TERMS)
+        magnitude = _magnitudes(x, exponent, index, 0, 0, M_BITS, 0, -M_MAX, M_MAX, False)
+        _store_terms(m_ptr + index, plane, _values(magnitude, sign, exponent, M_BITS, 0, True), inside, M_TERMS)
     if S_BITS > 0:
-        scale = _exponent(largest, s_headroom, 0)
+        scale = _exponent(largest, s_headroom, 0, 0, 1)
         exponent = tl.reshape(tl.broadcast_to(scale[:, None, :], [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
         finite = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
-        magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, -S_MAX, S_MAX, False)
+        magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, 0, -S_MAX, S_MAX, False)
         sign = finite.to(tl.uint32, bitcast=True) >> 31
         code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (S_BITS - 1))
         is_short = box_row == full
@@ -506,17 +568,16 @@ def _again(known: _Launch, tensors: tuple[Any, ...], seed: tuple[int, ...]) -> N
 
 
 def covers(spec: KernelSpec) -> bool:
-    """Whether the kernels know the format: integers, in boxes that a tile holds or of one scale for a row or tensor."""
-    if spec.exponent_bits or spec.element_exponent or spec.least_exponent != 1:
-        return False
+    """Whether the kernels know the format: in boxes that a tile holds or of one scale for a row or tensor."""
     signed = not spec.signed_zero or spec.min_code < 0
     return signed and (spec.box_size <= MAX_BOX_SIZE or spec.box_size == ALL_OF_A_ROW)
 
 
 def reads_once(spec: KernelSpec) -> bool:
-    """Whether :func:`quantize_both` knows the format: sign-magnitude codes in boxes of 16."""
+    """Whether :func:`quantize_both` knows the format: sign-magnitude integers in boxes of 16."""
     symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
-    return symmetric and spec.box_size == BOTH_BOX
+    plain = not (spec.exponent_bits or spec.element_exponent) and spec.least_exponent == 1
+    return symmetric and plain and spec.box_size == BOTH_BOX
 
 
 def fits_both(shape: Shape) -> bool:
@@ -550,8 +611,9 @@ def _check(device: torch.device) -> None:
     shape = 1, 37, 48
     x = torch.linspace(-3.0, 5.0, 37 * 48, device=device).view(37, 48)
     x[:, 5] *= 2.0**-126
-    formats: list[tuple[ScaledInteger, int | None]] = [
-        (BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98), (FixedPoint(5, per_row=True), None)
+    formats: list[tuple[Format, int | None]] = [
+        (BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98), (FixedPoint(5, per_row=True), None),
+        (MXFP8E5M2(), None),
     ]  # fmt: skip
     pairs: list[tuple[Tensor, Tensor]] = []
     elements, factors = torch.empty_like(x), x.new_empty(1, 48)
@@ -639,7 +701,7 @@ def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int
     def prepare() -> Any:
         numbers, tile = _tile(shape, spec, max(out.numel(), data.numel()))
         rest = {
-            **numbers, **_layout(shape, spec, tile), "BITS": spec.bits, "SIGNED_ZERO": bool(spec.signed_zero), **tile,
+            **numbers, **_layout(shape, spec, tile), **_codes(spec), **tile,
             "plane": plane, "GROUPED": _grouped(spec), "TERMS": terms,
             "TOUCHED": max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8)),
         }  # fmt: skip
@@ -764,7 +826,8 @@ def _layout(shape: Shape, spec: KernelSpec, tile: dict[str, Any]) -> dict[str, A
 
 def _codes(spec: KernelSpec) -> dict[str, Any]:
     return {
-        "BITS": spec.bits, "SIGNED_ZERO": bool(spec.signed_zero), "FIXED": spec.fixed_exponent,
+        "BITS": spec.bits, "EXPONENT_BITS": spec.exponent_bits, "SIGNED_ZERO": bool(spec.signed_zero),
+        "FIXED": spec.fixed_exponent, "ELEMENT": spec.element_exponent, "LEAST": spec.least_exponent,
         "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code,
     }  # fmt: skip
 

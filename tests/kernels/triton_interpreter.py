@@ -21,7 +21,7 @@ from kernels.common import (
 )
 
 from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
-from fairseq_dsq.formats import MXFP4, BlockFloat, MXInt8, definition, parse
+from fairseq_dsq.formats import BlockFloat, definition, parse
 from fairseq_dsq.kernels import masks, native, ops, triton_kernels
 from fairseq_dsq.nn import DSQAttention, DSQContext, GemmConfig
 from fairseq_dsq.nn.saved import Activation
@@ -114,10 +114,25 @@ def test_offsets_of_64_bits(monkeypatch):
     test_masks_and_dropout((7, 33), torch.float32)
 
 
-@pytest.mark.parametrize("fmt", [BlockFloat(4, 257), MXFP4(), MXInt8()], ids=str)
-def test_a_box_that_no_tile_holds_and_minifloats_take_the_plain_path(fmt):
+def test_a_box_that_no_tile_holds_takes_the_plain_path():
+    fmt = BlockFloat(4, 257)
     assert not triton_kernels.covers(fmt.spec)
     assert_equals_definition(awkward_tensor((2, 300), seed=1, finite=True), fmt, 1, None)
+
+
+MINIFLOATS = ["mxfp4/16", "mxfp6e3m2/5-ceil", "mxfp8e4m3-even", "mxfp8e5m2/row", "mxint8-rceil"]
+
+
+@pytest.mark.parametrize(("text", "seed"), [(text, SEEDS[place % 2]) for place, text in enumerate(MINIFLOATS)])
+def test_minifloats(text, seed):
+    fmt = parse(text)
+    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once(fmt.spec)
+    assert_equals_definition(awkward_tensor((35, 3), seed=1), fmt, 0, seed)
+    x = torch.randn(3, 70, generator=seeded(2)) * torch.tensor([[1.0], [2.0**-125], [2.0**-140]])
+    assert_equals_definition(x, fmt, 1, None if seed else SEEDS[1])
+    data = torch.randint(256, (fmt.nbytes((4, 64), 1),), generator=seeded(3), dtype=torch.uint8)
+    expected = definition.unpack(data, (4, 64), fmt, 1, torch.float32)
+    assert_equal_bits(ops.unpack(data, (4, 64), 1, text, torch.float32), expected)
 
 
 @pytest.mark.parametrize(
