@@ -567,7 +567,12 @@ class Product:
         Args:
             kept: whether a and b are stashed, as the gradients of the other one need.
             a_comes_again: :meth:`grads` will be given ``a``, which is not stashed.
+
+        Raises:
+            ValueError: a weight's square boxes.
         """
+        if config.precision.squares:
+            raise ValueError(f"matmul: got {config.precision}, expected no squares, which are a weight's boxes")
         n_dim = -2 if transpose_b else -1  # of b as it is stored
         seeds = _draw_seeds(config)
         quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
@@ -716,8 +721,6 @@ def matmul(
     Raises:
         ValueError: operands that are not three-dimensional or do not fit, or a weight's square boxes.
     """
-    if config.precision.squares:
-        raise ValueError(f"matmul: got {config.precision}, expected no squares, which are a weight's boxes")
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2 if transpose_b else 1]:
         expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
         raise ValueError(f"matmul: got {tuple(a.shape)} and {tuple(b.shape)}, expected {expected}")

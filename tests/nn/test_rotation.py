@@ -7,7 +7,18 @@ import torch
 from nn.common import assert_product, difference, normal, product, saved_tensors
 
 from fairseq_dsq.formats import parse
-from fairseq_dsq.nn import ROTATIONS, DSQContext, GemmConfig, Rotation, convert, hold_codes, linear, matmul
+from fairseq_dsq.nn import (
+    ROTATIONS,
+    STASH_SCOPES,
+    DSQAttention,
+    DSQContext,
+    GemmConfig,
+    Rotation,
+    convert,
+    hold_codes,
+    linear,
+    matmul,
+)
 from fairseq_dsq.nn.rotation import rotate
 from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quantized import fake_quantize
@@ -88,6 +99,19 @@ def test_products_stay_what_they_were_but_for_rounding(q, rotation, box_dim):
         operands = a, b.mT.contiguous() if transpose_b else b, grad, transpose_b
         plain, rotated = (matmul_step(config(q, text, box_dim=box_dim), *operands) for text in ("off", rotation))
         assert all(difference(mine, theirs) < 2e-6 for mine, theirs in zip(rotated, plain, strict=True))
+
+
+@pytest.mark.parametrize("scope", STASH_SCOPES)
+def test_attention_s_gradients_stay_what_they_were_but_for_rounding(scope):
+    found = []
+    for rotation in ("off", "backward/16"):
+        torch.manual_seed(3)
+        module = DSQAttention(32, 2, DSQContext(config(EXACT, rotation), stash_scope=scope))
+        x = normal(19, 2, 32, seed=1).requires_grad_()
+        module(x, x, x, need_weights=False)[0].square().sum().backward()
+        found.append([x.grad, *(layer.weight.grad for layer in (module.q_proj, module.k_proj, module.v_proj))])
+    assert all(difference(mine, theirs) < 1e-5 for mine, theirs in zip(*found, strict=True))
+    assert not torch.equal(found[0][3], found[1][3])
 
 
 @pytest.mark.parametrize("gemm", ["auto", "float32"])
