@@ -2,11 +2,11 @@
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command import run
 from fairseq import checkpoint_utils
 from fairseq_cli import train as fairseq_train
 
@@ -21,21 +21,10 @@ class CommandLine:
         self.folder = folder
         self.data = folder / "data"
 
-    def start(self, *command, **environment):
-        return subprocess.Popen(
-            [str(BIN / command[0]), *map(str, command[1:])],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     def run(self, *command, code=0, **environment):
         """Run to the end; fails the test on another exit code. Returns (stdout, stderr)."""
-        process = self.start(*command, **environment)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == code, f"exit code {process.returncode}\n{out[-3000:]}\n{err[-3000:]}"
+        found, out, err = run(list(map(str, command)), self.folder, {**os.environ, **environment})
+        assert found == code, f"exit code {found}\n{out[-3000:]}\n{err[-3000:]}"
         return out, err
 
     def train_command(self, save_dir, *flags, arch="transformer_dsq", criterion="dsq_label_smoothed_cross_entropy"):
