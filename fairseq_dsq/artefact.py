@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ CHECKPOINT = "checkpoint"
 _UNSAFE = re.compile(r"[:,\\\n\r]|\$\{")
 _CHUNK_BYTES = 1 << 20
 _SHOWN = 3
+# is_locked() holds a lock for less.
+_LOOK_S = 0.05
 
 
 def version() -> str:
@@ -150,15 +153,36 @@ def locked(folder: Path, wait: bool = True) -> Iterator[int]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another command is at work there") from None
-        except OSError:
-            pass  # a file system without locks
+        for last in (wait, True):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if last:
+                    raise ValueError(f"{folder}: another command is at work there") from None
+                time.sleep(_LOOK_S)
+            except OSError:
+                break  # a file system without locks
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a command is at work in a folder; on a file system without locks none is."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def check_path(name: str, path: Path | str) -> None:

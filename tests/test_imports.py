@@ -40,7 +40,7 @@ ARROWS = {
     "optim": {"plugin"},
     "glue": {"artefact", "data_files", "download", "plugin", "text"},
     "lm": {"artefact", "translation"},
-    "recipes": {"artefact", "data_files", "translation"},
+    "recipes": {"artefact", "data_files", "record", "translation"},
     "translation": {"artefact", "data_files", "download"},
     "report": {"artefact", "cost", "formats", "glue", "plugin", "precision", "record", "schedules", "text"},
     "bench": {"adam", "formats", "gemm", "kernels", "nn", "plugin", "precision", "quantized"},

@@ -8,15 +8,18 @@ import io
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fairseq_dsq import cli, data_files
 from fairseq_dsq.cli import blame
 from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
-from fairseq_dsq.recipes.run import run_glue, run_language_model, run_translation
+from fairseq_dsq.recipes.plan import Plan, Step, progress
+from fairseq_dsq.recipes.recipe import seeds_of
+from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
+from fairseq_dsq.recipes.side_by_side import SideBySide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,18 +46,60 @@ def main(args: argparse.Namespace) -> int:
     _check(recipe, options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
+    jobs, status = int(options.pop("jobs", "1")), options.pop("status", False)
     given = {name.replace("_", "-"): value for name, value in options.items()}
-    try:
-        if isinstance(recipe, Translation):
-            run_translation(args.recipe, recipe, given, rest, runs, _show if dry else _call)
-        elif isinstance(recipe, Glue):
+    if isinstance(recipe, Glue):
+        try:
             run_glue(given.pop("task"), recipe, given, rest, runs, _show if dry else _call)
-        elif isinstance(recipe, LanguageModel):
-            text = given.pop("text")
-            run_language_model(args.recipe, text, recipe, given, rest, runs, _show if dry else _call)
+        except _Stopped as stopped:
+            return stopped.code
+        return 0
+    if isinstance(recipe, LanguageModel):
+        plan = plan_language_model(args.recipe, given.pop("text"), recipe, given, rest, runs)
+    else:
+        assert isinstance(recipe, Translation)
+        plan = plan_translation(args.recipe, recipe, given, rest, runs)
+    if status:
+        print(f"{plan.name}: {progress(plan, jobs)}")
+    elif dry:
+        for step in plan.commands():
+            _show(step)
+    else:
+        return _run(plan, jobs)
+    return 0
+
+
+def _run(plan: Plan, jobs: int) -> int:
+    """Run what is not done yet; a run of a table that fails leaves the others alone. Returns the exit code."""
+    codes: dict[Path, int] = {}
+    waiting = [folder for folder in plan.runs if not plan.is_done(folder)]
+    try:
+        _call(plan.prepare)
     except _Stopped as stopped:
         return stopped.code
-    return 0
+    for folder in plan.runs if jobs == 1 else [folder for folder in plan.runs if folder not in waiting]:
+        try:
+            for step in plan.runs[folder]:
+                _call(step)
+        except _Stopped as stopped:
+            codes[folder] = stopped.code
+        if plan.report is not None and folder in waiting:
+            print(f"\n{plan.name}: {progress(plan, jobs)}\n", flush=True)
+    if jobs > 1 and waiting:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs too
+        pool = SideBySide(jobs)
+        for outcome in pool.run({folder: plan.runs[folder] for folder in waiting}):
+            print(outcome.output, end="", flush=True)
+            print(outcome.errors, end="", file=sys.stderr, flush=True)
+            if outcome.code:
+                codes[outcome.folder] = outcome.code
+            print(f"\n{plan.name}: {progress(plan, jobs, pool.running)}\n", flush=True)
+    if plan.report is not None and len(codes) < len(plan.runs):
+        _call(plan.report)
+    if plan.report is not None and codes:
+        names = ", ".join(folder.name for folder in codes)
+        print(f"fairseq-dsq run: error: {len(codes)} of {len(plan.runs)} runs failed: {names}", file=sys.stderr)
+    return max(codes.values(), default=0)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +126,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         shown = f" (default: {default})" if default else ""
         parser.add_argument(f"--{flag}", default=str(default), metavar=metavar, help=text + shown)
 
-    table = isinstance(recipe, Tabled) and bool(recipe.methods)
+    table = recipe if isinstance(recipe, Tabled) and recipe.methods else None
     if isinstance(recipe, Glue):
         parser.add_argument("task", metavar="TASK", help="CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI")
         add("encoder", recipe.encoder, "encoder folder, or the name of a published one", "DIR")
@@ -92,7 +137,11 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
                             help="batches of rows of like length")  # fmt: skip
         add("prepared", "", "folder of the prepared task, which runs can share (default: OUT/data)", "DIR")
     if table:
-        add("methods", " ".join(_methods(recipe)), "rows of the table to train", "NAMES")
+        parser.add_argument(
+            "--methods", default=table.methods, metavar="NAMES",
+            help=f"what to train: tables ({table.methods}), or rows of theirs: {', '.join(table.rows())} "
+            "(default: all)",
+        )  # fmt: skip
     if isinstance(recipe, Translation):
         add("vocab", recipe.vocab, "joint sentence pieces")
     if isinstance(recipe, LanguageModel):
@@ -103,53 +152,66 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         add("held-out", recipe.held_out, "share of the lines that valid and test have, each", "SHARE")
     for parameter, value in recipe.parameters.items():
         add(parameter, value, f"{{{parameter}}} of the recipe's flags")
-    add("format", "" if table else recipe.format, "number format" + (": one run in place of the table" * table), "NAME")
+    one = ": one run in place of the table" if table else ""
+    add("format", "" if table else recipe.format, f"number format{one}", "NAME")
     add("levels", "", "precision levels (default: fairseq_dsq's)", "LEVELS")
     add("patience", recipe.patience, "as --dsq-patience")
     add("min-delta", recipe.min_delta, "as --dsq-min-delta", "D")
     add("epochs", recipe.epochs, "epochs" + (", which may be raised later" * (not isinstance(recipe, Glue))))
-    add("seed", 1, "seed")
+    if table:  # the default is the tables' affair
+        of_tables = "".join(f"; {name}: {seeds}" for name, seeds in table.seeds.items())
+        parser.add_argument(
+            "--seed", default="", metavar="N", help=f"seeds, one or several as in '1 2 3' (default: 1{of_tables})"
+        )
+    else:
+        add("seed", 1, "seed")
     add("out", "", "folder of the run, or of the table's runs (default: in RUNS, by the settings)", "DIR")
     add("runs", "runs", "folder of all runs and downloads", "DIR")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
+    if table:
+        add("jobs", 1, "runs at a time")
+    if not isinstance(recipe, Glue):
+        parser.add_argument("--status", action="store_true", help="print how many runs are done, and run none")
     return parser
 
 
 def _check(recipe: Recipe, options: dict[str, str]) -> None:
     """Refuse what no command would refuse in time."""
-    positive = ["epochs", "patience", *recipe.parameters, *(["vocab"] if "vocab" in options else [])]
-    for least, names in ((1, positive), (0, ["seed", *(["train_rows"] if isinstance(recipe, Glue) else [])])):
+    positive = ["epochs", "patience", *recipe.parameters, *(name for name in ("vocab", "jobs") if name in options)]
+    for least, names in ((1, positive), (0, ["train_rows"] if isinstance(recipe, Glue) else [])):
         for name in names:
             value = options[name]
             if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, expected an integer >= {least}")
+    table = "methods" in options and not options["format"]
+    seeds = seeds_of(options["seed"])
+    if (not seeds and (options["seed"] or "methods" not in options)) or (len(seeds) > 1 and not table):
+        raise ValueError(f"--seed: got {options['seed']!r}, expected an integer >= 0" + ", or several" * table)
     if "methods" in options:
-        known = _methods(recipe)
+        assert isinstance(recipe, Tabled)
+        rows = recipe.rows()
         for method in options["methods"].split():
-            if method not in known:
-                raise ValueError(f"--methods: got {method!r}, expected some of {' '.join(known)}")
+            if method not in (*rows, *recipe.methods.split()):
+                expected = f"{' '.join(rows)}, or of the tables {recipe.methods}"
+                raise ValueError(f"--methods: got {method!r}, expected some of {expected}")
         if options["levels"] and not options["format"]:
             raise ValueError(f"--levels: got {options['levels']!r} without --format")
 
 
-def _methods(recipe: Recipe) -> Sequence[str]:
-    return list(recipe.rows()) if isinstance(recipe, Tabled) else []
-
-
-def _call(*arguments: object, output: bool = False, before: str = "", failure: str = "") -> str:
-    """``fairseq-dsq ARGUMENTS`` in this process; see :data:`fairseq_dsq.recipes.run.Call`."""
-    print(before, end="", flush=True)
+def _call(step: Step, output: bool = False) -> str:
+    """Run a step in this process; see :data:`fairseq_dsq.recipes.run.Call`."""
+    print(step.before, end="", flush=True)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed) if output else contextlib.nullcontext():
-        code = cli.main([*map(str, arguments)])
-    if code == 1 and failure:
-        print(f"fairseq-dsq run: error: {failure}", file=sys.stderr)
+        code = cli.main(step.arguments)
+    if code == 1 and step.failure:
+        print(f"fairseq-dsq run: error: {step.failure}", file=sys.stderr)
     if code:
         raise _Stopped(code)
     return printed.getvalue()
 
 
-def _show(*arguments: object, output: bool = False, **_: str) -> str:
+def _show(step: Step, output: bool = False) -> str:
     """Print the command line; of one whose output is wanted, that output is a mark."""
-    print(shlex.join(["fairseq-dsq", *map(str, arguments)]))
-    return f"[{arguments[0]}]" if output else ""
+    print(shlex.join(["fairseq-dsq", *step.arguments]))
+    return f"[{step.arguments[0]}]" if output else ""

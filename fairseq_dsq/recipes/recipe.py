@@ -72,24 +72,51 @@ class Recipe:
 
 @dataclass
 class Tabled(Recipe):
-    """A recipe that may train the rows of a table.
+    """A recipe that may train the rows of tables.
 
     Attributes:
-        methods: the rows, of a file in configs/methods/; empty: one run.
+        methods: files in configs/methods/, separated by spaces, whose rows are trained; empty: one run.
+        seeds: of a table's rows, separated by spaces; 1 where nothing is said.
     """
 
     methods: str = ""
+    seeds: dict[str, str] = field(default_factory=dict)
 
-    def rows(self) -> dict[str, Method]:
-        """The methods by name, in the table's order.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tables = self.methods.split()
+        for table, seeds in self.seeds.items():
+            if table not in tables:
+                raise ValueError(f"seeds: got {table}, expected some of the methods: {self.methods}")
+            if not seeds_of(seeds):
+                raise ValueError(f"seeds: {table}: got {seeds!r}, expected integers >= 0 such as '1 2 3'")
+
+    def tables(self) -> dict[str, dict[str, Method]]:
+        """The methods by name, by table, in their order.
 
         Raises:
-            ValueError: not a table of methods; names the file.
+            ValueError: not a table of methods, or a name that stands for two; names the file.
         """
-        if not self.methods:
-            return {}
-        path = data_files.find(METHODS, self.methods)
-        return {str(name): data_files.build(Method, row, path) for name, row in data_files.read(path).items()}
+        found: dict[str, dict[str, Method]] = {}
+        known: dict[str, Method] = {}
+        for table in self.methods.split():
+            path = data_files.find(METHODS, table)
+            rows = {str(name): data_files.build(Method, row, path) for name, row in data_files.read(path).items()}
+            for name, row in rows.items():
+                if known.setdefault(name, row) != row:
+                    raise ValueError(f"{path}: {name}: got {row}, expected what another table has: {known[name]}")
+            found[table] = rows
+        return found
+
+    def rows(self) -> dict[str, Method]:
+        """The methods of all tables by name; errors as :meth:`tables`."""
+        return {name: row for rows in self.tables().values() for name, row in rows.items()}
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of a text such as ``1 2 3``; none where it is no such text."""
+    words = text.split()
+    return [*dict.fromkeys(map(int, words))] if all(re.fullmatch("[0-9]{1,9}", word) for word in words) else []
 
 
 @dataclass
@@ -100,14 +127,16 @@ class Translation(Tabled):
         corpus: a name of fairseq_dsq.translation, or plain text below $DSQ_DATA, see
             :class:`fairseq_dsq.translation.PlainText`.
         test: what the test set is called.
-        vocab: joint sentence pieces.
+        vocab: joint pieces.
         search: flags of fairseq-generate.
+        tokenize: sacreBLEU's tokenizer: 13a for text, none for what is tokenised.
     """
 
     corpus: Any = "???"  # must be given
     test: str = "test"
     vocab: int = 4000
     search: str = "--beam 5"
+    tokenize: str = "13a"
 
 
 @dataclass

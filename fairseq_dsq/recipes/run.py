@@ -1,28 +1,28 @@
-"""The commands that a recipe stands for, one after the other."""
+"""The commands that a recipe stands for."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fairseq_dsq import artefact, data_files
-from fairseq_dsq.recipes.evaluating import EVALUATED
-from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Tabled, Translation
+from fairseq_dsq.recipes.evaluating import EVALUATED, PERPLEXITY
+from fairseq_dsq.recipes.plan import Plan, Step, step
+from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Tabled, Translation, seeds_of
 from fairseq_dsq.recipes.training import LOG
+from fairseq_dsq.recipes.translating import OUTPUT, SCORE, TOKENIZE
 from fairseq_dsq.translation import find_corpus
 
-# Runs ``fairseq-dsq ARGUMENTS`` and prints ``before`` and its output, or returns the latter where ``output`` is true.
-# Any exit code but 0 ends all; ``failure`` is said where it is 1.
+# Runs a step of fairseq-dsq and returns its output where ``output`` is true, else prints it. Any exit code but 0 ends
+# all.
 Call = Callable[..., str]
 Options = Mapping[str, str]  # flags without dashes before them: what they were given, or what the recipe says
 LOGGING = ("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "100", "--no-progress-bar")
 
 
-def run_translation(
-    name: str, recipe: Translation, options: Options, rest: Sequence[str], runs: Path, call: Call
-) -> None:
+def plan_translation(name: str, recipe: Translation, options: Options, rest: Sequence[str], runs: Path) -> Plan:
     """Prepare the corpus, then train, translate and score one run, or every method and print the table.
 
     Args:
@@ -37,18 +37,24 @@ def run_translation(
     corpus = find_corpus(described)
     prepared = home / f"data-{options['vocab']}"
     chosen = _chosen(recipe, options, home)
-    downloads = home / "downloads"
-    call("translation-prepare", described, prepared, "--vocab", options["vocab"], "--downloads", downloads)
-    for folder, method in chosen.items():
-        flags = [prepared / "bin", *_words(recipe.train, options), *_dsq_flags(method, options), *rest]
-        call("run-train", folder, "--", *flags, failure=f"training failed, see {folder / LOG}")
-        call("epochs", folder, before=_heading(method, options))
-        call(
-            "run-translate", "--digits", "2", folder, prepared / f"raw.test.{corpus.target}", "--", prepared / "bin",
-            "--remove-bpe", "sentencepiece", *shlex.split(recipe.search), "--required-batch-size-multiple", "1",
-            before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / 'generate.out'}",
+    tokenize = [] if recipe.tokenize == TOKENIZE else ["--tokenize", recipe.tokenize]
+    found: dict[Path, tuple[Step, ...]] = {}
+    for folder, (method, seed) in chosen.items():
+        flags = [prepared / "bin", *_words(recipe.train, options), *_dsq_flags(method, seed, options), *rest]
+        found[folder] = (
+            step("run-train", folder, "--", *flags, failure=f"training failed, see {folder / LOG}"),
+            step("epochs", folder, before=_heading(method, seed)),
+            step(
+                "run-translate", "--digits", "2", *tokenize, folder, prepared / f"raw.test.{corpus.target}", "--",
+                prepared / "bin", "--remove-bpe", "sentencepiece", *shlex.split(recipe.search),
+                "--required-batch-size-multiple", "1",
+                before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / OUTPUT}",
+            ),
         )  # fmt: skip
-    _report(recipe, options, chosen, call)
+    prepare = step(
+        "translation-prepare", described, prepared, "--vocab", options["vocab"], "--downloads", home / "downloads"
+    )
+    return Plan(home.name, prepare, found, SCORE, _report(recipe, options, chosen))
 
 
 def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], runs: Path, call: Call) -> None:
@@ -60,25 +66,25 @@ def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], run
         rest: more flags of fairseq-train.
         runs: folder of all runs.
     """
-    home = runs / "glue"
+    home, seed = runs / "glue", options["seed"]
     method = Method(options["format"], options["levels"])
-    label = slug(f"{Path(options['encoder']).name}-{method.format}-{method.levels or 'default'}-seed{options['seed']}")
+    label = slug(f"{Path(options['encoder']).name}-{method.format}-{method.levels or 'default'}-seed{seed}")
     folder = Path(options["out"] or home / slug(task) / label)
     prepared = Path(options["prepared"] or folder / "data")
     encoder = ("--encoder", options["encoder"], "--downloads", home / "downloads")
     own = [part for name in ("data",) if options[name] for part in (f"--{name}", options[name])]
     own += ["--train-rows", options["train-rows"], *(["--group-by-length"] if options["group-by-length"] else [])]
-    call("glue-prepare", task, prepared, *encoder, *own)
-    words = [*_words(recipe.train, options), "--lr", options["lr"], *_dsq_flags(method, options), *rest]
-    flags = call("glue-flags", *encoder, prepared, "--", *words, output=True)
-    call("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}")
-    call("epochs", folder, before=_heading(method, options))
-    call("glue-evaluate", prepared, folder / artefact.BEST, "--out", folder / "glue.json")
+    call(step("glue-prepare", task, prepared, *encoder, *own))
+    words = [*_words(recipe.train, options), "--lr", options["lr"], *_dsq_flags(method, seed, options), *rest]
+    flags = call(step("glue-flags", *encoder, prepared, "--", *words), output=True)
+    call(step("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}"))
+    call(step("epochs", folder, before=_heading(method, seed)))
+    call(step("glue-evaluate", prepared, folder / artefact.BEST, "--out", folder / "glue.json"))
 
 
-def run_language_model(
-    name: str, text: str, recipe: LanguageModel, options: Options, rest: Sequence[str], runs: Path, call: Call
-) -> None:
+def plan_language_model(
+    name: str, text: str, recipe: LanguageModel, options: Options, rest: Sequence[str], runs: Path
+) -> Plan:
     """Prepare a text, train on it, and print its test part's perplexity.
 
     Args:
@@ -97,39 +103,51 @@ def run_language_model(
     home = runs / Path(name).stem / (slug(Path(text).stem) or "text")
     arch, prepared = options["arch"], home / f"data-{options['vocab']}"
     chosen = _chosen(recipe, options, home, f"{arch}-")
-    call("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
     flags = [*_words(recipe.train, options), "--arch", arch, *_words(recipe.architectures.get(arch, ""), options)]
-    for folder, method in chosen.items():
-        call(
-            "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, options), *rest,
-            failure=f"training failed, see {folder / LOG}",
+    found: dict[Path, tuple[Step, ...]] = {}
+    for folder, (method, seed) in chosen.items():
+        found[folder] = (
+            step(
+                "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, seed, options), *rest,
+                failure=f"training failed, see {folder / LOG}",
+            ),
+            step("epochs", folder, before=f"{arch}, {_heading(method, seed)}"),
+            step(
+                "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test",
+                *_words(recipe.evaluate, options),
+                before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
+            ),
         )  # fmt: skip
-        call("epochs", folder, before=f"{arch}, {_heading(method, options)}")
-        call(
-            "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test", *_words(recipe.evaluate, options),
-            before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
-        )  # fmt: skip
-    _report(recipe, options, chosen, call)
+    prepare = step("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
+    return Plan(f"{home.parent.name} {home.name}", prepare, found, PERPLEXITY, _report(recipe, options, chosen))
 
 
-def _chosen(recipe: Tabled, options: Options, home: Path, prefix: str = "") -> dict[Path, Method]:
-    """The runs: the methods of a table that are asked for, or the one of a format and levels."""
-    seed = f"seed{options['seed']}"
+def _chosen(recipe: Tabled, options: Options, home: Path, prefix: str = "") -> dict[Path, tuple[Method, str]]:
+    """The runs' methods and seeds: those of a table that are asked for, or the one of a format and levels."""
     if _of_table(recipe, options):
-        rows, folder = recipe.rows(), Path(options["out"] or home)
-        return {folder / f"{prefix}{row}-{seed}": rows[row] for row in options["methods"].split()}
-    method = Method(options["format"], options["levels"])
-    label = slug(f"{prefix}{method.format}-{method.levels or 'default'}-{seed}")
-    return {Path(options["out"] or home / label): method}
+        folder = Path(options["out"] or home)
+        return {folder / f"{prefix}{name}-seed{seed}": (row, seed) for name, row, seed in _rows(recipe, options)}
+    method, seed = Method(options["format"], options["levels"]), options["seed"] or "1"
+    label = slug(f"{prefix}{method.format}-{method.levels or 'default'}-seed{seed}")
+    return {Path(options["out"] or home / label): (method, seed)}
+
+
+def _rows(recipe: Tabled, options: Options) -> Iterator[tuple[str, Method, str]]:
+    """(name, method, seed) of the tables' rows that are asked for by name or by table: a seed after the other."""
+    asked = options["methods"].split()
+    for table, rows in recipe.tables().items():
+        for seed in seeds_of(options["seed"] or recipe.seeds.get(table, "1")):
+            for name, row in rows.items():
+                if table in asked or name in asked:
+                    yield name, row, str(seed)
 
 
 def _of_table(recipe: Tabled, options: Options) -> bool:
     return bool(recipe.methods) and not options["format"]
 
 
-def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, Method], call: Call) -> None:
-    if _of_table(recipe, options):
-        call("report", *chosen, before="\n")
+def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, object]) -> Step | None:
+    return step("report", *chosen, before="\n") if _of_table(recipe, options) else None
 
 
 def slug(text: str) -> str:
@@ -142,15 +160,14 @@ def _words(flags: str, options: Options) -> list[str]:
     return shlex.split(PARAMETER.sub(lambda match: options[match[1].replace("_", "-")], flags))
 
 
-def _dsq_flags(method: Method, options: Options) -> list[str]:
+def _dsq_flags(method: Method, seed: str, options: Options) -> list[str]:
     levels = ["--dsq-levels", method.levels] if method.levels else []
     return [
         "--dsq-format", method.format, *levels, "--dsq-patience", options["patience"], "--dsq-min-delta",
-        options["min-delta"], "--max-epoch", options["epochs"], "--seed", options["seed"], *LOGGING,
-        *shlex.split(method.flags),
+        options["min-delta"], "--max-epoch", options["epochs"], "--seed", seed, *LOGGING, *shlex.split(method.flags),
     ]  # fmt: skip
 
 
-def _heading(method: Method, options: Options) -> str:
+def _heading(method: Method, seed: str) -> str:
     flags = f"{method.flags}, " if method.flags else ""
-    return f"format {method.format}, levels {method.levels or 'default'}, {flags}seed {options['seed']}\n"
+    return f"format {method.format}, levels {method.levels or 'default'}, {flags}seed {seed}\n"

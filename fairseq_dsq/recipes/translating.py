@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,18 @@ from fairseq_dsq.recipes import fairseq_command
 from fairseq_dsq.recipes.scoring import score_best
 
 OUTPUT, SCORE = "generate.out", "score.json"
+# The run's copy of the reference, without its suffix: paired tests need it.
+REFERENCE = "reference"
+TOKENIZE = "13a"  # sacreBLEU's own
 
 
-def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int = 2) -> float:
+def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int = 2, tokenize: str = TOKENIZE) -> float:
     """Translate with fairseq-generate and ``flags`` (the data first, no --path), unless that is done; returns BLEU.
+
+    The translations and the reference, line by line, are in ``folder`` afterwards.
+
+    Args:
+        tokenize: sacreBLEU's tokenizer.
 
     Raises:
         OSError: no checkpoint.
@@ -27,9 +36,13 @@ def translate(folder: Path, reference: Path, flags: Sequence[str], digits: int =
 
     def measure(output: Path) -> str:
         _collect(output, hypotheses, reference)
-        return _sacrebleu(reference, hypotheses, digits)
+        with artefact.atomic(folder / f"{REFERENCE}{reference.suffix}") as partial:
+            shutil.copyfile(reference, partial)
+        return _sacrebleu(reference, hypotheses, digits, tokenize)
 
     more = {"REFERENCE": artefact.checksum(reference), "--digits": str(digits)}
+    if tokenize != TOKENIZE:
+        more["--tokenize"] = tokenize
     score = score_best("fairseq-generate", folder, flags, (OUTPUT, SCORE), measure, more, needs=[hypotheses])
     return float(score["score"])
 
@@ -54,8 +67,9 @@ def _collect(output: Path, hypotheses: Path, reference: Path) -> None:
         partial.write_text("".join(f"{found[number]}\n" for number in range(expected)), encoding="utf-8")
 
 
-def _sacrebleu(reference: Path, hypotheses: Path, digits: int) -> str:
+def _sacrebleu(reference: Path, hypotheses: Path, digits: int, tokenize: str) -> str:
     command = [sys.executable, "-m", "sacrebleu", str(reference), "-i", str(hypotheses), "-m", "bleu"]
+    command += ["--tokenize", tokenize]
     done = subprocess.run([*command, "-w", str(digits), "--force"], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"sacrebleu: {fairseq_command.last_error(done.stderr) or done.stderr.strip()}")

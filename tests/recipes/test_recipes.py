@@ -105,8 +105,8 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
 
 def test_no_such_recipe(capsys):
     assert main(["run", "latin"]) == 2
-    expected = "expected formats, glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, wmt14 or the path"
-    assert f"RECIPE: got 'latin', {expected}" in capsys.readouterr().err
+    expected = "expected formats, glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, study-iwslt14, study-multi30k, wmt14"
+    assert f"RECIPE: got 'latin', {expected} or the path" in capsys.readouterr().err
 
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
@@ -140,3 +140,96 @@ def test_a_table_s_script_refuses_what_it_does_not_know(tmp_path):
     ):
         done = script("neighbours.sh", *arguments, data=data)
         assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_rows_of_several_tables_are_trained_once_each_with_every_seed_of_theirs(tmp_path, capsys):
+    found = commands(capsys, "study-multi30k", "--runs", str(tmp_path), "--dry-run")
+    trained = [Path(command[1]).name for command in found if command[0] == "run-train"]
+    recipe = load_recipe("study-multi30k")
+    table1 = [f"{name}-seed{seed}" for seed in (1, 2, 3) for name in recipe.tables()["table1"]]
+    assert trained[:24] == table1 and len(trained) == len(set(trained)) == 24 + len(recipe.rows()) - 8
+    assert {name.rpartition("-seed")[2] for name in trained[24:]} == {"1"}
+    assert [Path(path).name for path in found[-1][1:]] == trained
+    # Asked for by table, by name, with other seeds.
+    for asked, seeds, expected in (
+        ("table5", (), ["fixed-8-8-8-32-seed1", "fixed-8-8-8-16-seed1", "fixed-8-8-8-8-seed1"]),
+        ("dsq patience-5", (), ["dsq-seed1", "dsq-seed2", "dsq-seed3", "patience-5-seed1"]),
+        ("dsq", ("--seed", "7 9"), ["dsq-seed7", "dsq-seed9"]),
+    ):
+        given = ("--methods", asked, *seeds, "--runs", str(tmp_path), "--dry-run")
+        found = commands(capsys, "study-multi30k", *given)
+        assert [Path(command[1]).name for command in found if command[0] == "run-train"] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("multi30k", "--seed", "1 2"), "--seed: got '1 2', expected an integer >= 0"),
+        (("wmt14", "--seed", "1 x"), "--seed: got '1 x', expected an integer >= 0, or several"),
+        (("wmt14", "--jobs", "0"), "--jobs: got '0', expected an integer >= 1"),
+        (("study-multi30k", "--methods", "table9"), "or of the tables table1 table4 table5 ablations"),
+    ],
+)
+def test_seeds_jobs_and_tables_are_checked(capsys, arguments, said):
+    assert main(["run", *arguments, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methods: table1\nseeds: {table4: 1 2}\n", "seeds: got table4, expected some of the methods: table1"),
+        ("methods: table1\nseeds: {table1: one}\n", "seeds: table1: got 'one', expected integers >= 0 such as '1 2 3'"),
+        ("methods: table1 {path}\n", "dsq: got Method(format='fixed'"),
+    ],
+)
+def test_seeds_of_no_table_and_a_name_for_two_methods_are_refused(tmp_path, capsys, text, said):
+    (tmp_path / "rows.yaml").write_text("dsq: {format: fixed}\n")
+    recipe = "kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: wmt14\n" + text
+    (tmp_path / "own.yaml").write_text(recipe.replace("{path}", str(tmp_path / "rows.yaml")))
+    assert main(["run", str(tmp_path / "own.yaml"), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_study_runs_table_1_first_and_all_of_it_and_says_how_far_it_is(tmp_path):
+    # A fairseq-dsq that says what it was called with, and fails once.
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin/fairseq-dsq"
+    command.write_text('#!/bin/bash\necho "$1 $2 | ${*:5}"\n[ "$2 $6" != "study-iwslt14 table1" ] || exit 3\n')
+    command.chmod(0o755)
+    for name in ("multi30k", "iwslt14_de-en"):
+        (tmp_path / name).mkdir()
+
+    def study(*arguments, **more):
+        environment = {**os.environ, "DSQ_ENV": str(tmp_path), "DSQ_DATA": str(tmp_path), **more}
+        return subprocess.run([SCRIPTS / "study.sh", *arguments], env=environment, capture_output=True, text=True)
+
+    everything = "table1 table4 table5 ablations"
+    done = study("--", "--lr", "1", JOBS="3")
+    assert done.stdout.splitlines() == [
+        "run study-multi30k | --methods table1 --jobs 3 -- --lr 1",
+        "run study-iwslt14 | --methods table1 --jobs 3 -- --lr 1",
+        f"run study-multi30k | --methods {everything} --jobs 3 -- --lr 1",
+    ]
+    assert done.returncode == 3
+    for mode in ("--status", "--dry-run"):
+        assert study(mode).stdout.splitlines() == [
+            f"run study-multi30k | --methods {everything} --jobs 2 {mode}",
+            f"run study-iwslt14 | --methods table1 --jobs 2 {mode}",
+        ]
+    for arguments, data, said in (
+        (("--fast",), tmp_path, "got '--fast', expected --status, --dry-run or nothing"),
+        (("--status", "x"), tmp_path, "got 'x', expected -- FLAGS"),
+        ((), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder that multi30k lies in"),
+    ):
+        done = study(*arguments, DSQ_DATA=str(data))
+        assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_size_of_the_study_and_how_far_it_is(tmp_path, capsys):
+    assert main(["run", "study-multi30k", "--runs", str(tmp_path), "--status"]) == 0
+    assert main(["run", "study-iwslt14", "--runs", str(tmp_path), "--status"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "study-multi30k: 0 of 49 runs done, 0 running, 49 left",
+        "study-iwslt14: 0 of 8 runs done, 0 running, 8 left",
+    ]
