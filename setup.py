@@ -158,10 +158,13 @@ setup(
             "tensorboardX",
             "transformers",
             "safetensors",
+            "sacremoses",
+            "subword-nmt",
             # To test the CUDA kernels without a GPU.
             "triton; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
         "report": ["matplotlib", "jinja2"],
+        "translation": ["sacremoses", "subword-nmt"],
         "glue": ["tokenizers", "safetensors", "scikit-learn", "scipy"],
     },
     entry_points={"console_scripts": ["fairseq-dsq = fairseq_dsq.cli:main"]},

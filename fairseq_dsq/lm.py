@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fairseq_dsq import artefact
 from fairseq_dsq.translation.corpus import SPLITS, lines
-from fairseq_dsq.translation.prepare import learn_pieces
+from fairseq_dsq.translation.pieces import learn_pieces
 
 # Which lines are held out, whatever seed trains: perplexities of other seeds are of the same lines.
 _SPLIT_SEED = 1

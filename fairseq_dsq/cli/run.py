@@ -20,6 +20,7 @@ from fairseq_dsq.recipes.plan import Plan, Step, progress
 from fairseq_dsq.recipes.recipe import seeds_of
 from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
 from fairseq_dsq.recipes.side_by_side import SideBySide
+from fairseq_dsq.translation.pieces import LEARN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
     options = vars(parser.parse_args(own))
     _check(recipe, options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
+    if not (options["dry_run"] or options.get("status")):
+        _check_gpus(options)
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
     jobs, status = int(options.pop("jobs", "1")), options.pop("status", False)
     given = {name.replace("_", "-"): value for name, value in options.items()}
@@ -143,7 +146,8 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
             "(default: all)",
         )  # fmt: skip
     if isinstance(recipe, Translation):
-        add("vocab", recipe.vocab, "joint sentence pieces")
+        add("vocab", recipe.vocab, "joint pieces")
+        add("pieces", recipe.pieces, f"what they are: {' or '.join(LEARN)} (of subword-nmt)", "KIND")
     if isinstance(recipe, LanguageModel):
         parser.add_argument("text", metavar="TEXT", help="a file, a document or a sentence a line")
         known = ", ".join(recipe.architectures)
@@ -171,22 +175,32 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
     if table:
         add("jobs", 1, "runs at a time")
     if not isinstance(recipe, Glue):
+        add("gpus", "", "GPUs of this computer to train on (default: the only one)")
+        add("nodes", 1, "computers that train together, each with so many GPUs and RUNS in common")
+        add("node-rank", 0, "which of them this is, from 0")
+        add("master", "", "where the first of them listens", "HOST:PORT")
         parser.add_argument("--status", action="store_true", help="print how many runs are done, and run none")
     return parser
 
 
 def _check(recipe: Recipe, options: dict[str, str]) -> None:
     """Refuse what no command would refuse in time."""
-    positive = ["epochs", "patience", *recipe.parameters, *(name for name in ("vocab", "jobs") if name in options)]
-    for least, names in ((1, positive), (0, ["train_rows"] if isinstance(recipe, Glue) else [])):
+    positive = ["epochs", "patience", *recipe.parameters, "vocab", "jobs", "gpus", "nodes"]
+    for least, names in ((1, positive), (0, ["train_rows", "node_rank"])):
         for name in names:
-            value = options[name]
+            value = options.get(name.replace("-", "_"))
+            if value is None or (name == "gpus" and not value):
+                continue
             if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, expected an integer >= {least}")
     table = "methods" in options and not options["format"]
     seeds = seeds_of(options["seed"])
     if (not seeds and (options["seed"] or "methods" not in options)) or (len(seeds) > 1 and not table):
         raise ValueError(f"--seed: got {options['seed']!r}, expected an integer >= 0" + ", or several" * table)
+    if "pieces" in options and options["pieces"] not in LEARN:
+        raise ValueError(f"--pieces: got {options['pieces']!r}, expected {' or '.join(LEARN)}")
+    if "nodes" in options:
+        _check_nodes(options)
     if "methods" in options:
         assert isinstance(recipe, Tabled)
         rows = recipe.rows()
@@ -196,6 +210,30 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
                 raise ValueError(f"--methods: got {method!r}, expected some of {expected}")
         if options["levels"] and not options["format"]:
             raise ValueError(f"--levels: got {options['levels']!r} without --format")
+
+
+def _check_nodes(options: dict[str, str]) -> None:
+    """Refuse what does not say which of the computers this is."""
+    nodes, rank, master = int(options["nodes"]), int(options["node_rank"]), options["master"]
+    if rank >= nodes:
+        raise ValueError(f"--node-rank: got {rank}, expected 0 to {nodes - 1} (--nodes {nodes})")
+    if nodes > 1 and not options["gpus"]:
+        raise ValueError("--gpus: got none beside --nodes, expected how many each of them has")
+    if (nodes > 1) != bool(master) or (master and not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", master)):
+        expected = "HOST:PORT of the node with --node-rank 0" if nodes > 1 else "none without --nodes"
+        raise ValueError(f"--master: got {master!r}, expected {expected}")
+
+
+def _check_gpus(options: dict[str, str]) -> None:
+    """Refuse other GPUs than there are: fairseq takes all that it sees."""
+    import torch
+
+    seen, gpus, nodes = torch.cuda.device_count(), options.get("gpus"), int(options.get("nodes", "1"))
+    choose = "CUDA_VISIBLE_DEVICES chooses"
+    if gpus is not None and seen > 1 and not gpus:
+        raise ValueError(f"--gpus: got none, expected how many of the {seen} GPUs here are to train")
+    if gpus and (int(gpus) > seen or (nodes > 1 and int(gpus) != seen)):
+        raise ValueError(f"--gpus: got {gpus}, expected the number of GPUs that are seen here, {seen} ({choose})")
 
 
 def _call(step: Step, output: bool = False) -> str:

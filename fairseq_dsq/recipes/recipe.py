@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq_dsq import data_files
+from fairseq_dsq.translation.pieces import LEARN, SENTENCEPIECE
 
 FOLDER, METHODS = "recipes", "methods"
 PARAMETER = re.compile(r"\{([\w-]+)\}")
@@ -41,6 +42,7 @@ class Recipe:
         train: flags of fairseq-train.
         epochs, patience, min_delta, format: the training's length and schedule, the number format.
         parameters: more flags, integers whose values ``train`` names as {NAME}.
+        update_freq: batches of an update on one GPU; several GPUs share them.
     """
 
     about: str
@@ -50,6 +52,7 @@ class Recipe:
     patience: int = 5
     min_delta: str = "0"
     parameters: dict[str, int] = field(default_factory=dict)
+    update_freq: int = 1
 
     def __post_init__(self) -> None:
         try:
@@ -128,6 +131,7 @@ class Translation(Tabled):
             :class:`fairseq_dsq.translation.PlainText`.
         test: what the test set is called.
         vocab: joint pieces.
+        pieces: what they are, a name in :data:`fairseq_dsq.translation.pieces.LEARN`.
         search: flags of fairseq-generate.
         tokenize: sacreBLEU's tokenizer: 13a for text, none for what is tokenised.
     """
@@ -135,8 +139,14 @@ class Translation(Tabled):
     corpus: Any = "???"  # must be given
     test: str = "test"
     vocab: int = 4000
+    pieces: str = SENTENCEPIECE
     search: str = "--beam 5"
     tokenize: str = "13a"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pieces not in LEARN:
+            raise ValueError(f"pieces: got {self.pieces!r}, expected {' or '.join(LEARN)}")
 
 
 @dataclass

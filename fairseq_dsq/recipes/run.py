@@ -10,10 +10,21 @@ from pathlib import Path
 from fairseq_dsq import artefact, data_files
 from fairseq_dsq.recipes.evaluating import EVALUATED, PERPLEXITY
 from fairseq_dsq.recipes.plan import Plan, Step, step
-from fairseq_dsq.recipes.recipe import FOLDER, PARAMETER, Glue, LanguageModel, Method, Tabled, Translation, seeds_of
+from fairseq_dsq.recipes.recipe import (
+    FOLDER,
+    PARAMETER,
+    Glue,
+    LanguageModel,
+    Method,
+    Recipe,
+    Tabled,
+    Translation,
+    seeds_of,
+)
 from fairseq_dsq.recipes.training import LOG
 from fairseq_dsq.recipes.translating import OUTPUT, SCORE, TOKENIZE
 from fairseq_dsq.translation import find_corpus
+from fairseq_dsq.translation.pieces import JOINED_BY, SENTENCEPIECE
 
 # Runs a step of fairseq-dsq and returns its output where ``output`` is true, else prints it. Any exit code but 0 ends
 # all.
@@ -27,33 +38,41 @@ def plan_translation(name: str, recipe: Translation, options: Options, rest: Seq
 
     Args:
         name: the recipe's, of a folder in ``runs``, or the path of its file.
-        options: ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``epochs``, ``patience``,
-            ``min-delta``, ``seed``, ``out`` and the recipe's parameters.
+        options: ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``pieces``, ``epochs``,
+            ``patience``, ``min-delta``, ``seed``, ``gpus``, ``nodes``, ``node-rank``, ``master``, ``out`` and the
+            recipe's parameters.
         rest: more flags of fairseq-train.
         runs: folder of all runs.
+
+    Raises:
+        ValueError: GPUs that the recipe's batches cannot be shared by.
     """
     home = runs / Path(name).stem
     described = recipe.corpus if isinstance(recipe.corpus, str) else str(data_files.find(FOLDER, name))
     corpus = find_corpus(described)
-    prepared = home / f"data-{options['vocab']}"
+    pieces = options["pieces"]
+    prepared = home / f"data-{'' if pieces == SENTENCEPIECE else f'{pieces}-'}{options['vocab']}"
     chosen = _chosen(recipe, options, home)
+    kind = [] if pieces == SENTENCEPIECE else ["--pieces", pieces]
+    train = [*_words(recipe.train, options), *_workers(recipe, options, rest)]
     tokenize = [] if recipe.tokenize == TOKENIZE else ["--tokenize", recipe.tokenize]
     found: dict[Path, tuple[Step, ...]] = {}
     for folder, (method, seed) in chosen.items():
-        flags = [prepared / "bin", *_words(recipe.train, options), *_dsq_flags(method, seed, options), *rest]
-        found[folder] = (
-            step("run-train", folder, "--", *flags, failure=f"training failed, see {folder / LOG}"),
+        flags = [prepared / "bin", *train, *_dsq_flags(method, seed, options), *rest]
+        score = (
             step("epochs", folder, before=_heading(method, seed)),
             step(
                 "run-translate", "--digits", "2", *tokenize, folder, prepared / f"raw.test.{corpus.target}", "--",
-                prepared / "bin", "--remove-bpe", "sentencepiece", *shlex.split(recipe.search),
+                prepared / "bin", "--remove-bpe", JOINED_BY[pieces], *shlex.split(recipe.search),
                 "--required-batch-size-multiple", "1",
                 before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / OUTPUT}",
             ),
         )  # fmt: skip
+        found[folder] = _train(folder, flags, options, score)
     prepare = step(
-        "translation-prepare", described, prepared, "--vocab", options["vocab"], "--downloads", home / "downloads"
-    )
+        "translation-prepare", described, prepared, "--vocab", options["vocab"], *kind, "--downloads",
+        home / "downloads",
+    )  # fmt: skip
     return Plan(home.name, prepare, found, SCORE, _report(recipe, options, chosen))
 
 
@@ -91,12 +110,13 @@ def plan_language_model(
         name: the recipe's, of a folder in ``runs``, or the path of its file.
         text: the file.
         options: ``arch``; ``format`` and ``levels`` of one run, or ``methods``; ``vocab``, ``held-out``, ``patience``,
-            ``min-delta``, ``epochs``, ``seed``, ``out`` and the recipe's parameters.
+            ``min-delta``, ``epochs``, ``seed``, ``gpus``, ``nodes``, ``node-rank``, ``master``, ``out`` and the
+            recipe's parameters.
         rest: more flags of fairseq-train.
         runs: folder of all runs.
 
     Raises:
-        ValueError: ``rest`` has a flag that the evaluation must know of too.
+        ValueError: ``rest`` has a flag that the evaluation must know of too; or as :func:`plan_translation`.
     """
     if any(flag.partition("=")[0] == "--tokens-per-sample" for flag in rest):
         raise ValueError("--tokens-per-sample: got it after --, expected --length, which the evaluation follows too")
@@ -104,13 +124,10 @@ def plan_language_model(
     arch, prepared = options["arch"], home / f"data-{options['vocab']}"
     chosen = _chosen(recipe, options, home, f"{arch}-")
     flags = [*_words(recipe.train, options), "--arch", arch, *_words(recipe.architectures.get(arch, ""), options)]
+    flags += _workers(recipe, options, rest)
     found: dict[Path, tuple[Step, ...]] = {}
     for folder, (method, seed) in chosen.items():
-        found[folder] = (
-            step(
-                "run-train", folder, "--", prepared / "bin", *flags, *_dsq_flags(method, seed, options), *rest,
-                failure=f"training failed, see {folder / LOG}",
-            ),
+        score = (
             step("epochs", folder, before=f"{arch}, {_heading(method, seed)}"),
             step(
                 "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test",
@@ -118,6 +135,8 @@ def plan_language_model(
                 before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
             ),
         )  # fmt: skip
+        own = [prepared / "bin", *flags, *_dsq_flags(method, seed, options), *rest]
+        found[folder] = _train(folder, own, options, score)
     prepare = step("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
     return Plan(f"{home.parent.name} {home.name}", prepare, found, PERPLEXITY, _report(recipe, options, chosen))
 
@@ -147,7 +166,41 @@ def _of_table(recipe: Tabled, options: Options) -> bool:
 
 
 def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, object]) -> Step | None:
-    return step("report", *chosen, before="\n") if _of_table(recipe, options) else None
+    first = options["node-rank"] == "0"
+    return step("report", *chosen, before="\n") if first and _of_table(recipe, options) else None
+
+
+def _train(folder: Path, flags: Sequence[object], options: Options, score: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The training and, on the first node, what follows it."""
+    node = options["node-rank"]
+    failure = f"training failed, see {folder / LOG}"
+    if node == "0":
+        return (step("run-train", folder, "--", *flags, failure=failure), *score)
+    return (step("run-train", "--node", node, folder, "--", *flags, failure=failure),)
+
+
+def _workers(recipe: Recipe, options: Options, rest: Sequence[str]) -> list[str]:
+    """Flags that make a GPU a worker each, an update of as many batches as the recipe says.
+
+    Raises:
+        ValueError: that many batches cannot be shared, and ``rest`` does not say what to do.
+    """
+    gpus, nodes = int(options["gpus"] or 1), int(options["nodes"])
+    workers = gpus * nodes
+    own = any(flag.partition("=")[0] == "--update-freq" for flag in rest)
+    if recipe.update_freq % workers and not own:
+        raise ValueError(
+            f"--gpus: got {gpus} on {nodes} node{'s' * (nodes > 1)}, expected a divisor of the {recipe.update_freq} "
+            f"batches of an update; or give -- --update-freq 1 --max-tokens N with an N of 1/{workers}"
+        )
+    found = ["--update-freq", str(recipe.update_freq // workers)] if recipe.update_freq > 1 and not own else []
+    if options["gpus"]:
+        found += ["--distributed-world-size", str(workers)]
+    if nodes > 1:
+        # fairseq starts a process for each GPU, of the ranks from this node's first one on.
+        found += ["--distributed-init-method", f"tcp://{options['master']}"]
+        found += ["--distributed-rank", str(gpus * int(options["node-rank"]))]
+    return found
 
 
 def slug(text: str) -> str:

@@ -15,13 +15,18 @@ DATA = "DATA"
 _WITHOUT_EFFECT = frozenset({
     "--user-dir", "--log-format", "--log-interval", "--log-file", "--no-progress-bar", "--tensorboard-logdir",
     "--wandb-project", "--num-workers", "--keep-interval-updates", "--keep-last-epochs", "--keep-best-checkpoints",
+    "--distributed-rank", "--distributed-init-method", "--distributed-port",
 })  # fmt: skip
 # A run may go on for longer than it was first asked to.
 GROWING = ("--max-epoch",)
 
 
-def train(folder: Path, flags: Sequence[str]) -> None:
+def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
     """Run fairseq-train with ``flags`` (the data first, no --save-dir) in ``folder``, unless it is done.
+
+    Args:
+        node: which of several computers that share the folder this is. Node 0 answers for it; the output of another is
+            in ``folder``/node-N.log.
 
     Raises:
         ValueError: other settings trained in it; or another command is at work there.
@@ -32,10 +37,14 @@ def train(folder: Path, flags: Sequence[str]) -> None:
     artefact.check_path("RUN", folder)
     settings = identity(flags)
     folder.mkdir(parents=True, exist_ok=True)
+    own = ["--user-dir", str(fairseq_command.USER_DIR), "--save-dir", str(folder.resolve())]
+    if node:
+        if not artefact.made_by(folder / LOG, settings):
+            fairseq_command.call("fairseq-train", [*flags, *own], folder / f"node-{node}.log")
+        return
     with artefact.locked(folder, wait=False) as lock:
         if claim(folder, settings):
             return
-        own = ["--user-dir", str(fairseq_command.USER_DIR), "--save-dir", str(folder.resolve())]
         # Whoever kills this command alone leaves fairseq-train at work, which then still holds the lock.
         fairseq_command.call("fairseq-train", [*flags, *own], folder / LOG, pass_fds=[lock])
         artefact.write(folder / LOG, settings)

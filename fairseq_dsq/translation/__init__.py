@@ -1,11 +1,11 @@
-"""Parallel corpora: fetched, cut into sentence pieces. A published corpus is a file of this room, named here."""
+"""Parallel corpora: fetched, cut into pieces. A published corpus is a file of this room, named here."""
 
-from fairseq_dsq.translation import iwslt17, multi30k, wmt14
+from fairseq_dsq.translation import iwslt14, iwslt17, multi30k, wmt14
 from fairseq_dsq.translation.corpus import Corpus
 from fairseq_dsq.translation.plain_text import load_plain_text
 from fairseq_dsq.translation.prepare import prepare, settings
 
-CORPORA: dict[str, Corpus] = {module.CORPUS.name: module.CORPUS for module in (iwslt17, multi30k, wmt14)}
+CORPORA: dict[str, Corpus] = {module.CORPUS.name: module.CORPUS for module in (iwslt14, iwslt17, multi30k, wmt14)}
 
 
 def find_corpus(name: str) -> Corpus:

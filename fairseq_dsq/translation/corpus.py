@@ -122,6 +122,14 @@ def aligned(*files: Path, read: Callable[[Path], Iterator[str]] = lines) -> Iter
         yield first, second
 
 
+def fits(source: int, target: int, longest: int | None, ratio: float | None) -> bool:
+    """Whether a training pair of these lengths is kept, as Moses' clean-corpus-n.perl keeps it; None sets no limit."""
+    shorter, longer = sorted((source, target))
+    if shorter < 1 or (longest is not None and longer > longest):
+        return False
+    return ratio is None or longer <= ratio * shorter
+
+
 def extract(archive: Path, members: Iterable[str], folder: Path) -> list[Path]:
     """Members of a compressed tar archive below ``folder``, unless they are there already.
 

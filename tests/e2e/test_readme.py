@@ -32,9 +32,10 @@ NOT_RUN = {
     r"scripts/(test|readme|sanitize|soak|fuzz|distributed|avx512)\.sh.*": "runs tests, this one too, or for long",
     r"python3? -m pytest.*": "runs tests",
     r"(torchrun|srun) .*": "needs GPUs",
+    r"scripts/study\.sh.*": "trains for hours; tests/recipes/test_recipes.py looks at its commands",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }
-TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt17|wmt14|glue|lm)\.sh.*")
+TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt1[47]|wmt14|glue|lm)\.sh.*")
 SUBCOMMAND_NAMES = {name.replace("_", "-") for name in SUBCOMMANDS}
 TINY = (
     "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 "
@@ -295,7 +296,7 @@ fairseq-dsq none
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["multi30k.sh", "iwslt17.sh", "wmt14.sh", "glue.sh", "lm.sh", "quickstart.sh"])
+@pytest.mark.parametrize("name", ["multi30k.sh", "iwslt14.sh", "glue.sh", "lm.sh", "quickstart.sh"])
 def test_a_script_says_what_it_takes(name):
     environment = {**os.environ, "DSQ_ENV": sys.prefix, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
@@ -314,7 +315,9 @@ def world(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("readme")
     clone = copy(folder / "a clone")
-    for name, files in (("multi30k", ("val", "test_2016_flickr")), ("iwslt17_de-en", None), ("wmt14_en-de", None)):
+    multi30k = ("val", "test_2016_flickr")
+    corpora = {"multi30k": multi30k, "iwslt14_de-en": None, "iwslt17_de-en": None, "wmt14_en-de": None}
+    for name, files in corpora.items():
         write(folder / "data" / name, train=200, valid=8, test=9)
         for split, file in zip(("valid", "test"), files or (), strict=False):
             for language in ("de", "en"):
@@ -341,7 +344,7 @@ def test_a_script_of_the_readme_for_real(command, world):
     elif name != "quickstart.sh":
         argv = [*argv, *([] if "--" in argv else ["--"]), *([] if name == "glue.sh" else shlex.split(TINY))]
         before = ["--vocab", "200"] if name != "glue.sh" else []
-        if name in ("iwslt17.sh", "wmt14.sh") and "--methods" not in argv:
+        if name in ("iwslt14.sh", "iwslt17.sh", "wmt14.sh") and "--methods" not in argv:
             before += ["--methods", "float32 dsq"]
         before += [] if "--epochs" in argv else ["--epochs", "1"]
         at = 2 if name == "glue.sh" else 1

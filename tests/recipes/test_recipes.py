@@ -87,7 +87,7 @@ def test_a_language_model_is_prepared_trained_and_evaluated_as_it_was_trained(tm
         ("kind: glue\nabout: a\ntrain: b\nepochs: soon\n", "epochs"),
         (
             "kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: latin\n",
-            "got 'latin', expected iwslt17, multi30k",
+            "got 'latin', expected iwslt14, iwslt17, multi30k",
         ),
         ("kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: {source: la}\n", "target"),
         ("kind: translation\nabout: a\ntrain: --x {size}\nepochs: 1\ncorpus: wmt14\n", "{size}"),
@@ -105,7 +105,10 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
 
 def test_no_such_recipe(capsys):
     assert main(["run", "latin"]) == 2
-    expected = "expected formats, glue, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, study-iwslt14, study-multi30k, wmt14"
+    expected = (
+        "expected formats, glue, iwslt14, iwslt17, lm, multi30k, neighbours-lm, neighbours-mt, study-iwslt14, "
+        "study-multi30k, wmt14"
+    )
     assert f"RECIPE: got 'latin', {expected} or the path" in capsys.readouterr().err
 
 
@@ -233,3 +236,73 @@ def test_the_size_of_the_study_and_how_far_it_is(tmp_path, capsys):
         "study-multi30k: 0 of 49 runs done, 0 running, 49 left",
         "study-iwslt14: 0 of 8 runs done, 0 running, 8 left",
     ]
+
+
+def flag(command, name):
+    return command[command.index(name) + 1]
+
+
+def test_gpus_and_nodes_share_the_batches_of_an_update(tmp_path, capsys):
+    given = ("wmt14", "--methods", "dsq", "--runs", str(tmp_path), "--dry-run")
+    one = commands(capsys, *given)
+    assert flag(one[1], "--update-freq") == "8" and "--distributed-world-size" not in one[1]
+    four = commands(capsys, *given, "--gpus", "4")
+    assert (flag(four[1], "--update-freq"), flag(four[1], "--distributed-world-size")) == ("2", "4")
+    two_nodes = ("--gpus", "4", "--nodes", "2", "--master", "first:29500")
+    for node in ("0", "1"):
+        found = commands(capsys, *given, *two_nodes, "--node-rank", node)
+        train = found[1]
+        assert flag(train, "--update-freq") == "1" and flag(train, "--distributed-world-size") == "8"
+        assert flag(train, "--distributed-init-method") == "tcp://first:29500"
+        assert flag(train, "--distributed-rank") == str(4 * int(node))
+        # The first node answers for the run; the others only train in it.
+        names = [command[0] for command in found]
+        if node == "0":
+            assert names == ["translation-prepare", "run-train", "epochs", "run-translate", "report"]
+        else:
+            assert names == ["translation-prepare", "run-train"] and train[1:3] == ["--node", "1"]
+    mine = commands(capsys, *given, "--gpus", "3", "--", "--update-freq", "2")
+    assert [word for word in mine[1] if word == "--update-freq"] == ["--update-freq"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpus", "3"), "--gpus: got 3 on 1 node, expected a divisor of the 8 batches of an update; or give"),
+        (("--gpus", "none"), "--gpus: got 'none', expected an integer >= 1"),
+        (("--nodes", "2", "--master", "a:1"), "--gpus: got none beside --nodes"),
+        (("--nodes", "2", "--gpus", "4"), "--master: got '', expected HOST:PORT of the node with --node-rank 0"),
+        (("--nodes", "2", "--gpus", "4", "--node-rank", "2", "--master", "a:1"), "--node-rank: got 2, expected 0 to 1"),
+        (("--master", "a:1"), "--master: got 'a:1', expected none without --nodes"),
+        (("--pieces", "words"), "--pieces: got 'words', expected sentencepiece or bpe"),
+    ],
+)
+def test_gpus_nodes_and_pieces_are_checked(capsys, arguments, said):
+    assert main(["run", "wmt14", *arguments, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seen", "arguments", "said"),
+    [
+        (8, (), "--gpus: got none, expected how many of the 8 GPUs here are to train"),
+        (1, ("--gpus", "2"), "--gpus: got 2, expected the number of GPUs that are seen here, 1"),
+        (8, ("--gpus", "4", "--nodes", "2", "--master", "a:1"), "--gpus: got 4, expected the number of GPUs"),
+    ],
+)
+def test_fairseq_does_not_take_more_gpus_than_it_is_given(monkeypatch, capsys, tmp_path, seen, arguments, said):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    assert main(["run", "wmt14", "--runs", str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_iwslt14_is_cut_and_joined_by_subword_nmt_or_sentencepiece(tmp_path, capsys):
+    given = ("iwslt14", "--methods", "dsq", "--runs", str(tmp_path), "--dry-run")
+    for pieces, prepared, joined in (
+        ((), "data-bpe-10000", "subword_nmt"),
+        (("--pieces", "sentencepiece"), "data-10000", "sentencepiece"),
+    ):
+        prepare, train, _, translate, _ = commands(capsys, *given, *pieces)
+        assert prepare[2] == str(tmp_path / "iwslt14" / prepared) and ("--pieces" in prepare) == (not pieces)
+        assert train[3] == f"{prepare[2]}/bin" and flag(translate, "--remove-bpe") == joined
+        assert flag(translate, "--tokenize") == "none"

@@ -4,15 +4,18 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import sys
 import tarfile
+from collections import Counter
 
 import pytest
 import sacrebleu.dataset
 from fairseq.data import Dictionary
 from sacrebleu.dataset.fake_sgml import FakeSGMLDataset
 
+from fairseq_dsq.artefact import differences
 from fairseq_dsq.cli import main
-from fairseq_dsq.translation import CORPORA, iwslt17, multi30k, prepare, wmt14
+from fairseq_dsq.translation import CORPORA, iwslt14, iwslt17, multi30k, prepare, settings, wmt14
 from fairseq_dsq.translation.corpus import SPLITS, Corpus, extract
 from fairseq_dsq.translation.toy import generate
 
@@ -61,6 +64,30 @@ def publish_multi30k(folder, monkeypatch):
     return {split: TEXT[split] for split in SPLITS}
 
 
+def publish_iwslt14(folder, monkeypatch):
+    pytest.importorskip("sacremoses")
+    long = (" ".join(["Haus"] * 176), " ".join(["house"] * 176))
+    quoted = ('Das ist\u2019s (z.B. "100%").', "That\u2019s it.")
+    unlike, nearly = ("ein Haus", "a house , I say"), ("ein Haus", "a small house")
+    members, text = {}, [long, unlike, nearly, *TEXT["train"]]
+    for index, language in enumerate(("de", "en")):
+        tags = "<url>http://x</url>\n<keywords>a, b</keywords>\n<talkid>1</talkid>\n<title>A Talk</title>\n"
+        members[f"de-en/train.tags.de-en.{language}"] = tags + side(text, index)
+        for number, name in enumerate(iwslt14.TEST):
+            part = [*TEXT["test"][2 * number :][:2], quoted]
+            members[f"de-en/IWSLT14.{name}.de-en.{language}.xml"] = sgm(part, index)
+    monkeypatch.setattr(iwslt14, "URL", pack(folder / "de-en.tgz", members))
+    # The toy's words and points stand apart already.
+    kept = [("a talk", "a talk"), *((source.lower(), target.lower()) for source, target in [nearly, *TEXT["train"]])]
+    test = [(f"{source.lower()} &amp; more", f"{target.lower()} &amp; more") for source, target in TEXT["test"][:10]]
+    tokens = "das ist &apos; s ( z.B. &quot; 100 % &quot; ) . &amp; more".lower(), "that &apos;s it . &amp; more"
+    return {
+        "train": [pair for number, pair in enumerate(kept, 1) if number % 23],
+        "valid": kept[22::23],
+        "test": [pair for number in range(5) for pair in (*test[2 * number :][:2], tokens)],
+    }
+
+
 def publish_iwslt17(folder, monkeypatch):
     members = {}
     for index, language in enumerate(("de", "en")):
@@ -95,7 +122,7 @@ def publish_wmt14(folder, monkeypatch):
     }
 
 
-PUBLISH = {"multi30k": publish_multi30k, "iwslt17": publish_iwslt17, "wmt14": publish_wmt14}
+PUBLISH = {"multi30k": publish_multi30k, "iwslt14": publish_iwslt14, "iwslt17": publish_iwslt17, "wmt14": publish_wmt14}
 
 
 def test_every_corpus_is_tried():
@@ -116,7 +143,7 @@ def test_the_archives_give_the_pairs_of_every_split(name, tmp_path, monkeypatch)
 def test_another_size_than_the_published_one_is_an_error(name, tmp_path, monkeypatch):
     PUBLISH[name](tmp_path, monkeypatch)
     published = CORPORA[name].published["test"]
-    with pytest.raises(ValueError, match=f"{name}: got 12 test pairs, expected {published}"):
+    with pytest.raises(ValueError, match=f"{name}: got 1[25] test pairs, expected {published}"):
         list(CORPORA[name].read("test", tmp_path / "downloads"))
 
 
@@ -208,3 +235,45 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_named(tmp_path, monkeypatch
     error = capsys.readouterr().err
     assert error.startswith("fairseq-dsq translation-prepare: error: --vocab: got 100000: ")
     assert len(error.splitlines()) == 1
+
+
+def test_bpe_is_subword_nmt_s_and_its_dictionary_counts_the_training_text(tmp_path, monkeypatch):
+    pytest.importorskip("subword_nmt")
+    from subword_nmt import apply_bpe, learn_bpe
+
+    corpus = own_corpus(tmp_path, monkeypatch, TEXT["train"])
+    prepare(corpus, tmp_path / "out", vocab_size=150, pieces="bpe")
+    own = [tmp_path / f"own/train.{language}" for language in ("de", "en")]
+    codes = io.StringIO()
+    learn_bpe.learn_bpe(io.StringIO("".join(file.read_text() for file in own)), codes, 150)
+    assert (tmp_path / "out/bpe.codes").read_text() == codes.getvalue()
+    bpe = apply_bpe.BPE(io.StringIO(codes.getvalue()))
+    for split in SPLITS:
+        for language in ("de", "en"):
+            lines = (tmp_path / f"own/{split}.{language}").read_text().splitlines()
+            assert (tmp_path / f"out/{split}.{language}").read_text().splitlines() == [bpe.segment(x) for x in lines]
+    pieces = " ".join((tmp_path / f"out/train.{language}").read_text() for language in ("de", "en")).split()
+    dictionary = Dictionary.load(str(tmp_path / "out/dict.txt"))
+    assert {dictionary[index]: dictionary.count[index] for index in range(4, len(dictionary))} == Counter(pieces)
+    assert any(piece.endswith("@@") for piece in pieces)
+
+
+def test_pieces_without_their_package_or_of_too_little_text_say_so(tmp_path, monkeypatch, capsys):
+    corpus = own_corpus(tmp_path, monkeypatch, TEXT["train"])
+    (tmp_path / "own.yaml").write_text("corpus: {source: de, target: en, folder: own}\n")
+    given = ["translation-prepare", str(tmp_path / "own.yaml"), str(tmp_path / "out"), "--pieces", "bpe", "--vocab"]
+    monkeypatch.setitem(sys.modules, "subword_nmt", None)
+    assert main([*given, "150"]) == 2
+    assert "subword_nmt is not installed: pip install 'fairseq_dsq[translation]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.delitem(sys.modules, "subword_nmt")
+    pytest.importorskip("subword_nmt")
+    assert main([*given, "9000"]) == 2
+    assert "--vocab: got 9000: the text has " in capsys.readouterr().err
+    assert differences(settings(corpus, 150, "bpe"), settings(corpus, 150)) == ["--pieces bpe, asked for nothing"]
+
+
+def test_the_published_tokens_need_sacremoses(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacremoses", None)
+    with pytest.raises(ValueError, match="sacremoses is not installed"):
+        list(CORPORA["iwslt14"].read("test", tmp_path))
