@@ -15,6 +15,7 @@ from fairseq_dsq.report import benches, tables
 from fairseq_dsq.report.benches import Bench
 from fairseq_dsq.report.runs import Run, missing_extra, read_run
 from fairseq_dsq.report.scores import GIVEN, scores, stale
+from fairseq_dsq.report.significance import read_translations
 from fairseq_dsq.report.tables import Table
 from fairseq_dsq.text import printable
 
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         index, value = _given(text, runs)
         found[index][GIVEN] = value
     baseline = None if args.baseline is None else _index("--baseline", args.baseline, runs)
-    table = tables.make_table(runs, found, baseline)
+    table = tables.make_table(runs, found, baseline, [read_translations(run) for run in runs])
     written = _write(args, table, runs, skipped, measured) if args.out else []
     if args.json:
         print(tables.to_json(table, runs, skipped, measured))

@@ -53,8 +53,7 @@ def page(
         rows=[tables.cells(table, row) for row in table.rows],
         left=len(tables.header(table)) - len(table.metrics) - 2,
         notes=tables.all_notes(table),
-        held=tables.held(table),
-        held_note=tables.HELD_NOTE,
+        further=tables.further(table),
         benches=[
             {"name": bench.name, "what": bench.what, "lines": benches.lines(bench), "below": benches.below(bench)}
             for bench in measured

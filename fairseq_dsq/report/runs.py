@@ -5,10 +5,11 @@ A plain fairseq run has no record: its log tells losses and scores, but not whic
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,8 @@ class Run:
         epochs: in order of their numbers.
         best: the best value of each quality metric over all validations of the first valid subset.
         incomplete: why the run counts as unfinished; empty if it does not.
+        levels: (index of the level, updates at it) one after the other, as known from validation to validation; empty
+            without a record.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Run:
     epochs: tuple[Epoch, ...]
     best: Mapping[str, float]
     incomplete: str
+    levels: tuple[tuple[int, int], ...] = ()
 
 
 def read_run(path: Path) -> Run:
@@ -184,7 +188,22 @@ def _recorded(path: Path, file: Path) -> Run:
     flags |= {"arch": start.arch, "criterion": start.criterion, "dsq_cost_profile": start.cost_profile}
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
-    return _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
+    run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
+    return dataclasses.replace(run, levels=tuple(_levels(points)))
+
+
+def _levels(points: Iterable[Point]) -> Iterator[tuple[int, int]]:
+    """Each level in turn, with its updates: a line's level was in force since the line before."""
+    level, updates, before = -1, 0, 0
+    for point in points:
+        if point.update == before:
+            continue
+        if point.level != level and updates:
+            yield level, updates
+            updates = 0
+        level, updates, before = point.level, updates + point.update - before, point.update
+    if updates:
+        yield level, updates
 
 
 def _unfinished(flags: Mapping[str, str], last: Point, since: Iterable[Point]) -> str:

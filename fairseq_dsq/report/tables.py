@@ -22,6 +22,7 @@ from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
 from fairseq_dsq.report.scores import METRICS, judged_by
+from fairseq_dsq.report.significance import Method, Translations, methods, signatures
 from fairseq_dsq.text import printable
 
 FLOAT32, PLAIN = "Float32", "fairseq"
@@ -46,6 +47,7 @@ class Row:
         weight_bytes, gradient_bytes, state_bytes: held at the end of the training; None where nothing says it.
         stash_bytes: packed for one backward pass, the mean of the epoch that packed most.
         epochs: how many were trained, the last one perhaps in part.
+        levels: (precision, updates at it) one after the other, of a run that has several to go through.
         notes: what a reader has to know.
     """
 
@@ -63,7 +65,24 @@ class Row:
     state_bytes: float | None
     stash_bytes: float | None
     epochs: int
+    levels: tuple[tuple[str, int], ...]
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Further:
+    """A table below the first.
+
+    Attributes:
+        title: in a page.
+        lines: cells, the header first; only the first ``left`` columns are text.
+        note: what its numbers are.
+    """
+
+    title: str
+    lines: list[list[str]]
+    note: str
+    left: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class Table:
         baseline: the name of the run that differences refer to.
         named: whether method and setup do not tell the rows apart.
         notes: what a reader has to know, beside the rows' own.
+        methods: the rows by method, all seeds together.
     """
 
     rows: tuple[Row, ...]
@@ -85,6 +105,7 @@ class Table:
     baseline: str | None
     named: bool
     notes: tuple[str, ...]
+    methods: tuple[Method, ...] = ()
 
     def label(self, row: Row) -> str:
         """What a legend calls a row: method and setup, and the run's name where others share these."""
@@ -160,12 +181,18 @@ def describe(run: Run) -> tuple[str, str]:
     return (f"{_FORMAT_NAMES.get(name, name)} {q[0]}" if len(set(q)) == 1 else f"Stashing ({label})"), setup
 
 
-def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], baseline: int | None = None) -> Table:
+def make_table(
+    runs: Sequence[Run],
+    scores: Sequence[Mapping[str, float]],
+    baseline: int | None = None,
+    translations: Sequence[Translations | None] | None = None,
+) -> Table:
     """The table of runs whose names differ.
 
     Args:
         scores: what is known of each run's quality, by name in :data:`fairseq_dsq.report.scores.METRICS`.
         baseline: index of the run that differences refer to; default: the first in float.
+        translations: of each run, which are tested in pairs.
     """
     described = [describe(run) for run in runs]
     judged = [judged_by(found) for found in scores]
@@ -214,17 +241,30 @@ def make_table(runs: Sequence[Run], scores: Sequence[Mapping[str, float]], basel
                     (known for epoch in run.epochs if (known := epoch.stash_bytes) is not None), default=None
                 ),
                 epochs=sum(epoch.train_loss is not None for epoch in run.epochs),
+                levels=_levels(run),
                 notes=_notes(run),
             )
         )
+    primary = max(metrics, key=lambda name: votes[name], default=None)
+    values = [found.get(primary) if primary else None for found in scores]
+    translations = translations or [None] * len(runs)
     return Table(
         rows=tuple(rows),
         metrics=tuple(metrics),
-        primary=max(metrics, key=lambda name: votes[name], default=None),
+        primary=primary,
         baseline=None if reference is None else runs[reference].name,
         named=len(set(described)) < len(described),
-        notes=tuple(notes),
+        notes=(*notes, *signatures(runs, translations)),
+        methods=tuple(methods(runs, values, translations, reference)),
     )
+
+
+def _levels(run: Run) -> tuple[tuple[str, int], ...]:
+    """(precision, updates) of a run that has several levels."""
+    given = levels(run)
+    if len(given) < 2 or any(level >= len(given) for level, _ in run.levels):
+        return ()
+    return tuple((levels_to_str((given[level],)), updates) for level, updates in run.levels)
 
 
 def _profile(name: str) -> CostProfile | None:
@@ -357,12 +397,76 @@ def held(table: Table) -> list[list[str]]:
     return lines
 
 
+SEEDS_NOTE = (
+    "Mean of the seeds; in brackets: the difference from {baseline}'s mean; spread: the highest less the lowest. p: "
+    "how likely chance alone makes a difference as large, for each seed: sacreBLEU's paired bootstrap (1,000 samples) "
+    "against {baseline}'s run of that seed, else its first."
+)
+_MOST_CHANGES = 6
+
+
+def seeds(table: Table) -> list[list[str]]:
+    """Lines of the table of methods, its header first; none where all have one seed and nothing could be tested."""
+    tested = any(value is not None for method in table.methods for value in method.p_values)
+    if table.primary is None or not (tested or any(len(method.runs) > 1 for method in table.methods)):
+        return []
+    metric = METRICS[table.primary]
+    named = [row.name for row in table.rows]
+    base = next((m for m in table.methods if table.baseline in {named[index] for index in m.runs}), None)
+    lines = [["Method", "Seeds", metric.label, "Spread", *(["p"] if tested else [])]]
+    for method in table.methods:
+        text = fixed(method.mean, metric.digits)
+        if base is not None and method is not base:
+            text += f" ({fixed(method.mean - base.mean, metric.digits, sign=True)})"
+        spread = MISSING if method.spread is None else fixed(method.spread, metric.digits)
+        p_values = ", ".join(MISSING if value is None else fixed(value, 3) for value in method.p_values)
+        known = any(value is not None for value in method.p_values)
+        lines.append(
+            [method.name, " ".join(str(seed) if seed >= 0 else MISSING for seed in method.seeds), text, spread]
+            + ([p_values if known else MISSING] if tested else [])
+        )
+    return lines
+
+
+LEVELS_NOTE = "Share of the updates at each level, and after how many updates the level changed, as of the validations."
+
+
+def trained_levels(table: Table) -> list[list[str]]:
+    """Lines of the table of levels, its header first; none where no run has several."""
+    lines = [["Levels", "Shares", "Changed after", "Updates"]]
+    for row in table.rows:
+        if not row.levels:
+            continue
+        shares: Counter[str] = Counter()
+        for level, updates in row.levels:
+            shares[level] += updates
+        total = sum(shares.values())
+        ends = list(itertools.accumulate(updates for _, updates in row.levels))[:-1]
+        changes = ", ".join(map(str, ends[:_MOST_CHANGES])) or "never"
+        if len(ends) > _MOST_CHANGES:
+            changes += f", ... ({len(ends)} times)"
+        text = ", ".join(f"{level} {fixed(100 * updates / total, 1)} %" for level, updates in shares.items())
+        lines.append([table.label(row), text, changes, str(total)])
+    return lines if len(lines) > 1 else []
+
+
+def further(table: Table) -> list[Further]:
+    """The tables below the first, those that have anything to say."""
+    baseline = next((m.name for m in table.methods if table.baseline in {table.rows[i].name for i in m.runs}), "float")
+    found = [
+        Further("Seeds", seeds(table), SEEDS_NOTE.format(baseline=baseline), 2),
+        Further("Levels", trained_levels(table), LEVELS_NOTE, 3),
+        Further("Held in memory", held(table), HELD_NOTE),
+    ]
+    return [each for each in found if each.lines]
+
+
 def markdown(table: Table) -> str:
     """The tables and their notes as Markdown, columns aligned."""
     lines = [header(table)] + [cells(table, row) for row in table.rows]
     parts = [markdown_table(lines, _left(table)), *map(escape_markdown, all_notes(table))]
-    if lines := held(table):
-        parts += [markdown_table(lines, 1), escape_markdown(HELD_NOTE)]
+    for each in further(table):
+        parts += [markdown_table(each.lines, each.left), escape_markdown(each.note)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -389,8 +493,8 @@ def markdown_table(lines: list[list[str]], left: int) -> str:
 def tex(table: Table) -> str:
     """The tables as LaTeX for the package booktabs."""
     lines = [header(table), *(cells(table, row) for row in table.rows)]
-    text = _tex(lines, _left(table), all_notes(table))
-    return text + (_tex(lines, 1, [HELD_NOTE]) if (lines := held(table)) else "")
+    parts = [_tex(lines, _left(table), all_notes(table))]
+    return "".join([*parts, *(_tex(each.lines, each.left, [each.note]) for each in further(table))])
 
 
 def _tex(lines: list[list[str]], left: int, notes: Sequence[str]) -> str:
@@ -421,6 +525,7 @@ def csv_text(table: Table) -> str:
         "states (bytes)",
         "stash (bytes)",
         "epochs",
+        "updates by level",
         "notes",
     ]
     buffer = io.StringIO()
@@ -430,7 +535,8 @@ def csv_text(table: Table) -> str:
         quality = [part.get(name) for name in table.metrics for part in (row.scores, row.differences)]
         costs = [row.arithmetic, row.dram, row.arithmetic_total, row.dram_total]
         costs += [row.weight_bytes, row.gradient_bytes, row.state_bytes, row.stash_bytes]
-        writer.writerow([row.name, row.method, row.setup, *quality, *costs, row.epochs, "; ".join(row.notes)])
+        trained = "; ".join(f"{level} {updates}" for level, updates in row.levels)
+        writer.writerow([row.name, row.method, row.setup, *quality, *costs, row.epochs, trained, "; ".join(row.notes)])
     return buffer.getvalue()
 
 
@@ -446,6 +552,9 @@ def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str], benches: 
             "baseline": table.baseline,
             "metrics": {name: dataclasses.asdict(METRICS[name]) for name in table.metrics},
             "rows": [dataclasses.asdict(row) for row in table.rows],
+            "methods": [
+                {**dataclasses.asdict(method), "mean": method.mean, "spread": method.spread} for method in table.methods
+            ],
             "notes": all_notes(table),
         },
         "skipped": list(skipped),

@@ -30,6 +30,11 @@ def test_markdown(tmp_path):
         "Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point.\n"
         "\n"
         "In brackets: the difference from float32.\n"
+        "\n"
+        "| Levels                           | Shares                                | Changed after | Updates |\n"
+        "| -------------------------------- | ------------------------------------- | ------------- | ------: |\n"
+        "| DSQ (BFP) [2,2,2,16] [16,4,4,16] | [2,2,2,16] 33.3 %, [16,4,4,16] 66.7 % | 40            |     120 |\n"
+        f"\n{tables.LEVELS_NOTE}\n"
     )
 
 
@@ -63,7 +68,7 @@ def test_what_the_runs_hold_is_a_table_of_its_own(tmp_path):
     assert [row[f"{part}_bytes"] for part in ("weight", "gradient", "state", "stash")] == [1e6, 4e6, 2e6, 5.125e6]
     _, codes, cut = csv.DictReader(io.StringIO(tables.csv_text(table)))
     assert (float(codes["states (bytes)"]), cut["states (bytes)"]) == (2e6, "")
-    assert tables.tex(table).count(r"\begin{tabular}") == 2 and r"{lrrrrr}" in tables.tex(table)
+    assert tables.tex(table).count(r"\begin{tabular}") == 3 and r"{lrrrrr}" in tables.tex(table)
 
 
 def test_a_profile_that_prices_updates_is_noted(tmp_path):
@@ -106,6 +111,14 @@ DSQ (BFP) & [2,2,2,16] [16,4,4,16] & 34.17 (-1.27) & 0.080 & 0.40 \\
 \end{tabular}
 % Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point.
 % In brackets: the difference from float32.
+\begin{tabular}{lllr}
+\toprule
+Levels & Shares & Changed after & Updates \\
+\midrule
+DSQ (BFP) [2,2,2,16] [16,4,4,16] & [2,2,2,16] 33.3 \%, [16,4,4,16] 66.7 \% & 40 & 120 \\
+\bottomrule
+\end{tabular}
+% Share of the updates at each level, and after how many updates the level changed, as of the validations.
 """
     )
 
