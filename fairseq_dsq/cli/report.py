@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairseq_dsq import artefact
+from fairseq_dsq import artefact, data_files
 from fairseq_dsq.cli import blame
+from fairseq_dsq.cost import load_profile
+from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.report import benches, tables
 from fairseq_dsq.report.benches import Bench
 from fairseq_dsq.report.runs import Run, missing_extra, read_run
@@ -37,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run's quality, higher is better; repeatable",
     )
     parser.add_argument(
+        "--profile", action="append", default=[], metavar="NAME",
+        help=f"price the updates by this profile too: {', '.join(data_files.names(FOLDER))}, or the path of one's own; "
+        "repeatable; needs the runs' checkpoints",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write table.md, .csv and .tex, figures as PNG and SVG, and index.html"
     )
     parser.add_argument(
@@ -58,6 +66,8 @@ def main(args: argparse.Namespace) -> int:
         found[index][GIVEN] = value
     baseline = None if args.baseline is None else _index("--baseline", args.baseline, runs)
     table = tables.make_table(runs, found, baseline, [read_translations(run) for run in runs])
+    if args.profile:
+        table = dataclasses.replace(table, priced=_priced(args.profile, runs, skipped))
     written = _write(args, table, runs, skipped, measured) if args.out else []
     if args.json:
         print(tables.to_json(table, runs, skipped, measured))
@@ -86,6 +96,25 @@ def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     if not runs:
         raise ValueError(f"no run left: {len(skipped)} of {len(skipped)} skipped")
     return tables.tell_apart(runs), skipped
+
+
+def _priced(
+    names: Sequence[str], runs: Sequence[Run], skipped: list[str]
+) -> dict[str, tuple[tuple[float, float] | None, ...]]:
+    """By profile, the relative costs of each run; one that cannot be priced is named."""
+    from fairseq_dsq.cli.repricing import reprice
+
+    with blame("--profile"):
+        profiles = {profile.name: profile for profile in map(load_profile, names)}
+    rows: list[list[tuple[float, float]] | None] = []
+    for run in runs:
+        try:
+            rows.append(reprice(run, list(profiles.values())))
+        except (ValueError, OSError) as error:
+            rows.append(None)
+            skipped.append(printable(str(error)))
+            print(f"fairseq-dsq report: not priced: {skipped[-1]}", file=sys.stderr)
+    return {name: tuple(None if row is None else row[index] for row in rows) for index, name in enumerate(profiles)}
 
 
 def _index(flag: str, name: str, runs: Sequence[Run]) -> int:
@@ -144,6 +173,8 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--baseline", args.baseline]
     for text in args.quality:
         words += ["--quality", text]
+    for name in args.profile:
+        words += ["--profile", name]
     if args.bench is not None:
         words += ["--bench", str(args.bench)]
     return printable(shlex.join([*words, "--out", str(args.out)]))

@@ -80,9 +80,11 @@ class Tabled(Recipe):
     Attributes:
         methods: files in configs/methods/, separated by spaces, whose rows are trained; empty: one run.
         seeds: of a table's rows, separated by spaces; 1 where nothing is said.
+        profiles: cost profiles of the report besides the runs' own, separated by spaces.
     """
 
     methods: str = ""
+    profiles: str = ""
     seeds: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

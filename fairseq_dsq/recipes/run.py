@@ -167,7 +167,8 @@ def _of_table(recipe: Tabled, options: Options) -> bool:
 
 def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, object]) -> Step | None:
     first = options["node-rank"] == "0"
-    return step("report", *chosen, before="\n") if first and _of_table(recipe, options) else None
+    profiles = [part for name in recipe.profiles.split() for part in ("--profile", name)]
+    return step("report", *chosen, *profiles, before="\n") if first and _of_table(recipe, options) else None
 
 
 def _train(folder: Path, flags: Sequence[object], options: Options, score: tuple[Step, ...]) -> tuple[Step, ...]:

@@ -4,3 +4,5 @@ import logging
 
 # fairseq leaves the root logger at DEBUG, and matplotlib narrates every file and font that it looks at.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
+# So does sacreBLEU, of each step of a test.
+logging.getLogger("sacrebleu").setLevel(logging.WARNING)

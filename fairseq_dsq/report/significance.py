@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Method:
     """Runs that differ in their seed alone.
 
     Attributes:
-        name: of the runs, without their seeds.
+        name: of the runs, without their seeds where that tells them apart.
         runs: indices, in the order of the report.
         seeds: theirs; -1 where none is known.
         values: of the table's primary metric.
@@ -97,8 +98,8 @@ def signatures(runs: Sequence[Run], translations: Sequence[Translations | None])
         if found:
             by_text.setdefault(printable(found.signature), []).append(run.name)
     if len(by_text) == 1:
-        return [f"sacreBLEU: {text}" for text in by_text]
-    return [f"sacreBLEU of {', '.join(names)}: {text}" for text, names in by_text.items()]
+        return [f"BLEU: {text}" for text in by_text]
+    return [f"BLEU of {', '.join(names)}: {text}" for text, names in by_text.items()]
 
 
 def p_value(baseline: Translations, other: Translations) -> float | None:
@@ -141,8 +142,10 @@ def methods(
             groups.setdefault(_alike(run, index), []).append(index)
     own = [] if baseline is None else next((group for group in groups.values() if baseline in group), [])
     by_seed = {_seed(runs[index]): index for index in reversed(own)}
+    names = Counter(_name(runs[group[0]]) for group in groups.values())
     found = []
     for group in groups.values():
+        name = _name(runs[group[0]])
         tests: list[float | None] = []
         for index in group:
             other = by_seed.get(_seed(runs[index]), baseline)
@@ -150,7 +153,7 @@ def methods(
             tests.append(p_value(its, mine) if mine and its and group is not own else None)
         found.append(
             Method(
-                name=_SEED.sub("", runs[group[0]].name) if len(group) > 1 else runs[group[0]].name,
+                name=name if names[name] == 1 else runs[group[0]].name,
                 runs=tuple(group),
                 seeds=tuple(_seed(runs[index]) for index in group),
                 values=tuple(value for index in group if (value := values[index]) is not None),
@@ -158,6 +161,10 @@ def methods(
             )
         )
     return found
+
+
+def _name(run: Run) -> str:
+    return _SEED.sub("", run.name) or run.name
 
 
 def _seed(run: Run) -> int:
@@ -170,7 +177,7 @@ def _alike(run: Run, index: int) -> object:
     flags: Mapping[str, str] = run.flags
     if "seed" not in flags:
         return index
-    return _SEED.sub("", run.name), frozenset((name, value) for name, value in flags.items() if name != "seed")
+    return _name(run), frozenset((name, value) for name, value in flags.items() if name != "seed")
 
 
 def _lines(path: Path) -> tuple[str, ...]:

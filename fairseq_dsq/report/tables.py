@@ -97,6 +97,7 @@ class Table:
         named: whether method and setup do not tell the rows apart.
         notes: what a reader has to know, beside the rows' own.
         methods: the rows by method, all seeds together.
+        priced: by profile, relative arithmetic and DRAM traffic of each row; None where it could not be priced.
     """
 
     rows: tuple[Row, ...]
@@ -106,6 +107,7 @@ class Table:
     named: bool
     notes: tuple[str, ...]
     methods: tuple[Method, ...] = ()
+    priced: Mapping[str, tuple[tuple[float, float] | None, ...]] = dataclasses.field(default_factory=dict)
 
     def label(self, row: Row) -> str:
         """What a legend calls a row: method and setup, and the run's name where others share these."""
@@ -450,12 +452,30 @@ def trained_levels(table: Table) -> list[list[str]]:
     return lines if len(lines) > 1 else []
 
 
+PRICED_NOTE = (
+    "The same updates by several profiles, relative to 32-bit fixed point: the model of each run's checkpoint on full "
+    "batches of the run's mean size, without padding."
+)
+
+
+def priced(table: Table) -> list[list[str]]:
+    """Lines of the table of other profiles' costs, its header first; none where no profile was asked for."""
+    if not table.priced:
+        return []
+    lines = [["Priced by", *(f"{name}: {cost}" for name in table.priced for cost in ("arithmetic", "DRAM"))]]
+    for index, row in enumerate(table.rows):
+        costs = [by_row[index] or (None, None) for by_row in table.priced.values()]
+        lines.append([table.label(row), *(relative(value) for pair in costs for value in pair)])
+    return lines
+
+
 def further(table: Table) -> list[Further]:
     """The tables below the first, those that have anything to say."""
     baseline = next((m.name for m in table.methods if table.baseline in {table.rows[i].name for i in m.runs}), "float")
     found = [
         Further("Seeds", seeds(table), SEEDS_NOTE.format(baseline=baseline), 2),
         Further("Levels", trained_levels(table), LEVELS_NOTE, 3),
+        Further("Other profiles", priced(table), PRICED_NOTE),
         Further("Held in memory", held(table), HELD_NOTE),
     ]
     return [each for each in found if each.lines]
@@ -555,6 +575,7 @@ def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str], benches: 
             "methods": [
                 {**dataclasses.asdict(method), "mean": method.mean, "spread": method.spread} for method in table.methods
             ],
+            "priced": table.priced,
             "notes": all_notes(table),
         },
         "skipped": list(skipped),

@@ -1,5 +1,9 @@
 """``fairseq-dsq report`` over what fairseq-train and fairseq-generate really write."""
 
+import json
+
+import pytest
+
 import fairseq_dsq
 from fairseq_dsq.cli import main
 from fairseq_dsq.report.runs import read_run
@@ -29,3 +33,28 @@ def test_the_report_puts_a_plain_run_beside_a_recorded_one(cli, tmp_path, capsys
     assert "| Stashing (BFP) | [16,4,4,16] " in text and f" {bleu} (" in text
     assert err.count("\n") == 1 and "no such file or folder" in err
     assert (tmp_path / "out" / "index.html").stat().st_size > 10_000
+
+
+def test_a_profile_prices_the_updates_anew(train, tmp_path, capsys):
+    """The run's own costs come out again by the run's own profile; another's are its trajectory's in plain numbers."""
+    folder = tmp_path / "dsq"
+    schedule = ("--dsq-schedule", "updates", "--dsq-raise-at", 4, "--validate-interval-updates", 2)
+    train(folder, "--max-update", 6, *schedule)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/dsq.jsonl").write_text((folder / "dsq.jsonl").read_text())
+    capsys.readouterr()
+    given = ["report", str(folder), str(tmp_path / "gone"), "--profile", "paper", "--profile", "operands", "--json"]
+    assert main(given) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)["summary"]
+    paper, operands = (summary["priced"][name] for name in ("paper", "operands"))
+    row, _ = summary["rows"]
+    assert row["levels"] == [["[2,2,2,16]", 4], ["[16,4,4,16]", 2]]
+    assert paper[0] == pytest.approx([row["arithmetic"], row["dram"]], rel=0.03)
+    # A multiplier's partial products: output at q0 by q0, grad_input at 16 by q2, grad_weight at q1 by 16.
+    low, high = (2 * 2 + 2 * (16 * 2)) / 3 / 1024, (16 * 16 + 2 * (16 * 4)) / 3 / 1024
+    assert operands[0][0] == pytest.approx((4 * low + 2 * high) / 6, rel=0.01)
+    assert 0 < operands[0][1] < 1 and operands[1] is None
+    assert f"not priced: {tmp_path}/gone: got no dsq.jsonl or no checkpoint_best.pt, expected both" in err
+    assert main(["report", str(folder), "--profile", "none"]) == 2
+    assert "--profile: got 'none'" in capsys.readouterr().err

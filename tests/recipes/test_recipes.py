@@ -152,7 +152,8 @@ def test_rows_of_several_tables_are_trained_once_each_with_every_seed_of_theirs(
     table1 = [f"{name}-seed{seed}" for seed in (1, 2, 3) for name in recipe.tables()["table1"]]
     assert trained[:24] == table1 and len(trained) == len(set(trained)) == 24 + len(recipe.rows()) - 8
     assert {name.rpartition("-seed")[2] for name in trained[24:]} == {"1"}
-    assert [Path(path).name for path in found[-1][1:]] == trained
+    assert [Path(path).name for path in found[-1][1:50]] == trained
+    assert found[-1][50:] == ["--profile", "paper", "--profile", "operands"]
     # Asked for by table, by name, with other seeds.
     for asked, seeds, expected in (
         ("table5", (), ["fixed-8-8-8-32-seed1", "fixed-8-8-8-16-seed1", "fixed-8-8-8-8-seed1"]),

@@ -68,7 +68,7 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
         ["Method", "Seeds", "BLEU (sacreBLEU)", "Spread"],
         ["float32", "1 2", "40.50", "1.00"],
         ["dsq", "1 2", "37.50 (-3.00)", "1.00"],
-        ["stash-seed1", "1", "40.00 (-0.50)", "-"],
+        ["stash", "1", "40.00 (-0.50)", "-"],
         ["wider", "3", "39.00 (-1.50)", "-"],
     ]
     translations = [read_translations(read_run(path)) for path in paths]
@@ -76,7 +76,7 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
     assert lines[1][4] == "-" and lines[2][4] == f"{first:.3f}, {second:.3f}"
     assert first < 0.05 and (second, lines[3][4]) == (1.0, "1.000")  # what is equal differs by chance
     notes = tables.markdown(table)
-    assert f"sacreBLEU: {SIGNATURE.format('13a')}".replace("|", "\\|") in notes and "against float32's run" in notes
+    assert f"BLEU: {SIGNATURE.format('13a')}".replace("|", "\\|") in notes and "against float32's run" in notes
     (group,) = [method for method in table.methods if method.name == "dsq"]
     assert (group.mean, group.spread, group.seeds) == (37.5, 1.0, (1, 2))
 
@@ -92,7 +92,7 @@ def test_what_was_not_translated_from_the_same_text_is_not_tested(tmp_path):
     table = table_of(paths)
     assert all(value is None for method in table.methods for value in method.p_values)
     assert tables.seeds(table) == []
-    assert f"SacreBLEU of fixed-seed1: {SIGNATURE.format('none')}." in tables.all_notes(table)
+    assert f"BLEU of fixed-seed1: {SIGNATURE.format('none')}." in tables.all_notes(table)
 
 
 def test_levels_are_counted_in_updates(tmp_path):
