@@ -35,7 +35,7 @@ class Translations:
     def tokenizer(self) -> str:
         """sacreBLEU's, of the signature."""
         found = re.search(r"\btok:([^|]+)", self.signature)
-        return found[1] if found else "13a"
+        return found[1] if found else ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_translations(run: Run) -> Translations | None:
     pairs = [(hypotheses, path) for hypotheses, path in pairs if hypotheses.is_file()]
     try:
         signature = json.loads(score.read_text(encoding="utf-8"))["signature"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     if not pairs or not isinstance(signature, str):
         return None
@@ -103,22 +103,25 @@ def signatures(runs: Sequence[Run], translations: Sequence[Translations | None])
 
 
 def p_value(baseline: Translations, other: Translations) -> float | None:
-    """How likely a difference of BLEU as large is by chance, in a paired bootstrap; None unless of one test set.
+    """How likely a difference of BLEU as large is by chance, in a paired bootstrap; None unless measured alike.
 
     Equal translations have 1; sacreBLEU would say 0.001 of them.
     """
-    if baseline.references != other.references or baseline.tokenizer != other.tokenizer:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.significance import PairedTest
+
+    alike = (baseline.references, baseline.signature) == (other.references, other.signature)
+    if not alike or baseline.tokenizer not in BLEU.TOKENIZERS:
         return None
     if baseline.hypotheses == other.hypotheses:
         return 1.0
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.significance import PairedTest
 
     systems: list[tuple[str, Sequence[str]]] = [
         ("baseline", list(baseline.hypotheses)),
         ("other", list(other.hypotheses)),
     ]
-    metric = BLEU(tokenize=baseline.tokenizer, references=[list(baseline.references)])
+    lowercase = "case:lc" in baseline.signature
+    metric = BLEU(lowercase, tokenize=baseline.tokenizer, references=[list(baseline.references)])
     _, scores = PairedTest(systems, {"BLEU": metric}, references=None, test_type="bs", n_samples=SAMPLES)()
     result: Any = scores["BLEU"][1]
     return float(result.p_value)

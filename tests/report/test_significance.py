@@ -84,7 +84,10 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
 def test_what_was_not_translated_from_the_same_text_is_not_tested(tmp_path):
     paths = [run(tmp_path, f"{name}-seed1", flags, worse(3), 1) for name, flags in (
         ("float32", samples.FLOAT32), ("dsq", samples.DSQ), ("stash", samples.STATIC), ("fixed", samples.FIXED),
+        ("damaged", samples.DSQ), ("listed", samples.DSQ),
     )]  # fmt: skip
+    (paths[4] / "score.json").write_text('{"name": "BLEU", "score": 1.0, "signature": ' + "[" * 9999)
+    (paths[5] / "score.json").write_text('[{"name": "BLEU", "score": 1.0}]')
     (paths[1] / "reference.en").write_text("\n".join(reversed(TEXT)) + "\n")
     (paths[2] / "hypotheses.en").write_text("one line\n")
     score = json.loads((paths[3] / "score.json").read_text())
