@@ -23,6 +23,7 @@ study() {  # CORPUS TABLES FLAGS...
     local recipe=study-$1 tables=$2; shift 2
     fairseq-dsq run "$recipe" --runs "$DSQ_ROOT/runs" --methods "$tables" --jobs "${JOBS:-2}" ${mode:+"$mode"} "$@" ||
         failed=$?
+    [ "$failed" -lt 128 ] || exit "$failed"  # by a signal
 }
 all="table1 table4 table5 ablations"
 if [ -z "${mode:-}" ]; then  # what matters most comes first

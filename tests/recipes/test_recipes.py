@@ -199,7 +199,9 @@ def test_the_study_runs_table_1_first_and_all_of_it_and_says_how_far_it_is(tmp_p
     # A fairseq-dsq that says what it was called with, and fails once.
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin/fairseq-dsq"
-    command.write_text('#!/bin/bash\necho "$1 $2 | ${*:5}"\n[ "$2 $6" != "study-iwslt14 table1" ] || exit 3\n')
+    command.write_text(
+        '#!/bin/bash\necho "$1 $2 | ${*:5}"\n[ "$2 $6" != "study-iwslt14 table1" ] || exit "${CODE:-3}"\n'
+    )
     command.chmod(0o755)
     for name in ("multi30k", "iwslt14_de-en"):
         (tmp_path / name).mkdir()
@@ -216,6 +218,8 @@ def test_the_study_runs_table_1_first_and_all_of_it_and_says_how_far_it_is(tmp_p
         f"run study-multi30k | --methods {everything} --jobs 3 -- --lr 1",
     ]
     assert done.returncode == 3
+    killed = study(CODE="143")
+    assert killed.returncode == 143 and killed.stdout.count("\n") == 2
     for mode in ("--status", "--dry-run"):
         assert study(mode).stdout.splitlines() == [
             f"run study-multi30k | --methods {everything} --jobs 2 {mode}",
