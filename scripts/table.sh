@@ -1,23 +1,33 @@
-# Sourced by the scripts that train the rows of a table of configs/methods/: each defines run METHODS..., and exports it.
+# Sourced by the scripts that train the rows of tables of configs/methods/.
 
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# use_table [--dry-run]: refuses what it does not know; the environment, and the folder of all runs
-use_table() {
-    [ "${*:---dry-run}" = --dry-run ] || fail "got '$*', expected --dry-run or nothing" 2
-    [ -d "${DSQ_DATA:-}/multi30k" ] ||
-        fail "DSQ_DATA: got '${DSQ_DATA:-}', expected the folder that the corpora lie in"
+# use_tables CORPORA [--status|--dry-run] [-- FLAGS]: refuses what it does not know; sets mode and flags, the environment
+use_tables() {
+    local corpora=$1 corpus; shift
+    mode=()
+    case "${1:-}" in
+        "" | --) ;;
+        --status | --dry-run) mode=("$1"); shift ;;
+        *) fail "got '$*', expected --status, --dry-run or nothing, then -- FLAGS" 2 ;;
+    esac
+    [ "${1:---}" = -- ] || fail "got '$*', expected -- FLAGS" 2
+    flags=("$@")
+    for corpus in $corpora; do
+        [ -d "${DSQ_DATA:-}/$corpus" ] ||
+            fail "DSQ_DATA: got '${DSQ_DATA:-}', expected the folder that $corpus lies in"
+    done
     use_env ""
     export OMP_NUM_THREADS=1 runs=$DSQ_ROOT/runs
+    failed=0
 }
 
-# rows TABLE: the names of its rows
-rows() {
-    grep -oP '^[a-z][\w-]*(?=:)' "$DSQ_ROOT/configs/methods/$1.yaml"
-}
-
-# side_by_side: run for each line of arguments, JOBS (2) at once
-side_by_side() {
-    xargs -P "${JOBS:-2}" -L 1 bash -c 'run "$@" || { echo "failed: $*" >&2; exit 1; }' run
+# train RECIPE METHODS SEEDS [TEXT]: JOBS (2) runs at a time; what is done is not repeated. Its code is kept in failed,
+# and ends the script where a signal made it.
+train() {
+    local recipe=$1 methods=$2 seeds=$3; shift 3
+    fairseq-dsq run "$recipe" "$@" --runs "$runs" --methods "$methods" ${seeds:+--seed "$seeds"} \
+        --jobs "${JOBS:-2}" "${mode[@]}" "${flags[@]}" || failed=$?
+    [ "$failed" -le 128 ] || exit "$failed"
 }

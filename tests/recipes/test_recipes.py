@@ -126,7 +126,7 @@ def script(name, *arguments, data):
     [("neighbours.sh", ("neighbours-lm", "neighbours-mt"), 5), ("formats.sh", ("formats",), 0)],
 )
 def test_a_table_s_script_trains_every_row_and_some_with_a_second_seed(tmp_path, name, recipes, twice):
-    (tmp_path / "multi30k").mkdir()
+    corpora(tmp_path)
     done = script(name, "--dry-run", data=tmp_path)
     assert done.returncode == 0, done.stderr
     trained = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("fairseq-dsq run-train ")]
@@ -135,10 +135,15 @@ def test_a_table_s_script_trains_every_row_and_some_with_a_second_seed(tmp_path,
     assert {row for row in rows for run in trained if run.endswith(f"{row}-seed1")} == set(rows)
 
 
+def corpora(folder):
+    for name in ("multi30k", "iwslt14_de-en", "wmt"):
+        (folder / name).mkdir()
+
+
 def test_a_table_s_script_refuses_what_it_does_not_know(tmp_path):
-    (tmp_path / "multi30k").mkdir()
+    corpora(tmp_path)
     for arguments, data, said in (
-        (("--fast",), tmp_path, "got '--fast', expected --dry-run or nothing"),
+        (("--fast",), tmp_path, "got '--fast', expected --status, --dry-run or nothing"),
         (("--dry-run",), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder"),
     ):
         done = script("neighbours.sh", *arguments, data=data)
