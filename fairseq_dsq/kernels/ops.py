@@ -11,8 +11,8 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -225,37 +225,83 @@ def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) 
 def _quantize_both(
     x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    along_fmt, across_fmt, stash_fmt = (formats.parse(fmt) if fmt else None for fmt in (along, across, stash))
-    checks.quantize_both(x, along_fmt, across_fmt, stash_fmt, dtype, in_terms)
-    if not reads_once(x, [fmt for fmt in (along_fmt, across_fmt, stash_fmt) if fmt]):
-        first, second = (
-            _in_terms(_fake_quantize(x, dim, fmt.text, None, dtype), fmt, in_terms) if fmt else _none(x, dtype)
-            for fmt, dim in ((along_fmt, -1), (across_fmt, -2))
-        )
-        return first, second, _pack(x, -2, stash, None) if stash else _none(x, torch.uint8)
+    once = _once(_kernels(x.device), x.shape, x.dtype, (along, across, stash), dtype, in_terms)
+    if once is None:
+        return _each_alone(x, along, across, stash, dtype, in_terms)
     x = x.contiguous()
-    outs = [_rounded_like(x, fmt, dtype, in_terms) if fmt else None for fmt in (along_fmt, across_fmt)]
-    data = x.new_empty(stash_fmt.nbytes(x.shape, -2), dtype=torch.uint8) if stash_fmt else None
-    rounded = [
-        None if out is None or fmt is None else (out, fmt.spec, len(out) if in_terms else 0)
-        for out, fmt in zip(outs, (along_fmt, across_fmt), strict=True)
-    ]
-    _kernels(x.device).quantize_both(x, _shape_around(x.shape, -2), *rounded, stash_fmt and (data, stash_fmt.spec))
-    first, second = (_none(x, dtype) if out is None else out for out in outs)
-    return first, second, _none(x, torch.uint8) if data is None else data
+    outs = [part and (x.new_empty(part.shape, dtype=part.dtype), part.spec, part.terms) for part in once.rounded]
+    data = once.stash and (x.new_empty(once.stash.shape, dtype=torch.uint8), once.stash.spec)
+    once.kernels.quantize_both(x, once.around, *outs, data)
+    first, second = (_none(x, dtype) if out is None else out[0] for out in outs)
+    return first, second, _none(x, torch.uint8) if data is None else data[0]
+
+
+def _each_alone(
+    x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    first, second = (
+        _in_terms(_fake_quantize(x, dim, fmt, None, dtype), formats.parse(fmt), in_terms) if fmt else _none(x, dtype)
+        for fmt, dim in ((along, -1), (across, -2))
+    )
+    return first, second, _pack(x, -2, stash, None) if stash else _none(x, torch.uint8)
+
+
+class _Part(NamedTuple):
+    """One of the tensors that are made when another is read once."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    spec: Any
+    terms: int = 0
+
+
+class _Once(NamedTuple):
+    """What is made of a tensor that is read once."""
+
+    kernels: Any
+    around: native.Shape
+    rounded: tuple[_Part | None, _Part | None]
+    stash: _Part | None
+
+
+# Training calls with the same few shapes: what follows from them takes longer to find out than a launch.
+@lru_cache(maxsize=4096)
+def _once(
+    kernels: Any,
+    shape: torch.Size,
+    x_dtype: torch.dtype,
+    texts: tuple[str, str, str],
+    dtype: torch.dtype,
+    in_terms: bool,
+) -> _Once | None:
+    """None where no kernel gives all of it."""
+    along, across, stash = (formats.parse(text) if text else None for text in texts)
+    checks.quantize_both(torch.empty(shape, dtype=x_dtype, device="meta"), along, across, stash, dtype, in_terms)
+    if not _reads_once(kernels, shape, tuple(fmt for fmt in (along, across, stash) if fmt)):
+        return None
+
+    def part(fmt: Format | None) -> _Part | None:
+        if fmt is None:
+            return None
+        if not in_terms:
+            return _Part(shape, dtype, fmt.spec)
+        count = terms(fmt.significand_bits)
+        return _Part((count, *shape), torch.bfloat16, fmt.spec, count)
+
+    packed = None if stash is None else _Part((stash.nbytes(shape, -2),), torch.uint8, stash.spec)
+    return _Once(kernels, _shape_around(shape, -2), (part(along), part(across)), packed)
+
+
+@lru_cache(maxsize=4096)
+def _reads_once(kernels: Any, shape: torch.Size, fmts: tuple[Format, ...]) -> bool:
+    if not _is_gpu(kernels) or shape.numel() == 0 or not kernels.fits_both(_shape_around(shape, -2)):
+        return False
+    return all(fmt.spec is not None and kernels.reads_once(fmt.spec) for fmt in fmts)
 
 
 def reads_once(x: Tensor, fmts: Sequence[Format]) -> bool:
     """Whether one kernel gives all that :func:`quantize_both` is asked for in these formats."""
-    kernels = _kernels(x.device)
-    if (
-        kernels is None
-        or kernels is native.kernels
-        or x.numel() == 0
-        or not kernels.fits_both(_shape_around(x.shape, -2))
-    ):
-        return False
-    return all(fmt.spec is not None and kernels.reads_once(fmt.spec) for fmt in fmts)
+    return _reads_once(_kernels(x.device), x.shape, tuple(fmts))
 
 
 def terms(significand_bits: int) -> int:
