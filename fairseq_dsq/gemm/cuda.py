@@ -50,15 +50,19 @@ class CudaEngine(Engine):
         first, second = ((operand.rows,) for operand in (a, b)) if halves else (_terms(a), _terms(b))
         product = torch.bmm if first[0].dim() == 3 else torch.mm
         columns = [term.mT for term in second]
-        # The small ones first: less is lost of them.
-        pairs = sorted(((i, j) for i in range(len(first)) for j in range(len(columns))), key=lambda ij: -sum(ij))
         total: Tensor | None = None
-        for i, j in pairs:
+        for i, j in _pairs(len(first), len(columns)):
             part = product(first[i], columns[j], out_dtype=torch.float32)
             total = part if total is None else total.add_(part)
         assert total is not None
         total = finish(total, bias, add_to)
         return total.to(a.tensor.dtype) if halves else total
+
+
+@cache
+def _pairs(first: int, second: int) -> list[tuple[int, int]]:
+    """Of terms to multiply, the small ones first: less is lost of them."""
+    return sorted(((i, j) for i in range(first) for j in range(second)), key=lambda ij: -sum(ij))
 
 
 def _terms(operand: Operand) -> Sequence[Tensor]:
