@@ -7,6 +7,7 @@ and output. To import torch and fairseq takes longer than most of the commands t
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import sys
@@ -48,7 +49,9 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    logging.root.handlers.clear()  # of a warning while fairseq was imported
     sys.argv = command
+    assert "fairseq_dsq" not in sys.modules, "imported before the command that is to import it"
     (script,) = entry_points(group="console_scripts", name=command[0])
     try:
         sys.exit(script.load()())
