@@ -88,9 +88,7 @@ def _peak(variant: Variant, arch: str, tokens: int, device: str, threads: int) -
 
 def peak(variant: Variant, tokens: int, device: str) -> int:
     """As :func:`_peak`, of a process of its own: memory that is freed may stay with the process that used it."""
-    context = multiprocessing.get_context("forkserver")  # a fork of one that has imported this and run nothing
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak, variant, train_step.ARCH, tokens, device, torch.get_num_threads()).result()
 
 
