@@ -145,7 +145,7 @@ setup(
     extras_require={
         "dev": [
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",
             "hypothesis",
             "gfloat",
             "ruff",

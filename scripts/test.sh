@@ -9,5 +9,5 @@ cd "$DSQ_ROOT"
 ruff check .
 ruff format --check .
 mypy
-# A file stays in one process: its fixtures train models.
-python -m pytest --numprocesses auto --dist loadfile "$@"
+# A file stays in one process: its fixtures train models. By name, or files of few and long tests come last.
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"
