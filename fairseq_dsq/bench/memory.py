@@ -7,7 +7,6 @@ What checkpointing computes again in backward is not among its bytes kept; it is
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -83,7 +82,17 @@ def _peak(variant: Variant, arch: str, tokens: int, device: str, threads: int) -
     step()
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    """Peak resident bytes of this program: a process inherits ``ru_maxrss`` of the one that started it."""
+    return 1024 * _kilobytes("/proc/self/status", "VmHWM")
+
+
+def _kilobytes(path: str, name: str) -> int:
+    lines = Path(path).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def peak(variant: Variant, tokens: int, device: str) -> int:
@@ -96,8 +105,7 @@ def _free(device: str) -> int:
     """Bytes that a process can get."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
 
 
 def run(settings: Settings) -> Found:
