@@ -19,6 +19,12 @@ class Gemm(NamedTuple):
     n: int
     batch: int = 1
 
+    @classmethod
+    def of_product(cls, kind: GemmKind, m: int, k: int, n: int, batch: int = 1) -> Gemm:
+        """One of the three GEMMs of a product whose output GEMM is MxK @ KxN; grad_weight is KxM @ MxN."""
+        sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (k, m, n)}[kind]
+        return cls(kind, *sizes, batch)
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates."""

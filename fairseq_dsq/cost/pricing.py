@@ -15,17 +15,17 @@ from fairseq_dsq.cost.profiles import Cost, CostProfile, total_cost
 from fairseq_dsq.cost.published import FIXED16
 from fairseq_dsq.cost.roofline import Group, groups_of_step
 from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Work
-from fairseq_dsq.precision import FLOAT32, PrecisionConfig
+from fairseq_dsq.precision import FLOAT32, GemmKind, PrecisionConfig
 
 STANDARD_BITS, STASHING = 16, (16, 4, 4, 16)
 
 
 def layer_work(m: int, k: int, n: int, training: bool = True) -> Work:
     """What a linear layer of M rows, K inputs and N outputs runs: all three GEMMs and its stash, or the forward's."""
-    gemms = [Gemm("output", m, k, n)]
+    kinds: tuple[GemmKind, ...] = ("output", "grad_input", "grad_weight")
+    gemms = [Gemm.of_product(kind, m, k, n) for kind in (kinds if training else kinds[:1])]
     stashes: Counter[StashKey] = Counter()
     if training:
-        gemms += [Gemm("grad_input", m, n, k), Gemm("grad_weight", k, m, n)]
         stashes[StashKey(Stash("input", (m, k), 0), FLOAT32)] = 1
     return Work(Counter(LedgerKey(gemm, FLOAT32, training) for gemm in gemms), stashes)
 

@@ -213,26 +213,27 @@ class DSQAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The output and the weights of q T x (B * beam) x C and k, v B x heads x S x head_dim."""
         rows, shape = self._rows(q, k)
-        if need_weights or need_head_weights or not self._repeats(rows, k, v, masks):
+        p = self._dropped()
+        if need_weights or need_head_weights or p is None or not self._repeats(rows, k, v, masks):
             scores = self._scores(rows, k, masks, shape)
             return self._weigh(scores, v, masks.order, need_weights, need_head_weights)
-        arguments = shape, self._score_of_padding(rows.dtype), self._dropped()
+        arguments = shape, self._score_of_padding(rows.dtype), p
         config = self.context.for_mode(self.training)
         heads = attend(config, self.context.ledger, *arguments, rows, k.flatten(0, 1), v.flatten(0, 1), *masks)
         return self._project_heads(heads, shape), None
 
-    def _dropped(self) -> float:
-        """The probability of a weight to be dropped now; NaN where another module than ours decides."""
+    def _dropped(self) -> float | None:
+        """The probability of a weight to be dropped now; None where another module than ours decides."""
         module = self.dropout_module
-        return module.probability if isinstance(module, DSQDropout) else math.nan
+        return module.probability if isinstance(module, DSQDropout) else None
 
     def _repeats(self, rows: Tensor, k: Tensor, v: Tensor, masks: Masks) -> bool:
         """Whether scores are computed again in the backward pass: where that keeps less."""
         if not (self.context.packs_everything and self.context.attention_matmul) or rows.numel() * k.numel() == 0:
             return False
         learnt = all(needs_gradient(x) for x in (rows, k, v)) and not needs_gradient(masks.additive)
-        plain = not (math.isnan(self._dropped()) or torch.is_autocast_enabled(autocast_device(rows)))
-        return learnt and plain and repeats_for_less(self.context.for_mode(self.training), rows, k.flatten(0, 1))
+        autocast = torch.is_autocast_enabled(autocast_device(rows))
+        return learnt and not autocast and repeats_for_less(self.context.for_mode(self.training), rows, k.flatten(0, 1))
 
     def _rows(self, q: Tensor, k: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Queries as (B * heads) x (beam * T) x head_dim, and the scores' shape: B x heads x beam x T x S.

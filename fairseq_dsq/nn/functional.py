@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from fairseq_dsq.formats import Float32, Format, Square
 from fairseq_dsq.gemm import Operand, Plan, Side, base, plan
 from fairseq_dsq.kernels import ops
-from fairseq_dsq.ledger import Ledger
+from fairseq_dsq.ledger import Gemm, Ledger
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.nn.rotation import rotate
@@ -394,7 +394,7 @@ class _Linear(torch.autograd.Function):
                 if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
-                        ledger.record("grad_input", m, n, k, 1, precision, True, ctx.scope)
+                        ledger.record(*Gemm.of_product("grad_input", m, k, n), precision, True, ctx.scope)
                     if not isinstance(weight, CodedWeight):
                         weight = quantizer.rotated(weight, "grad_input", -2)
                     operand = quantizer.weight(weight, ctx.layers[index], grad_input, -2, rows.dtype)
@@ -403,7 +403,7 @@ class _Linear(torch.autograd.Function):
                     assert stashed is not None
                     # grad_weight: NxM @ MxK => NxK, the transpose of KxM @ MxN => KxN
                     if ledger is not None:
-                        ledger.record("grad_weight", k, m, n, 1, precision, True, ctx.scope)
+                        ledger.record(*Gemm.of_product("grad_weight", m, k, n), precision, True, ctx.scope)
                     grad_weight = ctx.plans["grad_weight"].multiply(along_m, stashed)
                 if needs_bias:
                     grad_bias = rows.sum(0)
@@ -420,7 +420,7 @@ def _parts(weight: Tensor | CodedWeight | None) -> tuple[Tensor | None, Tensor |
 def record_linear(ledger: Ledger, config: GemmConfig, rows: int, shape: torch.Size, training: bool) -> None:
     """Report a linear layer's output GEMM on ``rows`` rows by a weight of ``shape``."""
     n, k = shape
-    ledger.record("output", rows, k, n, 1, config.precision, training)
+    ledger.record(*Gemm.of_product("output", rows, k, n), config.precision, training)
 
 
 def autocast_device(x: Tensor) -> str:
@@ -486,10 +486,8 @@ def _float_linear_group(
     needs_weight = [torch.is_grad_enabled() and weight.requires_grad for weight, _ in params]
     if any(needs_weight):
         _record_float_stash(ledger, config, "input", (m, k), -2, outputs[0].dtype)
-    for y, (weight, _), needs in zip(outputs, params, needs_weight, strict=True):
-        n = len(weight)
-        ledger.record("output", m, k, n, 1, config.precision, needs_x or needs)
-        _record_backward(ledger, config, y, (1, m, k, n), needs_x, needs)
+    for y, needs in zip(outputs, needs_weight, strict=True):
+        _record_float_product(ledger, config, y, (m, k, y.shape[-1], 1), needs_x, needs)
     return outputs
 
 
@@ -500,27 +498,26 @@ def _record_float_stash(
     ledger.record_stash(role, shape, config.dim(reduction), config.precision, math.prod(shape) * dtype.itemsize)
 
 
-def _record_backward(
+def _record_float_product(
     ledger: Ledger, config: GemmConfig, y: Tensor, sizes: tuple[int, int, int, int], needs_a: bool, needs_b: bool
 ) -> None:
-    """Have a product's two GEMMs of the backward pass counted when they run: when ``y`` gets its gradient.
+    """Count a product's output GEMM now and those of the backward pass when they run: when ``y`` gets its gradient.
 
     Args:
-        sizes: batch, M, K and N of the output GEMM.
+        sizes: M, K, N and batch of the output GEMM.
         needs_a, needs_b: which of its operands get a gradient.
     """
-    if not (needs_a or needs_b):
-        return
-    batch, m, k, n = sizes
-    scope = ledger.scope
+    scope, precision = ledger.scope, config.precision
+    ledger.record(*Gemm.of_product("output", *sizes), precision, needs_a or needs_b)
 
     def record(_: Tensor) -> None:
         if needs_a:
-            ledger.record("grad_input", m, n, k, batch, config.precision, True, scope)
+            ledger.record(*Gemm.of_product("grad_input", *sizes), precision, True, scope)
         if needs_b:
-            ledger.record("grad_weight", k, m, n, batch, config.precision, True, scope)
+            ledger.record(*Gemm.of_product("grad_weight", *sizes), precision, True, scope)
 
-    y.register_hook(record)
+    if needs_a or needs_b:
+        y.register_hook(record)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
@@ -538,7 +535,7 @@ class Product:
         plans: what multiplies.
         transpose_b: multiplies by b^T.
         specs: of the stashes of a and b; None where none is kept.
-        sizes: batch, M, K and N of the output GEMM.
+        sizes: M, K, N and batch of the output GEMM.
     """
 
     config: GemmConfig
@@ -576,11 +573,6 @@ class Product:
         n_dim = -2 if transpose_b else -1  # of b as it is stored
         seeds = _draw_seeds(config)
         quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
-        product = cls(
-            config, ledger, ledger.scope if ledger else "", seeds, plans, transpose_b, (None, None),
-            (*a.shape, b.shape[n_dim]),
-        )  # fmt: skip
-        product.record("output", any(kept))
         output, keeps_a, keeps_b = plans["output"], *kept
         stash_b = None
         if a_comes_again:
@@ -600,15 +592,16 @@ class Product:
         if keeps_b and not transpose_b:
             stash_b = quantizer.pack(b, "weight", -1, ledger)
         specs = [None if stash is None else stash.spec for stash in (stash_a, stash_b)]
-        product = replace(product, specs=specs)
+        sizes = (*a.shape[1:], y.shape[2], len(a))
+        product = cls(config, ledger, ledger.scope if ledger else "", seeds, plans, transpose_b, specs, sizes)
+        product.record("output", any(kept))
         return y, product, (None if stash_a is None else stash_a.data, None if stash_b is None else stash_b.data)
 
     def record(self, kind: GemmKind, training: bool = True) -> None:
         """Count one of its three GEMMs."""
-        batch, m, k, n = self.sizes
-        sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (k, m, n)}[kind]
         if self.ledger is not None:
-            self.ledger.record(kind, *sizes, batch, self.config.precision, training, self.scope)
+            gemm = Gemm.of_product(kind, *self.sizes)
+            self.ledger.record(*gemm, self.config.precision, training, self.scope)
 
     def pack_operands(self, a: Tensor, b: Tensor) -> list[QuantizedTensor]:
         """What :meth:`repeat` needs of a @ b^T: its operands, packed."""
@@ -738,10 +731,9 @@ def _float_matmul(a: Tensor, b: Tensor, config: GemmConfig, ledger: Ledger | Non
         return y
     batch, m, k = a.shape
     needs_a, needs_b = (torch.is_grad_enabled() and operand.requires_grad for operand in (a, b))
-    ledger.record("output", m, k, y.shape[2], batch, config.precision, needs_a or needs_b)
     if needs_b:
         _record_float_stash(ledger, config, "input", tuple(a.shape), -2, y.dtype)
     if needs_a:
         _record_float_stash(ledger, config, "weight", tuple(b.shape), -2 if transpose_b else -1, y.dtype)
-    _record_backward(ledger, config, y, (batch, m, k, y.shape[2]), needs_a, needs_b)
+    _record_float_product(ledger, config, y, (m, k, y.shape[2], batch), needs_a, needs_b)
     return y
