@@ -142,11 +142,26 @@ def bits(check: Check) -> Iterator[dict[str, Any]]:
         ok = True
         for shape in shapes:
             x = awkward(shape, torch.float32, 5)
-            along, across, stash = ops.quantize_both(x.to(check.device), *texts, torch.float32, False)
+            along, across, stash = ops.quantize_both([x.to(check.device)], *texts, torch.float32, False)
             ok &= same(along, definition.fake_quantize(x, parse(texts[0]), -1, None, torch.float32))
             ok &= same(across, definition.fake_quantize(x, parse(texts[1]), -2, None, torch.float32))
             ok &= same(stash, definition.pack(x, parse(texts[2]), -2, None))
         yield {"what": f"read once {' '.join(texts)}", "ok": ok}
+    xs = [awkward((129, 257), torch.float32, place).to(check.device) for place in range(3)]
+    apart = ops.quantize_both(xs, "bfp16", "bfp9", "", torch.float32, True)
+    stacked = ops.quantize_both([torch.stack(xs)], "bfp16", "bfp9", "", torch.float32, True)
+    yield {
+        "what": "three matrices where they lie",
+        "ok": all(same(got, wanted.cpu()) for got, wanted in zip(apart, stacked, strict=True)),
+    }
+    for dtype, dim in itertools.product(dtypes, (-1, -2)):
+        xs = [awkward(shape, dtype, 8).to(check.device) for shape in ((512, 512), (37, 50), (1, 1), (2048, 130))]
+        if not ops.reads_once(xs[0], [parse("bfp16")]):
+            continue
+        made = zip(ops.Matrices(xs, dim, parse("bfp16")).quantize(), xs, strict=True)
+        alone = ops.round_terms if dtype is torch.float32 else functools.partial(ops.fake_quantize, dtype=dtype)
+        ok = all(same(got, alone(x, dim, "bfp16", None).cpu()) for got, x in made)
+        yield {"what": f"many matrices {str(dtype)[6:]} {dim}", "ok": ok}
     for dtype in dtypes:
         x = awkward((130, 257), dtype, 6)
         ones = masks.pack_positive(x)
@@ -387,7 +402,7 @@ def quantizers(check: Check) -> Iterator[dict[str, Any]]:
         add(f"terms {text} {way}", functools.partial(ops.round_terms, x, dim, text, None), 4 * x.numel() + out)
         add(f"pack {text} {way}", functools.partial(ops.pack, x, dim, text, None), 4 * x.numel() + size)
         add(f"unpack {text} {way}", functools.partial(ops.unpack_terms, packed, x.shape, dim, text), out + size)
-    both = functools.partial(ops.quantize_both, x)
+    both = functools.partial(ops.quantize_both, [x])
     add("operand and stash, bfp2", lambda: both("bfp2", "", "bfp2", torch.float32, True), 6.3 * x.numel())
     add("both directions, bfp16", lambda: both("bfp16", "bfp16", "", torch.float32, True), 12 * x.numel())
     times = _times(check, runs, 20 if check.gpu else 1)

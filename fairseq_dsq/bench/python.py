@@ -44,7 +44,7 @@ def shrunken_step(flags: str | None, length: int = ALIGNED, device: str = "cpu")
 
 
 def launches(flags: str, length: int = ALIGNED) -> dict[str, int]:
-    """A step's launches of Triton kernels by name, once it is warm."""
+    """A step's launches of Triton kernels by name, once it is warm and has learned which weights go together."""
     with mocked_gpu() as counted:
         step = shrunken_step(flags, length)
         step()

@@ -126,6 +126,18 @@ def quantize_both(
             raise ValueError(f"quantize_both: got {fmt}, expected formats with a box size")
 
 
+def alike(xs: Sequence[Tensor]) -> None:
+    """Refuse tensors that cannot be stacked.
+
+    Raises:
+        ValueError: one line names the tensors.
+    """
+    kinds = dict.fromkeys((tuple(x.shape), x.dtype, x.device) for x in xs)
+    if len(kinds) != 1:
+        got = ", ".join(f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds) or "none"
+        raise ValueError(f"xs: got {got}, expected tensors of one shape, dtype and device")
+
+
 def dropout(x: Tensor, p: float, seed: int) -> None:
     """Refuse a probability or seed that is none."""
     tensor(x)

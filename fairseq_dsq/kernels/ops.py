@@ -7,6 +7,7 @@ says that they can; else its definition runs, in plain torch. ``Library.define``
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -210,7 +211,7 @@ def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) 
     fmt, stash_fmt = formats.parse(operand), formats.parse(stash)
     checks.quantize_and_pack(x, fmt, stash_fmt, dtype)
     if reads_once(x, [fmt, stash_fmt]):
-        out, _, data = _quantize_both(x, operand, "", stash, dtype, False)
+        out, _, data = _quantize_both([x], operand, "", stash, dtype, False)
         return out, data
     kernels = _kernels_for(x, fmt)
     if kernels is None or _kernels_for(x, stash_fmt) is None or _is_gpu(kernels):
@@ -223,17 +224,28 @@ def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) 
 
 
 def _quantize_both(
-    x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
+    xs: list[Tensor], along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    once = _once(_kernels(x.device), x.shape, x.dtype, (along, across, stash), dtype, in_terms)
+    if len(xs) != 1:
+        checks.alike(xs)
+    x = xs[0]
+    kernels = _kernels(x.device)
+    once = _once(kernels, _stacked(xs), x.dtype, (along, across, stash), dtype, in_terms)
+    if len(xs) > 1 and (once is None or x.dim() != 2 or len(xs) > kernels.MOST_APART):
+        return _quantize_both([torch.stack(xs)], along, across, stash, dtype, in_terms)
     if once is None:
         return _each_alone(x, along, across, stash, dtype, in_terms)
-    x = x.contiguous()
+    xs = [each.contiguous() for each in xs]
     outs = [part and (x.new_empty(part.shape, dtype=part.dtype), part.spec, part.terms) for part in once.rounded]
     data = once.stash and (x.new_empty(once.stash.shape, dtype=torch.uint8), once.stash.spec)
-    once.kernels.quantize_both(x, once.around, *outs, data)
+    once.kernels.quantize_both(xs, once.around, *outs, data)
     first, second = (_none(x, dtype) if out is None else out[0] for out in outs)
     return first, second, _none(x, torch.uint8) if data is None else data[0]
+
+
+def _stacked(xs: Sequence[Tensor]) -> torch.Size:
+    """The shape of what is made of tensors of one shape: several are stacked in front."""
+    return xs[0].shape if len(xs) == 1 else torch.Size((len(xs), *xs[0].shape))
 
 
 def _each_alone(
@@ -302,6 +314,49 @@ def _reads_once(kernels: Any, shape: torch.Size, fmts: tuple[Format, ...]) -> bo
 def reads_once(x: Tensor, fmts: Sequence[Format]) -> bool:
     """Whether one kernel gives all that :func:`quantize_both` is asked for in these formats."""
     return _reads_once(_kernels(x.device), x.shape, tuple(fmts))
+
+
+# Elements: where one matrix of many begins, loads and stores of 16 bytes stay whole.
+_ALIGNED = 64
+
+
+class Matrices:
+    """Matrices that one launch rounds to nearest, as often as it is asked; no operator, since it reads addresses.
+
+    Args:
+        matrices: contiguous, of one dtype and one CUDA device; :func:`reads_once` holds for each.
+        dim: -1 or -2, along which boxes lie.
+        fmt: what they are rounded to.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], dim: int, fmt: Format) -> None:
+        first = matrices[0]
+        self._kernels, self._fmt, self._along = _kernels(first.device), fmt, dim == -1
+        self._dtype, self._device = first.dtype, first.device
+        self._terms = terms(fmt.significand_bits) if self._dtype is torch.float32 else 0
+        self._addresses = _addresses(matrices)
+        front = (self._terms,) if self._terms else ()
+        self._shapes = [(*front, *x.shape) for x in matrices]
+        # Each with what is left free behind it.
+        self._sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in self._shapes]
+        begins = [0, *itertools.accumulate(self._sizes)]
+        self._table = self._kernels.table_of(matrices, begins[:-1])
+
+    def are(self, matrices: Sequence[Tensor]) -> bool:
+        """Whether these are the matrices, where they were."""
+        return _addresses(matrices) == self._addresses
+
+    def quantize(self) -> list[Tensor]:
+        """The values of each matrix; of a float32 one its bfloat16 terms, stacked in front."""
+        dtype = torch.bfloat16 if self._terms else self._dtype
+        out = torch.empty(sum(self._sizes), dtype=dtype, device=self._device)
+        self._kernels.quantize_many(self._table, out, self._dtype, self._along, self._fmt.spec, self._terms)
+        pieces = zip(out.split(self._sizes), self._shapes, strict=True)
+        return [piece[: math.prod(shape)].view(shape) for piece, shape in pieces]
+
+
+def _addresses(matrices: Sequence[Tensor]) -> list[tuple[int, torch.Size]]:
+    return [(x.data_ptr(), x.shape) for x in matrices]
 
 
 def terms(significand_bits: int) -> int:
@@ -463,8 +518,10 @@ def _quantize_and_pack_fake(x: Tensor, operand: str, stash: str, dtype: torch.dt
 
 
 def _quantize_both_fake(
-    x: Tensor, along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
+    xs: list[Tensor], along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.alike(xs)
+    x = xs[0].new_empty(_stacked(xs))
     along_fmt, across_fmt, stash_fmt = (formats.parse(fmt) if fmt else None for fmt in (along, across, stash))
     checks.quantize_both(x, along_fmt, across_fmt, stash_fmt, dtype, in_terms)
     first, second = (
@@ -516,7 +573,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
         _quantize_and_pack, _quantize_and_pack_fake,
     ),
     "quantize_both": (
-        "(Tensor x, str along, str across, str stash, ScalarType dtype, bool in_terms) -> (Tensor, Tensor, Tensor)",
+        "(Tensor[] xs, str along, str across, str stash, ScalarType dtype, bool in_terms) -> (Tensor, Tensor, Tensor)",
         _quantize_both, _quantize_both_fake,
     ),
     "gemm": (

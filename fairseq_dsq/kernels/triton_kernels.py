@@ -2,8 +2,8 @@
 of two.
 
 One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Full boxes and
-the short last ones go in one launch. A row or tensor that shares a scale goes in chunks, which take the place of boxes,
-after a pass that finds its largest magnitude, which stays on the device. Floats are added and multiplied as on a CPU:
+the short last ones go in one launch. What shares a scale and fits no tile goes in chunks, in the place of boxes, after
+a pass that finds its largest magnitude, which stays on the device. Floats are added and multiplied as on a CPU:
 nothing is fused (it would not show: products by powers of two are exact) and subnormal numbers are kept, but by
 Triton's ``floor``. There it does not show: a code just below zero comes out as zero either way, rounded down to -0 or
 down to -1 and up again.
@@ -19,6 +19,7 @@ Imported by :mod:`fairseq_dsq.kernels.ops` at the first call for a CUDA tensor; 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,8 @@ CHUNK, CHUNK_ACROSS = 1024, 16
 WIDE_FROM = 1 << 30
 # A side of the square tiles that are read once for two directions, and the boxes that fit in.
 SIDE, BOTH_BOX = 64, 16
+# Matrices that lie apart and are read by one launch: q, k and v have gradients of their own.
+MOST_APART = 3
 # Launches that are remembered; a training meets some thousand shapes.
 MOST_LAUNCHES = 1 << 16
 
@@ -395,16 +398,50 @@ def _unpack(
     _store_terms(out_ptr + base + along * after, plane, value, inside, TERMS)
 
 
+@triton.jit
+def _largest_of_boxes(bits, ALONG: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr):
+    """Of the boxes of a square tile, along its rows or down its columns."""
+    if ALONG:
+        largest = tl.max(tl.reshape(bits, [SIDE, SIDE // BOX, BOX]), axis=2)
+    else:
+        largest = tl.max(tl.reshape(bits, [SIDE // BOX, BOX, SIDE]), axis=1)
+    return largest
+
+
+@triton.jit
+def _spread(of_boxes, ALONG: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr):
+    """What each value of a square tile has from its box."""
+    if ALONG:
+        each = tl.broadcast_to(of_boxes[:, :, None], [SIDE, SIDE // BOX, BOX])
+    else:
+        each = tl.broadcast_to(of_boxes[:, None, :], [SIDE // BOX, BOX, SIDE])
+    return tl.reshape(each, [SIDE, SIDE])
+
+
+@triton.jit
+def _round_tile(
+    x, largest, headroom, pointers, plane, inside, ALONG: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
+    TERMS: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr,
+):  # fmt: skip
+    """Store a square tile of sign-magnitude integers, rounded to nearest in boxes of these largest magnitudes."""
+    exponent = _spread(_exponent(largest, headroom, 0, 0, 1), ALONG, SIDE, BOX)
+    magnitude = _magnitudes(x, exponent, 0, 0, 0, BITS, 0, -MAX_CODE, MAX_CODE, False)
+    sign = x.to(tl.uint32, bitcast=True) >> 31
+    _store_terms(pointers, plane, _values(magnitude, sign, exponent, BITS, 0, True), inside, TERMS)
+
+
 @triton.jit(do_not_specialize=["n_headroom", "m_headroom", "s_headroom", "full", "rest"])
 def _both(
-    x_ptr, n_ptr, m_ptr, stash_ptr, n_headroom, m_headroom, s_headroom, M, N, plane, total, full, rest,
+    x_ptr, x1_ptr, x2_ptr, n_ptr, m_ptr, stash_ptr, n_headroom, m_headroom, s_headroom, M, N, plane, total, full, rest,
     N_BITS: tl.constexpr, N_MAX: tl.constexpr, N_TERMS: tl.constexpr,
     M_BITS: tl.constexpr, M_MAX: tl.constexpr, M_TERMS: tl.constexpr,
     S_BITS: tl.constexpr, S_MAX: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr, WIDE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """Matrices M x N, read once for what is asked: rounded in boxes along N, along M, and packed in boxes along M.
 
-    ``total`` full boxes along M; ``full`` of a column, ``rest`` values in its short one.
+    They lie one behind the other or, with APART, each where its pointer says. ``total`` full boxes along M; ``full`` of
+    a column, ``rest`` values in its short one.
     """
     batch = tl.program_id(2)
     row = tl.program_id(1) * SIDE + tl.arange(0, SIDE)[:, None]
@@ -414,25 +451,25 @@ def _both(
         batch, row, column, box_row = batch.to(tl.int64), row.to(tl.int64), column.to(tl.int64), box_row.to(tl.int64)
     inside = (row < M) & (column < N)
     index = (batch * M + row) * N + column
-    x = _load(x_ptr + index, inside)
+    if APART:
+        if batch == 1:
+            x_ptr = x1_ptr
+        if batch == 2:
+            x_ptr = x2_ptr
+        x = _load(x_ptr + row * N + column, inside)
+    else:
+        x = _load(x_ptr + index, inside)
     bits = _magnitude_bits(x)
-    sign = x.to(tl.uint32, bitcast=True) >> 31
     if N_BITS > 0:
-        largest = tl.max(tl.reshape(bits, [SIDE, SIDE // BOX, BOX]), axis=2)
-        exponent = _exponent(largest, n_headroom, 0, 0, 1)[:, :, None]
-        exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE, SIDE // BOX, BOX]), [SIDE, SIDE])
-        magnitude = _magnitudes(x, exponent, index, 0, 0, N_BITS, 0, -N_MAX, N_MAX, False)
-        _store_terms(n_ptr + index, plane, _values(magnitude, sign, exponent, N_BITS, 0, True), inside, N_TERMS)
+        largest = _largest_of_boxes(bits, True, SIDE, BOX)
+        _round_tile(x, largest, n_headroom, n_ptr + index, plane, inside, True, N_BITS, N_MAX, N_TERMS, SIDE, BOX)
     if M_BITS + S_BITS > 0:
-        largest = tl.max(tl.reshape(bits, [SIDE // BOX, BOX, SIDE]), axis=1)
+        largest = _largest_of_boxes(bits, False, SIDE, BOX)
     if M_BITS > 0:
-        exponent = _exponent(largest, m_headroom, 0, 0, 1)[:, None, :]
-        exponent = tl.reshape(tl.broadcast_to(exponent, [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
-        magnitude = _magnitudes(x, exponent, index, 0, 0, M_BITS, 0, -M_MAX, M_MAX, False)
-        _store_terms(m_ptr + index, plane, _values(magnitude, sign, exponent, M_BITS, 0, True), inside, M_TERMS)
+        _round_tile(x, largest, m_headroom, m_ptr + index, plane, inside, False, M_BITS, M_MAX, M_TERMS, SIDE, BOX)
     if S_BITS > 0:
         scale = _exponent(largest, s_headroom, 0, 0, 1)
-        exponent = tl.reshape(tl.broadcast_to(scale[:, None, :], [SIDE // BOX, BOX, SIDE]), [SIDE, SIDE])
+        exponent = _spread(scale, False, SIDE, BOX)
         finite = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
         magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, 0, -S_MAX, S_MAX, False)
         sign = finite.to(tl.uint32, bitcast=True) >> 31
@@ -459,6 +496,24 @@ def _both(
             data = (packed[:, :, None] >> (8 * byte).to(tl.uint64)).to(tl.uint8)
             mask = exists[:, :, None] & (8 * word + byte < nbytes[:, :, None])
             tl.store(stash_ptr + code_at[:, :, None] + 8 * word + byte, data, mask=mask)
+
+
+@triton.jit(do_not_specialize=["headroom"])
+def _many(
+    table_ptr, out_ptr, headroom, DTYPE: tl.constexpr, ALONG: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
+    TERMS: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr,
+):  # fmt: skip
+    """Square tiles of many matrices, rounded in boxes along their rows or down their columns; see :func:`table_of`."""
+    line = table_ptr + tl.program_id(0) * 6
+    x_ptr = tl.load(line).to(tl.pointer_type(DTYPE))
+    M, N = tl.load(line + 2), tl.load(line + 3)
+    row = tl.load(line + 4) * SIDE + tl.arange(0, SIDE)[:, None]
+    column = tl.load(line + 5) * SIDE + tl.arange(0, SIDE)[None, :]
+    inside = (row < M) & (column < N)
+    x = _load(x_ptr + row * N + column, inside)
+    largest = _largest_of_boxes(_magnitude_bits(x), ALONG, SIDE, BOX)
+    pointers = out_ptr + tl.load(line + 1) + row * N + column
+    _round_tile(x, largest, headroom, pointers, M * N, inside, ALONG, BITS, MAX_CODE, TERMS, SIDE, BOX)
 
 
 @triton.jit(do_not_specialize=["low", "high"])
@@ -631,7 +686,7 @@ def _check(device: torch.device) -> None:
     boxes, spec = BlockFloat(5), _spec_of(BlockFloat(5))
     along, across = (torch.empty_like(x) for _ in range(2))
     stash = torch.empty(boxes.nbytes(x.shape, 0), dtype=torch.uint8, device=device)
-    quantize_both(x, shape, (along, spec, 0), (across, spec, 0), (stash, spec))
+    quantize_both([x], shape, (along, spec, 0), (across, spec, 0), (stash, spec))
     pairs += [(out, definition.fake_quantize(x, boxes, dim, None, x.dtype)) for out, dim in ((along, 1), (across, 0))]
     pairs.append((stash, definition.pack(x, boxes, 0, None)))
     ones = torch.empty(masks.nbytes(x.numel()), dtype=torch.uint8, device=device)
@@ -666,7 +721,14 @@ def _round(
 
     def prepare() -> Any:
         numbers, tile = _tile(shape, spec, out.numel())
-        rest = {**numbers, "headroom": spec.headroom, "plane": x.numel(), **_codes(spec), **tile, **_mode(spec, seed)}
+        rest = {
+            **numbers,
+            "headroom": spec.headroom,
+            "plane": x.numel(),
+            **_codes(spec),
+            **tile,
+            **_mode(spec, shape, seed),
+        }
         rest |= {"FACTORS": factors is not None, "TERMS": terms}
         return _fake_quantize, _grid(numbers, tile), _ordered(_fake_quantize, rest)
 
@@ -684,7 +746,7 @@ def pack(x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | No
         box_bytes = -(-min(tile["BOX_SIZE"], shape[1]) * bits // 8)
         rest = {
             **numbers, **_layout(shape, spec, tile), "headroom": spec.headroom, **_codes(spec), **tile,
-            **_mode(spec, seed), "BYTES": _power_of_two_above(box_bytes),
+            **_mode(spec, shape, seed), "BYTES": _power_of_two_above(box_bytes),
             "TOUCHED": max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits)),
         }  # fmt: skip
         return _pack, _grid(numbers, tile), _ordered(_pack, rest)
@@ -702,7 +764,7 @@ def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int
         numbers, tile = _tile(shape, spec, max(out.numel(), data.numel()))
         rest = {
             **numbers, **_layout(shape, spec, tile), **_codes(spec), **tile,
-            "plane": plane, "GROUPED": _grouped(spec), "TERMS": terms,
+            "plane": plane, "GROUPED": _grouped(spec, shape), "TERMS": terms,
             "TOUCHED": max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8)),
         }  # fmt: skip
         return _unpack, _grid(numbers, tile), _ordered(_unpack, rest)
@@ -715,12 +777,16 @@ Rounded = tuple[Tensor, KernelSpec, int]
 
 
 def quantize_both(
-    x: Tensor, shape: Shape, along: Rounded | None, across: Rounded | None, stash: tuple[Tensor, KernelSpec] | None
+    xs: Sequence[Tensor],
+    shape: Shape,
+    along: Rounded | None,
+    across: Rounded | None,
+    stash: tuple[Tensor, KernelSpec] | None,
 ) -> None:
     """Round matrices to nearest in boxes along their rows and across them, and pack them across, reading them once.
 
     Args:
-        x: ``shape`` (matrices, M, N).
+        xs: ``shape`` (matrices, M, N) in one tensor, or each matrix by itself, MOST_APART at most.
         along: what is rounded in boxes along N.
         across: along M.
         stash: packed in boxes along M.
@@ -728,26 +794,65 @@ def quantize_both(
     batch, m, n = shape
 
     def prepare() -> Any:
+        plane = math.prod(shape)
         full, rest = divmod(m, BOTH_BOX)
         numbers: dict[str, Any] = {
             "n_headroom": along[1].headroom if along else 0, "m_headroom": across[1].headroom if across else 0,
             "s_headroom": stash[1].headroom if stash else 0,
-            "M": m, "N": n, "plane": x.numel(), "total": batch * full * n, "full": full, "rest": rest,
+            "M": m, "N": n, "plane": plane, "total": batch * full * n, "full": full, "rest": rest,
         }  # fmt: skip
         for name, part in (("N", along), ("M", across), ("S", stash)):
             spec = part[1] if part else None
             numbers |= {f"{name}_BITS": spec.bits if spec else 0, f"{name}_MAX": spec.max_code if spec else 0.0}
         numbers |= {"N_TERMS": along[2] if along else 0, "M_TERMS": across[2] if across else 0}
-        largest = max(x.numel() * max(1, numbers["N_TERMS"], numbers["M_TERMS"]), stash[0].numel() if stash else 0)
-        numbers |= {"SIDE": SIDE, "BOX": BOTH_BOX, "WIDE": largest >= WIDE_FROM}
+        largest = max(plane * max(1, numbers["N_TERMS"], numbers["M_TERMS"]), stash[0].numel() if stash else 0)
+        numbers |= {"SIDE": SIDE, "BOX": BOTH_BOX, "WIDE": largest >= WIDE_FROM, "APART": len(xs) > 1}
         return _both, (-(-n // SIDE), -(-m // SIDE), batch), _ordered(_both, numbers)
 
+    x = xs[0]
+    apart = (*xs, x, x)[:MOST_APART]
     outs = (along[0] if along else x, across[0] if across else x, stash[0] if stash else x)
     key = (
-        "both", shape, x.dtype, along and (along[1], along[2], along[0].dtype),
+        "both", shape, len(xs), x.dtype, along and (along[1], along[2], along[0].dtype),
         across and (across[1], across[2], across[0].dtype), stash and stash[1],
     )  # fmt: skip
-    _start(key, (x, *outs), (), prepare)
+    _start(key, (*apart, *outs), (), prepare)
+
+
+# Of a pointer in a table.
+_FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def table_of(matrices: Sequence[Tensor], begins: Sequence[int]) -> Tensor:
+    """Where :func:`quantize_many` reads and writes, on the device of the matrices.
+
+    A line for each square tile: the matrix's address, the first element of what is made of it, its M and N, and which
+    tile down and along it is.
+    """
+    lines = []
+    for x, begin in zip(matrices, begins, strict=True):
+        m, n = x.shape
+        tiles = torch.cartesian_prod(torch.arange(-(-m // SIDE)), torch.arange(-(-n // SIDE)))
+        of_matrix = torch.tensor([x.data_ptr(), begin, m, n]).expand(len(tiles), 4)
+        lines.append(torch.cat([of_matrix, tiles], 1))
+    return torch.cat(lines).to(matrices[0].device)
+
+
+def quantize_many(table: Tensor, out: Tensor, dtype: torch.dtype, along: bool, spec: KernelSpec, terms: int) -> None:
+    """Round the matrices of a table, of ``dtype``, to nearest in boxes along their rows, or across them.
+
+    Args:
+        out: of each matrix the values, or so many bfloat16 terms if any, from where the table says.
+    """
+
+    def prepare() -> Any:
+        rest = {
+            "headroom": spec.headroom, "DTYPE": _FLOATS[dtype], "ALONG": along, "BITS": spec.bits,
+            "MAX_CODE": spec.max_code, "TERMS": terms, "SIDE": SIDE, "BOX": BOTH_BOX,
+        }  # fmt: skip
+        return _many, (len(table),), _ordered(_many, rest)
+
+    _start(("many", len(table), dtype, out.dtype, along, spec, terms), (table, out), (), prepare)
 
 
 def dropout(x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
@@ -777,9 +882,9 @@ def _by_bytes(kernel: Any, total: int) -> Any:
     return kernel, (-(-total // TILE),), rest
 
 
-def _grouped(spec: KernelSpec) -> bool:
-    """Whether what shares a scale goes in chunks."""
-    return spec.box_size == 0 or spec.box_size == ALL_OF_A_ROW
+def _grouped(spec: KernelSpec, shape: Shape) -> bool:
+    """Whether what shares a scale goes in chunks: the tensor, and rows that no tile holds."""
+    return spec.box_size == 0 or (spec.box_size == ALL_OF_A_ROW and shape[1] > MAX_BOX_SIZE)
 
 
 def _shape_of_groups(shape: Shape, spec: KernelSpec) -> Shape:
@@ -788,7 +893,7 @@ def _shape_of_groups(shape: Shape, spec: KernelSpec) -> Shape:
 
 def _groups(x: Tensor, shape: Shape, spec: KernelSpec) -> tuple[Shape, Tensor]:
     """The shape in which groups are fibres, and the bits of the largest magnitude of each, where chunks need them."""
-    if not _grouped(spec):
+    if not _grouped(spec, shape):
         return shape, x
     shape = _shape_of_groups(shape, spec)
     largest = torch.zeros(shape[0] * shape[2], dtype=torch.int32, device=x.device)
@@ -804,7 +909,11 @@ def _groups(x: Tensor, shape: Shape, spec: KernelSpec) -> tuple[Shape, Tensor]:
 def _tile(shape: Shape, spec: KernelSpec, elements: int) -> tuple[dict[str, int], dict[str, Any]]:
     """How a tensor goes in boxes, and the tiles of these; ``elements``: of the largest tensor."""
     before, length, after = shape
-    size = (CHUNK if after == 1 else CHUNK_ACROSS) if _grouped(spec) else spec.box_size
+    size = spec.box_size
+    if _grouped(spec, shape):
+        size = CHUNK if after == 1 else CHUNK_ACROSS
+    elif size == ALL_OF_A_ROW:
+        size = _power_of_two_above(length)  # rows of many lengths are compiled once
     boxes = -(-length // size)
     numbers = {"all_boxes": before * boxes * after, "length": length, "boxes": boxes, "after": after}
     tile = {
@@ -832,8 +941,8 @@ def _codes(spec: KernelSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mode(spec: KernelSpec, seed: int | None) -> dict[str, Any]:
-    return {"STOCHASTIC": seed is not None, "GROUPED": _grouped(spec)}
+def _mode(spec: KernelSpec, shape: Shape, seed: int | None) -> dict[str, Any]:
+    return {"STOCHASTIC": seed is not None, "GROUPED": _grouped(spec, shape)}
 
 
 def _ordered(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:

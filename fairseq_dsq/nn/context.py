@@ -10,6 +10,7 @@ from fairseq_dsq import gemm
 from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.rotation import Rotation
+from fairseq_dsq.nn.together import Together
 from fairseq_dsq.precision import FLOAT32, GemmKind, PrecisionConfig
 from fairseq_dsq.quantized import Rounding
 
@@ -81,6 +82,7 @@ class DSQContext:
         ledger: counts what runs.
         stash_scope: ``gemm`` packs what GEMMs keep for backward; ``all`` also what LayerNorm, softmax, activation
             functions and dropout keep, see :mod:`fairseq_dsq.nn.saved`.
+        together: rounds the weights together that a pass of the model rounds alike.
         layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
         parent: of whom this one follows the levels, see :meth:`ruled`.
         level: the number of the level in force.
@@ -90,6 +92,7 @@ class DSQContext:
     attention_matmul: bool = True
     ledger: Ledger = field(default_factory=Ledger)
     stash_scope: StashScope = "gemm"
+    together: Together = field(default_factory=Together)
     layers: int = 0
     parent: DSQContext | None = None
     level: int = 0
@@ -141,6 +144,6 @@ class DSQContext:
         """
         if levels not in self._ruled:
             config = replace(self.config, precision=levels[min(self.level, len(levels) - 1)])
-            scope = self.attention_matmul, self.ledger, self.stash_scope
+            scope = self.attention_matmul, self.ledger, self.stash_scope, self.together
             self._ruled[levels] = DSQContext(config, *scope, parent=self)
         return self._ruled[levels]

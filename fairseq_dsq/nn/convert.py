@@ -249,6 +249,7 @@ def convert(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
+    context.together.hang_on(model)
     if warn:
         warn_of_float(model, left_out)
     return model

@@ -17,7 +17,7 @@ holds the rotated input.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from fairseq_dsq.ledger import Gemm, Ledger
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.nn.rotation import rotate
+from fairseq_dsq.nn.together import Pass
 from fairseq_dsq.precision import GemmKind, StashRole
 from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack, round_terms
 
@@ -113,11 +114,13 @@ class _Quantizer:
     Args:
         config: what the operands are rounded to.
         seeds: of the forward, or of the backward.
+        weights: the pass that rounds weights together, if any does.
     """
 
-    def __init__(self, config: GemmConfig, seeds: _Seeds | None) -> None:
+    def __init__(self, config: GemmConfig, seeds: _Seeds | None, weights: Pass | None = None) -> None:
         self.config = config
         self.seeds = seeds
+        self.weights = weights
         self.generator = self.stash_generator = None
         if seeds is not None:
             self.generator = torch.Generator().manual_seed(seeds.values)
@@ -150,6 +153,11 @@ class _Quantizer:
             squares = isinstance(plan.sides[1].fmt.group, Square)
             seed = self.seeds.forward_weight if squares else self.seeds.weight
             generator = torch.Generator().manual_seed(seed + _APART * layer)
+        elif self.weights is not None and plan.in_terms and not plan.fused[1]:
+            side = plan.sides[1]
+            together = self._reads_once(weight, side.fmt) and self.weights.rounded(weight, side.fmt, reduction)
+            if together is not None and together is not False:
+                return _of_terms(together, side, reduction, weight)
         return self._operand(weight, plan, 1, reduction, generator)
 
     def _operand(self, x: Tensor, plan: Plan, which: int, reduction: int, generator: torch.Generator | None) -> Operand:
@@ -160,7 +168,7 @@ class _Quantizer:
             return Operand(x, side, reduction)
         if plan.in_terms and self._reads_once(x, side.fmt):
             along, across = (side.fmt, None) if reduction == -1 else (None, side.fmt)
-            return _of_terms(self._round_once(x, along, across, None, True)[0 if along else 1], side, reduction, x)
+            return _of_terms(self._round_once([x], along, across, None, True)[0 if along else 1], side, reduction, x)
         dim, rounding = self.config.dim(reduction), self.config.rounding
         if side.factored and x.numel():
             return _factored(*factorize(x, side.fmt, dim, rounding, generator), side, reduction)
@@ -174,11 +182,12 @@ class _Quantizer:
         return once and not any(isinstance(fmt, Float32) for fmt in fmts)
 
     def _round_once(
-        self, x: Tensor, along: Format | None, across: Format | None, stash: Format | None, in_terms: bool
+        self, xs: list[Tensor], along: Format | None, across: Format | None, stash: Format | None, in_terms: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         texts = (fmt.text if fmt else "" for fmt in (along, across, stash))
-        x = x.detach() if x.requires_grad else x
-        return ops.quantize_both(x, *texts, x.dtype, in_terms and x.dtype is torch.float32)
+        dtype = xs[0].dtype
+        xs = [x.detach() if x.requires_grad else x for x in xs]
+        return ops.quantize_both(xs, *texts, dtype, in_terms and dtype is torch.float32)
 
     def pack(self, x: Tensor, role: StashRole, reduction_dim: int, ledger: Ledger | None) -> QuantizedTensor:
         fmt, dim = self.config.precision.stash(role), self.config.dim(reduction_dim)
@@ -211,7 +220,7 @@ class _Quantizer:
         if alone or self.generator is not None:
             return self.operand(x, plan, which, -1), self.pack(x, stash, -2, ledger)
         if plan.in_terms and self._reads_once(x, side.fmt, stash_fmt):
-            rounded, _, data = self._round_once(x, side.fmt, None, stash_fmt, True)
+            rounded, _, data = self._round_once([x], side.fmt, None, stash_fmt, True)
             packed = QuantizedTensor(data, x.shape, x.dtype, stash_fmt, -2)
             operand = _of_terms(rounded, side, -1, x)
         else:
@@ -249,14 +258,12 @@ class _Quantizer:
         self, grad: Tensor, need: tuple[bool, bool], plans: dict[GemmKind, Plan]
     ) -> tuple[Operand | None, Operand | None]:
         """grad_output (..., M, N) for the GEMMs that reduce over N (grad_input) and over M (grad_weight), as needed."""
+        if read := self._read_together([grad], [need], plans):
+            return read[0]
         along_n = along_m = None
         input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
         side_n, side_m = input_plan.sides[0], weight_plan.sides[0]
-        in_terms = input_plan.in_terms and weight_plan.in_terms
         alike = not (self.config.rotates("grad_input") or self.config.rotates("grad_weight"))
-        if all(need) and in_terms and alike and self._reads_once(grad, side_n.fmt, side_m.fmt):
-            first, second, _ = self._round_once(grad, side_n.fmt, side_m.fmt, None, True)
-            return _of_terms(first, side_n, -1, grad), _of_terms(second, side_m, -2, grad)
         if need[0]:
             along_n = self.operand(self.rotated(grad, "grad_input", -1), input_plan, 0, -1)
         if need[1]:
@@ -267,6 +274,38 @@ class _Quantizer:
             else:
                 along_m = self.operand(self.rotated(grad, "grad_weight", -2), weight_plan, 0, -2)
         return along_n, along_m
+
+    def each_grad_outputs(
+        self, grads: Sequence[Tensor | None], needs: Sequence[tuple[bool, bool]], plans: dict[GemmKind, Plan]
+    ) -> Iterator[tuple[Operand | None, Operand | None]]:
+        """:meth:`grad_outputs` of several gradients, one after the other where one kernel does not read them all."""
+        there = [grad for grad in grads if grad is not None]
+        alike = len(there) == len(grads) > 1 and len({grad.shape for grad in there}) == 1
+        if alike and (read := self._read_together(there, needs, plans)):
+            yield from read
+            return
+        for grad, need in zip(grads, needs, strict=True):
+            yield (None, None) if grad is None else self.grad_outputs(grad, need, plans)
+
+    def _read_together(
+        self, grads: list[Tensor], needs: Sequence[tuple[bool, bool]], plans: dict[GemmKind, Plan]
+    ) -> list[tuple[Operand, Operand]]:
+        """:meth:`grad_outputs` of gradients (M, N) that one kernel reads once; empty where none does."""
+        input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
+        side_n, side_m, first = input_plan.sides[0], weight_plan.sides[0], grads[0]
+        planned = input_plan.in_terms and weight_plan.in_terms and all(map(all, needs))
+        rotated = self.config.rotates("grad_input") or self.config.rotates("grad_weight")
+        if rotated or not (planned and self._reads_once(first, side_n.fmt, side_m.fmt)):
+            return []
+        *rounded, _ = self._round_once(grads, side_n.fmt, side_m.fmt, None, True)
+        if len(grads) > 1:  # stacked behind the terms
+            stacked = 1 if first.dtype is torch.float32 else 0
+            each = list(zip(*(tensor.unbind(stacked) for tensor in rounded), strict=True))
+        else:
+            each = [(rounded[0], rounded[1])]
+        return [
+            (_of_terms(along_n, side_n, -1, first), _of_terms(along_m, side_m, -2, first)) for along_n, along_m in each
+        ]
 
     def stashed_now(self, x: Tensor, role: StashRole, plan: Plan, reduction: int) -> Operand:
         """What :meth:`stashed` gives of what :meth:`pack` packs of ``x``; of the forward's quantizer."""
@@ -335,6 +374,7 @@ class _Linear(torch.autograd.Function):
         grad_enabled: bool,
         layers: Sequence[int],
         coded: Sequence[CodedWeight | None],
+        together: Pass | None,
         x: Tensor,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -342,10 +382,10 @@ class _Linear(torch.autograd.Function):
         weights = [held or weight for held, weight in zip(coded, params[0::2], strict=True)]
         biases = params[1::2]
         rows = _rows(x)
-        needs_x = grad_enabled and ctx.needs_input_grad[5]
-        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[6::2]]
+        needs_x = grad_enabled and ctx.needs_input_grad[6]
+        needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[7::2]]
         seeds = _draw_seeds(config)
-        quantizer, plans = _Quantizer(config, seeds), _plans(config, x, -2)
+        quantizer, plans = _Quantizer(config, seeds, together), _plans(config, x, -2)
         output = plans["output"]
         kept_as: StashRole | None = "input" if any(needs_weight) else None
         operand, stash = quantizer.operand_and_stash(rows, output, 0, kept_as, ledger)
@@ -358,6 +398,7 @@ class _Linear(torch.autograd.Function):
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight.shape, needs_x or needs)
         ctx.config, ctx.seeds, ctx.plans, ctx.layers, ctx.x_shape = config, seeds, plans, layers, x.shape
+        ctx.together = together
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
@@ -378,19 +419,19 @@ class _Linear(torch.autograd.Function):
             first if spec is None else CodedWeight(first, second, *spec)
             for first, second, spec in zip(kept[0::2], kept[1::2], ctx.coded, strict=True)
         ]
-        quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward())
+        quantizer = _Quantizer(config, ctx.seeds and ctx.seeds.backward(), ctx.together)
         grad_input = ctx.plans["grad_input"]
         stashed = quantizer.stashed(_held(data, ctx.stash_spec), "input", ctx.plans["grad_weight"], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
-        for index, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            needs_weight, needs_bias = ctx.needs_input_grad[6 + 2 * index : 8 + 2 * index]
+        grad_rows = [None if grad is None else _rows(grad) for grad in grads]
+        needs = [(ctx.needs_input_grad[6], need) for need in ctx.needs_input_grad[7::2]]
+        read = quantizer.each_grad_outputs(grad_rows, needs, ctx.plans)
+        for index, (rows, weight, (along_n, along_m)) in enumerate(zip(grad_rows, weights, read, strict=True)):
             grad_weight: Tensor | None = None
             grad_bias: Tensor | None = None
-            if grad is not None:
-                rows = _rows(grad)
+            if rows is not None:
                 m, n, k = *rows.shape, weight.shape[1]
-                along_n, along_m = quantizer.grad_outputs(rows, (ctx.needs_input_grad[5], needs_weight), ctx.plans)
                 if along_n is not None:
                     # grad_input: MxN @ NxK => MxK
                     if ledger is not None:
@@ -405,11 +446,11 @@ class _Linear(torch.autograd.Function):
                     if ledger is not None:
                         ledger.record(*Gemm.of_product("grad_weight", m, k, n), precision, True, ctx.scope)
                     grad_weight = ctx.plans["grad_weight"].multiply(along_m, stashed)
-                if needs_bias:
+                if ctx.needs_input_grad[8 + 2 * index]:
                     grad_bias = rows.sum(0)
             grad_params += [grad_weight, grad_bias]
         grad_x = None if grad_x is None else _reshaped(grad_x, ctx.x_shape)
-        return None, None, None, None, None, grad_x, *grad_params
+        return None, None, None, None, None, None, grad_x, *grad_params
 
 
 def _parts(weight: Tensor | CodedWeight | None) -> tuple[Tensor | None, Tensor | None]:
@@ -444,6 +485,7 @@ def linear_group(
     ledger: Ledger | None = None,
     layers: Sequence[int] | None = None,
     coded: Sequence[CodedWeight | None] | None = None,
+    together: Pass | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers to one input; all share one quantized input and one packed stash.
 
@@ -455,6 +497,7 @@ def linear_group(
         layers: a number of each layer, that tells the rounding noise of its weight from the others'; None counts
             these from 0.
         coded: the weights that are held as codes; the parameter in such a one's place is only given a gradient.
+        together: the model's pass, which may round its weights together.
 
     Returns:
         One (..., N) tensor per layer.
@@ -470,7 +513,7 @@ def linear_group(
     layers = range(len(params)) if layers is None else layers
     with torch.autocast(autocast_device(x), enabled=False):
         return _Linear.apply(  # type: ignore[no-any-return]
-            config, ledger, torch.is_grad_enabled(), layers, coded, x, *operands
+            config, ledger, torch.is_grad_enabled(), layers, coded, together, x, *operands
         )
 
 

@@ -16,8 +16,8 @@ LEVEL, FIXED = "--dsq-levels [2,2,2,16]", "--dsq-format fixed --dsq-levels [16,4
 
 
 # As many as the code makes: who changes it says by how many. The whole step had 877, 1306 where boxes were short,
-# and in fixed point some 24,000 of torch's. Scope all had 845 before its attention computed scores twice.
-@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 683), (f"{LEVEL} --dsq-stash-scope all", 862), (FIXED, 1373)])
+# and in fixed point some 24,000 of torch's; 683, 862 and 1373 when each weight was rounded by itself.
+@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 443), (f"{LEVEL} --dsq-stash-scope all", 622), (FIXED, 1373)])
 def test_a_step_launches_as_many_kernels_whether_boxes_are_full_or_short(flags, most):
     aligned, ragged = (python.launches(flags, length) for length in (ALIGNED, RAGGED))
     assert aligned == ragged
@@ -49,13 +49,15 @@ def test_every_kind_of_wait_is_counted(wait, expected):
     assert mode.count == expected
 
 
-def test_a_second_step_of_the_same_shapes_compiles_nothing_and_asks_triton_for_nothing(monkeypatch):
+def test_a_third_step_of_the_same_shapes_compiles_nothing_and_asks_triton_for_nothing(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     with mocked_gpu() as launches:
         step = shrunken_step(LEVEL)
+        step()  # in which it is learned which weights go together
+        launches.clear()
         step()
-        first = sum(launches.values())
+        second = sum(launches.values())
         monkeypatch.setattr(JITFunction, "run", None)
         step()
-    assert sum(launches.values()) == 2 * first
+    assert sum(launches.values()) == 2 * second

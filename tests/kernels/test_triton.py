@@ -50,7 +50,7 @@ def arguments_of(call, monkeypatch):
 
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 def compiled(launch, architecture):
@@ -93,7 +93,9 @@ def both(triton_kernels, dtype):
     spec, stash = parse("bfp16").spec, parse("bfp2")
     terms = torch.empty(2, *x.shape, dtype=torch.bfloat16)
     data = torch.empty(stash.nbytes(x.shape, 1), dtype=torch.uint8)
-    triton_kernels.quantize_both(x, shape, (terms, spec, 2), (terms, spec, 2), (data, stash.spec))
+    triton_kernels.quantize_both([x], shape, (terms, spec, 2), (terms, spec, 2), (data, stash.spec))
+    triton_kernels.quantize_both([x[0]] * 3, (3, 4096, 512), (terms, spec, 2), (terms, spec, 2), None)
+    triton_kernels.quantize_many(torch.empty(9, 6, dtype=torch.int64), terms, dtype, True, spec, 2)
     triton_kernels.pack_positive(x, data)
     triton_kernels.mask(x, data, x)
     triton_kernels.dropout(x, x, 0.1, 1 / 0.9, 5)

@@ -5,8 +5,10 @@ TRITON_INTERPRET=1 has to be set before Triton is imported, so it gets a process
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import weakref
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from kernels.common import (
 from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
 from fairseq_dsq.formats import BlockFloat, definition, parse
 from fairseq_dsq.kernels import masks, native, ops, triton_kernels
-from fairseq_dsq.nn import DSQAttention, DSQContext, GemmConfig
+from fairseq_dsq.nn import DSQAttention, DSQContext, GemmConfig, convert
 from fairseq_dsq.nn.saved import Activation
 from fairseq_dsq.precision import PrecisionConfig, parse_q
 from fairseq_dsq.quantized import ROUNDINGS
@@ -158,7 +160,9 @@ SHARED = [
 def test_one_scale_for_a_row_or_the_tensor(text, seed):
     fmt = parse(text)
     assert triton_kernels.covers(fmt.spec)
-    for index, (shape, dim) in enumerate([((2, 1030), 1), ((35, 6), 0), ((2, 19, 3), 1), ((1024,), 0), ((), 0)]):
+    for index, (shape, dim) in enumerate(
+        [((2, 1030), 1), ((3, 64), 1), ((35, 6), 0), ((2, 19, 3), 1), ((1024,), 0), ((), 0)]
+    ):
         x = awkward_tensor(shape, seed=index, finite=index > 0 or fmt.group == "tensor")
         assert_equals_definition(x, fmt, dim, seed)
     assert_equals_definition(awkward_tensor((9, 5), seed=1), fmt, 0, seed)
@@ -191,7 +195,7 @@ def test_one_read_for_both_directions_and_the_stash(formats, shape, monkeypatch)
     monkeypatch.setattr(triton_kernels, "quantize_both", lambda *args: passes.append(1) or launch(*args))
     for dtype, in_terms in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         x = awkward_tensor(shape, dtype=dtype, seed=len(shape))
-        *rounded, stash = ops.quantize_both(x, *formats, dtype, in_terms)
+        *rounded, stash = ops.quantize_both([x], *formats, dtype, in_terms)
         for got, text, dim in zip(rounded, formats, (-1, -2), strict=False):
             if not text:
                 assert got.numel() == 0
@@ -211,9 +215,150 @@ def test_one_read_for_both_directions_and_the_stash(formats, shape, monkeypatch)
     assert len(passes) == 3
 
 
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.float32), (3, torch.bfloat16), (4, torch.float32)])
+def test_matrices_that_lie_apart_are_as_if_they_had_been_stacked(count, dtype, monkeypatch):
+    passes = []
+    launch = triton_kernels.quantize_both
+    monkeypatch.setattr(triton_kernels, "quantize_both", lambda xs, *rest: passes.append(len(xs)) or launch(xs, *rest))
+    xs = [awkward_tensor((33, 70), dtype=dtype, seed=place) for place in range(count)]
+    for in_terms in (False, dtype is torch.float32):
+        arguments = "bfp16", "bfp3", "bfp4", dtype, in_terms
+        expected = ops.quantize_both([torch.stack(xs)], *arguments)
+        passes.clear()
+        *rounded, stash = ops.quantize_both(xs, *arguments)
+        assert torch.equal(stash, expected[2])
+        for got, wanted in zip(rounded, expected, strict=False):
+            assert_equal_bits(got, wanted)
+        assert passes == [count if count <= triton_kernels.MOST_APART else 1]
+    with pytest.raises(ValueError, match=r"^xs: got \[33, 70\] of .*, \[33, 5\] of .*, expected tensors of one shape"):
+        ops.quantize_both([xs[0], xs[0][:, :5]], *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_many_matrices_in_one_launch(dim, dtype):
+    xs = [awkward_tensor(shape, dtype=dtype, seed=4) for shape in [(64, 128), (5, 9), (33, 70), (1, 1)]]
+    for text in ("bfp2", "bfp12", "bfp16-fit"):
+        fmt = parse(text)
+        matrices = ops.Matrices(xs, dim, fmt)
+        for _ in range(2):
+            for got, x in zip(matrices.quantize(), xs, strict=True):
+                terms = ops.round_terms(x, dim, text, None)
+                one = ops.fake_quantize(x, dim, text, None, dtype)
+                assert_equal_bits(got, terms if dtype is torch.float32 else one)
+            xs[1].mul_(-0.3)  # what is there when it is asked for
+    assert matrices.are(xs) and not matrices.are([xs[0], xs[1].clone(), *xs[2:]])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many matrices each launch rounded that rounded several."""
+    counted = []
+    quantize = ops.Matrices.quantize
+    monkeypatch.setattr(ops.Matrices, "quantize", lambda self: counted.append(len(self._shapes)) or quantize(self))
+    with engines_of_a_gpu():
+        yield counted
+
+
+def two_layers(rounding="nearest"):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.ReLU(), torch.nn.Linear(33, 17, bias=False))
+    return convert(model, DSQContext(GemmConfig(PrecisionConfig(parse_q("[4,2,2,16]"), "bfp"), rounding)))
+
+
+def step(model, seed=0):
+    """The output, and the gradients of a step on the same input."""
+    model.zero_grad()
+    x = torch.randn(5, 20, generator=seeded(seed)).requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_same(got, expected):
+    assert all(map(torch.equal, got, expected))
+
+
+def test_weights_go_together_from_the_second_pass_on_and_are_never_older_than_it(passes):
+    model = two_layers()
+    first = step(model)
+    assert passes == []
+    assert_same(step(model), first)
+    assert passes == [2, 2]  # for the output GEMMs, and for those of grad_input
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)  # as fairseq's optimizers write: autograd's count of versions does not see it
+    alone = two_layers()
+    alone.load_state_dict(model.state_dict())
+    assert_same(step(model, 3), step(alone, 3))
+    assert passes == [2, 2] * 2
+    model[0].weight.data = model[0].weight.data.clone()
+    assert_same(step(model), step(alone))
+    assert model[0].context.together.current is None
+
+
+def test_what_the_output_gemms_read_is_dropped_after_the_forward_pass(monkeypatch):
+    quantize, held = ops.Matrices.quantize, []
+
+    def note(matrices):
+        made = quantize(matrices)
+        held.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(ops.Matrices, "quantize", note)
+    with engines_of_a_gpu():
+        model = two_layers()
+        step(model)
+        y = model(torch.ones(2, 20))
+        assert len(held) == 1 and held[0]() is None
+        y.sum().backward()
+        del y
+    assert len(held) == 2 and held[1]() is None
+
+
+def test_a_copy_learns_its_own_weights(passes):
+    model = two_layers()
+    step(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin[0].weight.mul_(2)
+    expected = step(twin)
+    assert passes == []
+    assert_same(step(twin), expected)
+    assert passes == [2, 2]
+    assert not torch.equal(step(model)[0], expected[0])
+
+
+def test_a_weight_that_changes_within_a_pass_is_rounded_anew(passes):
+    model, alone = two_layers(), two_layers()
+    step(model)
+
+    def halve(module, _):
+        with torch.no_grad():
+            module.weight.mul_(0.5)
+
+    for each in (model, alone):
+        each[2].register_forward_pre_hook(halve)
+    assert_same(step(model), step(alone))
+
+
+def test_evaluation_stochastic_rounding_and_a_pass_that_fails_leave_nothing_behind(passes):
+    model, noisy = two_layers(), two_layers("stochastic")
+    step(model)
+    model.eval()
+    model(torch.ones(2, 20))
+    with torch.no_grad():
+        model.train()(torch.ones(2, 20))
+    for _ in range(2):
+        step(noisy)
+    assert passes == []
+    with pytest.raises(RuntimeError):
+        model(torch.ones(2, 7))
+    assert model[0].context.together.current is None
+
+
 def test_formats_without_boxes_of_sixteen_are_read_twice():
     x = awkward_tensor((37, 50), seed=1)
-    along, across, stash = ops.quantize_both(x, "bfp4/8", "bfp12/32", "bfp3/5", torch.float32, False)
+    along, across, stash = ops.quantize_both([x], "bfp4/8", "bfp12/32", "bfp3/5", torch.float32, False)
     assert_equal_bits(along, definition.fake_quantize(x, parse("bfp4/8"), -1, None, torch.float32))
     assert_equal_bits(across, definition.fake_quantize(x, parse("bfp12/32"), -2, None, torch.float32))
     assert torch.equal(stash, definition.pack(x, parse("bfp3/5"), -2, None))
