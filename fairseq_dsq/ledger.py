@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fairseq_dsq.precision import GemmKind, PrecisionConfig, StashRole
@@ -20,6 +21,7 @@ class Gemm(NamedTuple):
     batch: int = 1
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def of_product(cls, kind: GemmKind, m: int, k: int, n: int, batch: int = 1) -> Gemm:
         """One of the three GEMMs of a product whose output GEMM is MxK @ KxN; grad_weight is KxM @ MxN."""
         sizes = {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (k, m, n)}[kind]

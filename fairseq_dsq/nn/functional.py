@@ -16,6 +16,7 @@ holds the rotated input.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -328,7 +329,7 @@ def _unpacked(packed: QuantizedTensor, plan: Plan, which: int, reduction: int) -
         return _factored(*packed.factorize(), side, reduction)
     if plan.in_terms and packed.dtype is torch.float32 and not isinstance(side.fmt, Float32):
         terms = packed.terms()
-        return Operand(terms, side, reduction, terms=len(terms))
+        return Operand(terms, side, reduction, terms=terms.size(0))
     return Operand(packed.dequantize(), side, reduction)
 
 
@@ -339,7 +340,7 @@ def rounded_operand(x: Tensor, plan: Plan, which: int, config: GemmConfig) -> Op
 
 def _of_terms(rounded: Tensor, side: Side, reduction: int, x: Tensor) -> Operand:
     """What was rounded of ``x``: a float32 comes as bfloat16 terms."""
-    return Operand(rounded, side, reduction, terms=len(rounded) if x.dtype is torch.float32 else 0)
+    return Operand(rounded, side, reduction, terms=rounded.size(0) if x.dtype is torch.float32 else 0)
 
 
 def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Operand:
@@ -478,6 +479,12 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = autocast_device(x)
+    # To enter and leave that of torch takes as long as the GEMMs of a small layer.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def linear_group(
     x: Tensor,
     params: Sequence[tuple[Tensor, Tensor | None]],
@@ -511,7 +518,7 @@ def linear_group(
         cast[index] = weight if held else cast[index]
     operands = [tensor for pair in zip(cast[: len(params)], cast[len(params) :], strict=True) for tensor in pair]
     layers = range(len(params)) if layers is None else layers
-    with torch.autocast(autocast_device(x), enabled=False):
+    with _without_autocast(x):
         return _Linear.apply(  # type: ignore[no-any-return]
             config, ledger, torch.is_grad_enabled(), layers, coded, together, x, *operands
         )
@@ -763,7 +770,7 @@ def matmul(
     if not config.precision.rounds:
         return _float_matmul(a, b, config, ledger, transpose_b)
     operands = _autocast(a, b)
-    with torch.autocast(autocast_device(a), enabled=False):
+    with _without_autocast(a):
         return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, apart, *operands)  # type: ignore[no-any-return]
 
 
