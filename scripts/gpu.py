@@ -122,6 +122,10 @@ def bits(check: Check) -> Iterator[dict[str, Any]]:
         "fixed8",
         "fixed16",
         "fixed25/row",
+        "int8/row",
+        "int4/128",
+        "fp8e4m3/tensor",
+        "mxfp8e5m2",
     ]
     shapes = [(37, 48), (2, 35, 33), (130, 257)]
     seeds = (None, 0x2BCDEF01_FEDCBA98)

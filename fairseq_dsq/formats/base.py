@@ -64,7 +64,7 @@ SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
 
 
 class KernelSpec(NamedTuple):
-    """A format of power-of-two scales, as the kernels take it: DsqFormat in C++, in this order.
+    """A format as the kernels take it: DsqFormat in C++, in this order.
 
     Codes are integers, or minifloats: sign, exponent with a bias of half its range, and mantissa.
 
@@ -78,6 +78,8 @@ class KernelSpec(NamedTuple):
         exponent_bits: of a minifloat; 0 for integers.
         element_exponent: taken from that exponent.
         least_exponent: the smallest biased exponent of a scale.
+        float_scale: 1 where the scale is no power of two in a byte but a float32, under which the largest code stands
+            for the largest magnitude. Triton's kernels know it, those of C++ do not.
     """
 
     bits: int
@@ -90,6 +92,7 @@ class KernelSpec(NamedTuple):
     exponent_bits: int = 0
     element_exponent: int = 0
     least_exponent: int = 1
+    float_scale: int = 0
 
 
 # What engines and kernels are told about a format's values, and the methods that it tells of.
@@ -281,7 +284,7 @@ def _check_spec(fmt: Format, spec: KernelSpec) -> None:
     for name, got, expected in (
         ("bits", spec.bits, fmt.bits),
         ("box_size", spec.box_size, kernel_box_size(fmt.group)),
-        ("scale_bytes", fmt.scale_bytes, 1),
+        ("scale_bytes", fmt.scale_bytes, 4 if spec.float_scale else 1),
         ("tensor_bytes", fmt.tensor_bytes, 0),
         ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
     ):

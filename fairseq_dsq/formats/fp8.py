@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, Format, FormatOptions, Group, register
+from fairseq_dsq.formats.base import (
+    SIGNIFICAND_BITS,
+    Format,
+    FormatOptions,
+    Group,
+    KernelSpec,
+    kernel_box_size,
+    register,
+)
 from fairseq_dsq.formats.float_scaled import FloatScaled, group_of, scale_for
 from fairseq_dsq.formats.minifloat import E4M3, E5M2, Minifloat
 
@@ -55,6 +63,20 @@ class ScaledFP8(FloatScaled):
 
     def by_row(self) -> ScaledFP8:
         return replace(self, group_size="row")
+
+    def kernel_spec(self) -> KernelSpec | None:
+        largest = self.element.largest
+        return KernelSpec(
+            self.bits,
+            signed_zero=1,
+            box_size=kernel_box_size(self.group),
+            fixed_exponent=0,
+            min_code=-largest,
+            max_code=largest,
+            headroom=0,
+            exponent_bits=self.element.exponent_bits,
+            float_scale=1,
+        )
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import SIGNIFICAND_BITS, FormatOptions, RowKernel, register
+from fairseq_dsq.formats.base import (
+    SIGNIFICAND_BITS,
+    FormatOptions,
+    KernelSpec,
+    RowKernel,
+    kernel_box_size,
+    register,
+)
 from fairseq_dsq.formats.float_scaled import FloatScaled, scale_for
 
 
@@ -49,6 +56,18 @@ class Integer(FloatScaled):
     @property
     def row_kernel(self) -> RowKernel | None:
         return "int8" if (self.bits, self.group_size, self.max_code) == (8, "row", 127) else None
+
+    def kernel_spec(self) -> KernelSpec | None:
+        return KernelSpec(
+            self.bits,
+            signed_zero=0,
+            box_size=kernel_box_size(self.group),
+            fixed_exponent=0,
+            min_code=-self.max_code,
+            max_code=self.max_code,
+            headroom=0,
+            float_scale=1,
+        )
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

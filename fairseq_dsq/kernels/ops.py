@@ -40,7 +40,7 @@ def _kernel_dtype(dtype: torch.dtype, fmt: Format, kernels: Any) -> torch.dtype:
     Minifloats under the smallest scales reach further down than bfloat16.
     """
     exact = dtype is torch.bfloat16 and fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS
-    exact = exact and fmt.spec is not None and not fmt.spec.exponent_bits
+    exact = exact and fmt.spec is not None and not (fmt.spec.exponent_bits or fmt.spec.float_scale)
     return dtype if exact or _is_gpu(kernels) else torch.float32
 
 
@@ -99,10 +99,10 @@ def _kernels_for(x: Tensor, fmt: Format) -> Any:
     kernels = _kernels(x.device)
     if kernels is None or x.numel() == 0:
         return None
-    if fmt.spec is None:
-        _say_slow(fmt.text)
-        return None
-    return kernels if kernels.covers(fmt.spec) else None
+    if fmt.spec is not None and kernels.covers(fmt.spec):
+        return kernels
+    _say_slow(fmt.text)
+    return None
 
 
 def _row_kernels(device: torch.device, shape: Sequence[int], dim: int, fmt: Format) -> native.Kernels | None:
@@ -145,18 +145,33 @@ def _round_terms(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
 def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
     checks.factorize(x, dim, seed)
     parsed = formats.parse(fmt)
-    kernels = _kernels_for(x, parsed) if parsed.group == "row" else None
-    last = dim in (-1, x.dim() - 1)
-    if kernels is None or not (last or _is_gpu(kernels)):
+    kernels = _kernels_for(x, parsed) if isinstance(parsed.group, str) else None
+    rows = parsed.group == "row" and dim in (-1, x.dim() - 1)
+    if kernels is None or not (rows or _is_gpu(kernels)):
         return definition.factorize(x, parsed, dim, seed)
     x = _values(x, kernels)
     elements = torch.empty_like(x, dtype=torch.float32)
-    factors = elements.new_empty([1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)])
-    if _is_gpu(kernels):
-        kernels.factorize(x, elements, factors, _shape_around(x.shape, dim), parsed.spec, seed)
-    else:
+    if not _is_gpu(kernels):
+        factors = elements.new_empty((*x.shape[:-1], 1))
         kernels.factorize(x, elements, factors, parsed.spec, seed)
-    return elements, factors
+        return elements, factors
+    factors = _factors_of(elements, parsed, dim)
+    kernels.factorize(x, elements, factors, _shape_around(x.shape, dim), parsed.spec, seed)
+    return elements, _of_each_row(factors, elements, dim)
+
+
+def _factors_of(elements: Tensor, fmt: Format, dim: int) -> Tensor:
+    """Room for a factor of each row along ``dim``, or one of the tensor."""
+    return elements.new_empty(1 if fmt.group == "tensor" else _shape_of_rows(elements, dim))
+
+
+def _of_each_row(factors: Tensor, elements: Tensor, dim: int) -> Tensor:
+    shape = _shape_of_rows(elements, dim)
+    return factors if list(factors.shape) == shape else factors.expand(shape).clone()
+
+
+def _shape_of_rows(x: Tensor, dim: int) -> list[int]:
+    return [1 if axis == dim % x.dim() else size for axis, size in enumerate(x.shape)]
 
 
 def _pack(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
@@ -204,7 +219,13 @@ def _unpack_terms(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> Ten
 def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
     parsed = formats.parse(fmt)
     checks.packed(data, shape, dim, parsed, torch.float32)
-    return definition.unpack_factors(data, shape, parsed, dim)
+    kernels = _kernels_for(data, parsed) if isinstance(parsed.group, str) else None
+    if kernels is None or not _is_gpu(kernels):
+        return definition.unpack_factors(data, shape, parsed, dim)
+    elements = data.new_empty(shape, dtype=torch.float32)
+    factors = _factors_of(elements, parsed, dim)
+    kernels.unpack_factors(data.contiguous(), elements, factors, _shape_around(shape, dim), parsed.spec)
+    return elements, _of_each_row(factors, elements, dim)
 
 
 def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

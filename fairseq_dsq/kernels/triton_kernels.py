@@ -1,5 +1,5 @@
 """The CUDA kernels, in Triton: bit for bit what fairseq_dsq.formats defines, for integers and minifloats under a power
-of two.
+of two or a float32.
 
 One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Full boxes and
 the short last ones go in one launch. What shares a scale and fits no tile goes in chunks, in the place of boxes, after
@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fairseq_dsq.formats import MXFP8E5M2, BlockFloat, FixedPoint, Format, KernelSpec, definition
+from fairseq_dsq.formats import MXFP8E5M2, BlockFloat, FixedPoint, Format, Integer, KernelSpec, definition
 from fairseq_dsq.formats.base import MAX_BOX_SIZE as ALL_OF_A_ROW
 from fairseq_dsq.kernels import masks
 
@@ -73,7 +73,7 @@ def _boxes(length, boxes, after, BOX_SIZE: tl.constexpr, BLOCK: tl.constexpr, WI
 @triton.jit
 def _in_bytes(
     box, fibre, place, column, total, length, full, after, shorts, BITS: tl.constexpr, BOX_SIZE: tl.constexpr,
-    RAGGED: tl.constexpr, GROUPED: tl.constexpr,
+    RAGGED: tl.constexpr, GROUPED: tl.constexpr, FLOAT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Of each box: the place of its scale, of its first code, and the bytes of its codes.
 
@@ -81,12 +81,13 @@ def _in_bytes(
     fibres, their codes.
     """
     SIZE: tl.constexpr = (BOX_SIZE * BITS + 7) // 8
+    SCALE: tl.constexpr = 4 if FLOAT_SCALE else 1
     nbytes = tl.full(box.shape, SIZE, tl.int32)
     if GROUPED:
         fibre = fibre * after + column
-        scale_at = fibre
+        scale_at = fibre * SCALE
         # Of length * BITS bits, of which 32 bits may not hold the number.
-        code_at = shorts + fibre * (length // 8 * BITS + (length % 8 * BITS + 7) // 8) + place * SIZE
+        code_at = shorts * SCALE + fibre * (length // 8 * BITS + (length % 8 * BITS + 7) // 8) + place * SIZE
         if RAGGED:
             rest = (((length - full * BOX_SIZE) * BITS + 7) // 8).to(tl.int32)
             nbytes = tl.where(place == full, rest, nbytes)
@@ -95,13 +96,13 @@ def _in_bytes(
         number = (fibre * full + place) * after + column
         short = fibre * after + column
         rest = (((length - full * BOX_SIZE) * BITS + 7) // 8).to(tl.int32)
-        begin = (number * 0 + total) * (1 + SIZE)  # in as many bits as the number
-        scale_at = tl.where(is_short, begin + short, number)
-        code_at = tl.where(is_short, begin + shorts + short * rest, total + number * SIZE)
+        begin = (number * 0 + total) * (SCALE + SIZE)  # in as many bits as the number
+        scale_at = tl.where(is_short, begin + short * SCALE, number * SCALE)
+        code_at = tl.where(is_short, begin + shorts * SCALE + short * rest, total * SCALE + number * SIZE)
         nbytes = tl.where(is_short, rest, nbytes)
     else:
-        scale_at = box
-        code_at = total + box * SIZE
+        scale_at = box * SCALE
+        code_at = total * SCALE + box * SIZE
     return scale_at, code_at, nbytes
 
 
@@ -127,6 +128,41 @@ def _exponent(largest, headroom, FIXED: tl.constexpr, ELEMENT: tl.constexpr, LEA
     else:
         found = tl.full(largest.shape, FIXED, tl.int32)
     return tl.where(largest == finite, found, 255)
+
+
+@triton.jit
+def _scale(
+    largest, headroom, FIXED: tl.constexpr, ELEMENT: tl.constexpr, LEAST: tl.constexpr, MAX_CODE: tl.constexpr,
+    FLOAT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """What is stored as the scale under the bits of largest magnitudes, int32: a biased exponent, see _exponent.
+
+    With FLOAT_SCALE the bits of the float32 under which MAX_CODE is the largest magnitude: ``scale_for``.
+    """
+    if FLOAT_SCALE:
+        greatest = tl.full(largest.shape, MAX_CODE, tl.float32)
+        scale = tl.div_rn(largest.to(tl.float32, bitcast=True), greatest)
+        stored = scale.to(tl.int32, bitcast=True)
+        stored = tl.where(scale * greatest == float("inf"), stored - 1, stored)
+        stored = tl.where(largest > 0x7F7FFFFF, 0x7FC00000, stored)
+    else:
+        stored = _exponent(largest, headroom, FIXED, ELEMENT, LEAST)
+    return stored
+
+
+@triton.jit
+def _factors(scale, FLOAT_SCALE: tl.constexpr):
+    """Stored scales as factors, and what the elements beside them are stored under: one, or what says NaN."""
+    one = tl.full(scale.shape, 1.0, tl.float32)
+    if FLOAT_SCALE:
+        factor = scale.to(tl.float32, bitcast=True)
+        not_finite = factor != factor
+        rest = tl.where(not_finite, scale, 0x3F800000)
+    else:
+        not_finite = scale == 255
+        factor = _two_factors(one, scale - 127)
+        rest = tl.where(not_finite, 255, 127)
+    return tl.where(not_finite, 1.0, factor), rest
 
 
 @triton.jit
@@ -159,24 +195,31 @@ def _least(EXPONENT_BITS: tl.constexpr):
 
 @triton.jit
 def _magnitudes(
-    x, exponent, index, low, high, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, MIN_CODE: tl.constexpr,
-    MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    x, scale, index, low, high, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, MIN_CODE: tl.constexpr,
+    MAX_CODE: tl.constexpr, STOCHASTIC: tl.constexpr, FLOAT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Magnitudes of integers or minifloats, as float32: what ``encode`` gives but for the sign, which is ``x``'s."""
+    if FLOAT_SCALE:
+        # A scale of 0: all values are 0, or too small for one.
+        factor = scale.to(tl.float32, bitcast=True)
+        scaled = tl.where(factor > 0, tl.div_rn(x, factor), 0.0)
+    elif EXPONENT_BITS > 0:
+        scaled = _two_factors(x, 127 - scale)
+    else:
+        scaled = _two_factors(x, (BITS - 2 + 127) - scale)
     if EXPONENT_BITS > 0:
         MANTISSA_BITS: tl.constexpr = BITS - 1 - EXPONENT_BITS
-        magnitude = tl.minimum(tl.abs(_two_factors(x, 127 - exponent)), MAX_CODE)
+        magnitude = tl.minimum(tl.abs(scaled), MAX_CODE)
         found = tl.maximum(_magnitude_bits(magnitude) >> 23, _least(EXPONENT_BITS))
         if STOCHASTIC:
             steps = magnitude * _power_of_two(127 + MANTISSA_BITS - found)
-            scaled = tl.where(x < 0, 0.0 - steps, steps)
-            floor = tl.floor(scaled)
-            code = tl.abs(floor + (_noise(index, low, high) < scaled - floor).to(tl.float32))
+            steps = tl.where(x < 0, 0.0 - steps, steps)
+            floor = tl.floor(steps)
+            code = tl.abs(floor + (_noise(index, low, high) < steps - floor).to(tl.float32))
             return code * _power_of_two(found - (127 + MANTISSA_BITS))
         # So far above that a step is its last bit: a sum with it rounds to a whole number of steps.
         above = _power_of_two(found + (23 - MANTISSA_BITS) - 127)
         return (magnitude + above) - above
-    scaled = _two_factors(x, (BITS - 2 + 127) - exponent)
     if STOCHASTIC:
         floor = tl.floor(scaled)
         code = tl.abs(floor + (_noise(index, low, high) < scaled - floor).to(tl.float32))
@@ -191,16 +234,25 @@ def _magnitudes(
 
 
 @triton.jit
-def _values(magnitude, negative, exponent, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr):
+def _values(
+    magnitude, negative, scale, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr,
+    FLOAT_SCALE: tl.constexpr,
+):  # fmt: skip
     """What ``decode`` gives of float32 magnitudes and uint32 signs, 0 or 1."""
-    if EXPONENT_BITS > 0:
-        value = _two_factors(magnitude, exponent - 127)
+    if FLOAT_SCALE:
+        factor = scale.to(tl.float32, bitcast=True)
+        value = magnitude * factor
+        not_finite = factor != factor
+    elif EXPONENT_BITS > 0:
+        value = _two_factors(magnitude, scale - 127)
+        not_finite = scale == 255
     else:
-        value = _two_factors(magnitude, exponent - (BITS - 2 + 127))
+        value = _two_factors(magnitude, scale - (BITS - 2 + 127))
+        not_finite = scale == 255
     if not SIGNED_ZERO:
         negative = tl.where(magnitude == 0.0, 0, negative)
     bits = value.to(tl.uint32, bitcast=True) | (negative << 31)
-    return tl.where(exponent == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+    return tl.where(not_finite, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -283,7 +335,7 @@ def _fake_quantize(
     BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr,
     ELEMENT: tl.constexpr, LEAST: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
-    GROUPED: tl.constexpr, FACTORS: tl.constexpr, TERMS: tl.constexpr,
+    GROUPED: tl.constexpr, FACTORS: tl.constexpr, TERMS: tl.constexpr, FLOAT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """The values; with FACTORS elements and factors apart, as ScaledInteger.factorize has them."""
     box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
@@ -296,15 +348,15 @@ def _fake_quantize(
         largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
     else:
         largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
-    exponent = _exponent(largest, headroom, FIXED, ELEMENT, LEAST)
-    magnitude = _magnitudes(x, exponent, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
+    scale = _scale(largest, headroom, FIXED, ELEMENT, LEAST, MAX_CODE, FLOAT_SCALE)
+    magnitude = _magnitudes(
+        x, scale, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC, FLOAT_SCALE
+    )
     negative = x.to(tl.uint32, bitcast=True) >> 31
     if FACTORS:
-        one = tl.full(exponent.shape, 1.0, tl.float32)
-        factor = tl.where(exponent == 255, 1.0, _two_factors(one, exponent - 127))
+        factor, scale = _factors(scale, FLOAT_SCALE)
         tl.store(factor_ptr + fibre * after + column, factor, mask=exists & (place == 0))
-        exponent = tl.where(exponent == 255, 255, 127)
-    value = _values(magnitude, negative, exponent, BITS, EXPONENT_BITS, SIGNED_ZERO)
+    value = _values(magnitude, negative, scale, BITS, EXPONENT_BITS, SIGNED_ZERO, FLOAT_SCALE)
     _store_terms(out_ptr + index, plane, value, inside, TERMS)
 
 
@@ -315,12 +367,13 @@ def _pack(
     ELEMENT: tl.constexpr, LEAST: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
     GROUPED: tl.constexpr, RAGGED: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
+    FLOAT_SCALE: tl.constexpr,
 ):  # fmt: skip
     box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     exists = box < all_boxes
     begins = place * BOX_SIZE
     scale_at, code_at, nbytes = _in_bytes(
-        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED
+        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED, FLOAT_SCALE
     )
     if GROUPED:
         largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
@@ -328,8 +381,10 @@ def _pack(
         along = tl.arange(0, BOX).to(base.dtype)[None, :]
         x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (begins + along < length))
         largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
-    exponent = _exponent(largest, headroom, FIXED, ELEMENT, LEAST)
-    tl.store(data_ptr + scale_at, exponent.to(tl.uint8), mask=exists & (place == 0) if GROUPED else exists)
+    scale = _scale(largest, headroom, FIXED, ELEMENT, LEAST, MAX_CODE, FLOAT_SCALE)
+    for byte in tl.static_range(4 if FLOAT_SCALE else 1):
+        piece = ((scale >> (8 * byte)) & 0xFF).to(tl.uint8)
+        tl.store(data_ptr + scale_at + byte, piece, mask=exists & (place == 0) if GROUPED else exists)
     # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
     packed = tl.zeros([BLOCK, BYTES], tl.uint32)
@@ -339,8 +394,11 @@ def _pack(
         index = base + along * after
         inside = exists & (along < BOX_SIZE) & (begins + along < length) & (shift < 8)
         x = _load(x_ptr + index, inside)
-        x = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
-        magnitude = _magnitudes(x, exponent, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC)
+        # The scale says NaN; the code is always the same.
+        x = tl.where(tl.abs(x) < float("inf") if FLOAT_SCALE else x == x, x, 0.0)
+        magnitude = _magnitudes(
+            x, scale, index, low, high, BITS, EXPONENT_BITS, MIN_CODE, MAX_CODE, STOCHASTIC, FLOAT_SCALE
+        )
         sign = x.to(tl.uint32, bitcast=True) >> 31
         if EXPONENT_BITS > 0:
             # A code that was masked out is no float's, and the other bits of its byte must stay.
@@ -362,19 +420,22 @@ def _pack(
 
 @triton.jit(do_not_specialize=["all_boxes", "boxes", "full", "shorts"])
 def _unpack(
-    data_ptr, out_ptr, all_boxes, length, boxes, after, total, full, shorts, plane,
+    data_ptr, out_ptr, factor_ptr, all_boxes, length, boxes, after, total, full, shorts, plane,
     BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, GROUPED: tl.constexpr,
-    RAGGED: tl.constexpr, TOUCHED: tl.constexpr, TERMS: tl.constexpr,
+    RAGGED: tl.constexpr, TOUCHED: tl.constexpr, FACTORS: tl.constexpr, TERMS: tl.constexpr, FLOAT_SCALE: tl.constexpr,
 ):  # fmt: skip
+    """The values; with FACTORS elements and factors apart."""
     box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     along = tl.arange(0, BOX).to(base.dtype)[None, :]
     exists = box < all_boxes
     inside = exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length)
     scale_at, code_at, _nbytes = _in_bytes(
-        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED
+        box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED, FLOAT_SCALE
     )
-    exponent = tl.load(data_ptr + scale_at, mask=exists, other=0).to(tl.int32)
+    scale = tl.zeros([BLOCK, 1], tl.int32)
+    for byte in tl.static_range(4 if FLOAT_SCALE else 1):
+        scale |= tl.load(data_ptr + scale_at + byte, mask=exists, other=0).to(tl.int32) << (8 * byte)
     code = tl.zeros([BLOCK, BOX], tl.uint32)
     for step in tl.static_range(TOUCHED):
         byte = along * BITS // 8 + step
@@ -394,7 +455,10 @@ def _unpack(
         if BITS < 32:
             whole = whole & ((1 << BITS) - 1)
         magnitude = whole.to(tl.int64).to(tl.float32)
-    value = _values(magnitude, negative, exponent, BITS, EXPONENT_BITS, SIGNED_ZERO)
+    if FACTORS:
+        factor, scale = _factors(scale, FLOAT_SCALE)
+        tl.store(factor_ptr + fibre * after + column, factor, mask=exists & (place == 0))
+    value = _values(magnitude, negative, scale, BITS, EXPONENT_BITS, SIGNED_ZERO, FLOAT_SCALE)
     _store_terms(out_ptr + base + along * after, plane, value, inside, TERMS)
 
 
@@ -425,9 +489,9 @@ def _round_tile(
 ):  # fmt: skip
     """Store a square tile of sign-magnitude integers, rounded to nearest in boxes of these largest magnitudes."""
     exponent = _spread(_exponent(largest, headroom, 0, 0, 1), ALONG, SIDE, BOX)
-    magnitude = _magnitudes(x, exponent, 0, 0, 0, BITS, 0, -MAX_CODE, MAX_CODE, False)
+    magnitude = _magnitudes(x, exponent, 0, 0, 0, BITS, 0, -MAX_CODE, MAX_CODE, False, False)
     sign = x.to(tl.uint32, bitcast=True) >> 31
-    _store_terms(pointers, plane, _values(magnitude, sign, exponent, BITS, 0, True), inside, TERMS)
+    _store_terms(pointers, plane, _values(magnitude, sign, exponent, BITS, 0, True, False), inside, TERMS)
 
 
 @triton.jit(do_not_specialize=["n_headroom", "m_headroom", "s_headroom", "full", "rest"])
@@ -471,7 +535,7 @@ def _both(
         scale = _exponent(largest, s_headroom, 0, 0, 1)
         exponent = _spread(scale, False, SIDE, BOX)
         finite = tl.where(x == x, x, 0.0)  # the exponent says NaN; the code is always the same
-        magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, 0, -S_MAX, S_MAX, False)
+        magnitude = _magnitudes(finite, exponent, index, 0, 0, S_BITS, 0, -S_MAX, S_MAX, False, False)
         sign = finite.to(tl.uint32, bitcast=True) >> 31
         code = magnitude.to(tl.int32).to(tl.uint32, bitcast=True) | (sign << (S_BITS - 1))
         is_short = box_row == full
@@ -631,7 +695,7 @@ def covers(spec: KernelSpec) -> bool:
 def reads_once(spec: KernelSpec) -> bool:
     """Whether :func:`quantize_both` knows the format: sign-magnitude integers in boxes of 16."""
     symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
-    plain = not (spec.exponent_bits or spec.element_exponent) and spec.least_exponent == 1
+    plain = not (spec.exponent_bits or spec.element_exponent or spec.float_scale) and spec.least_exponent == 1
     return symmetric and plain and spec.box_size == BOTH_BOX
 
 
@@ -668,7 +732,7 @@ def _check(device: torch.device) -> None:
     x[:, 5] *= 2.0**-126
     formats: list[tuple[Format, int | None]] = [
         (BlockFloat(4), None), (BlockFloat(4, scale="fit"), 0x2BCDEF01_FEDCBA98), (FixedPoint(5, per_row=True), None),
-        (MXFP8E5M2(), None),
+        (MXFP8E5M2(), None), (Integer(8, 16), None),
     ]  # fmt: skip
     pairs: list[tuple[Tensor, Tensor]] = []
     elements, factors = torch.empty_like(x), x.new_empty(1, 48)
@@ -710,7 +774,7 @@ def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: 
 
 
 def factorize(x: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
-    """Write float32 elements of ``x`` and the factor of each row; of a format with one scale for each."""
+    """Write float32 elements of ``x`` and the factor of each row, or of the tensor; of a format with such scales."""
     _round(x, elements, factors, shape, spec, seed, 0)
 
 
@@ -757,6 +821,15 @@ def pack(x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | No
 
 def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int = 0) -> None:
     """Write the values of packed bytes to ``out``; as for :func:`fake_quantize`."""
+    _unpack_to(data, out, None, shape, spec, terms)
+
+
+def unpack_factors(data: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec) -> None:
+    """Write what :func:`factorize` gave of what was packed."""
+    _unpack_to(data, elements, factors, shape, spec, 0)
+
+
+def _unpack_to(data: Tensor, out: Tensor, factors: Tensor | None, shape: Shape, spec: KernelSpec, terms: int) -> None:
     plane = math.prod(shape)
     shape = _shape_of_groups(shape, spec)
 
@@ -764,12 +837,13 @@ def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int
         numbers, tile = _tile(shape, spec, max(out.numel(), data.numel()))
         rest = {
             **numbers, **_layout(shape, spec, tile), **_codes(spec), **tile,
-            "plane": plane, "GROUPED": _grouped(spec, shape), "TERMS": terms,
+            "plane": plane, "GROUPED": _grouped(spec, shape), "FACTORS": factors is not None, "TERMS": terms,
             "TOUCHED": max((code * spec.bits % 8 + spec.bits + 7) // 8 for code in range(8)),
         }  # fmt: skip
         return _unpack, _grid(numbers, tile), _ordered(_unpack, rest)
 
-    _start(("unpack", shape, spec, out.dtype, terms), (data, out), (), prepare)
+    key = ("unpack", shape, spec, out.dtype, factors is None, terms)
+    _start(key, (data, out, out if factors is None else factors), (), prepare)
 
 
 # A tensor, what it is rounded to, and the bfloat16 terms in front of it; 0 for values as they are.
@@ -937,7 +1011,7 @@ def _codes(spec: KernelSpec) -> dict[str, Any]:
     return {
         "BITS": spec.bits, "EXPONENT_BITS": spec.exponent_bits, "SIGNED_ZERO": bool(spec.signed_zero),
         "FIXED": spec.fixed_exponent, "ELEMENT": spec.element_exponent, "LEAST": spec.least_exponent,
-        "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code,
+        "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code, "FLOAT_SCALE": bool(spec.float_scale),
     }  # fmt: skip
 
 

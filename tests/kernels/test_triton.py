@@ -108,10 +108,12 @@ def both(triton_kernels, dtype):
         (75, lambda kernels: calls(kernels, "bfp16", 5, torch.float32, (1, 4096, 512))),
         (90, lambda kernels: calls(kernels, "fixed16", None, torch.bfloat16, (1, 4097, 510))),
         (80, lambda kernels: calls(kernels, "mxfp8e4m3", None, torch.float32, (4096, 512, 1))),
+        (80, lambda kernels: calls(kernels, "fp8e4m3/row", None, torch.float32, (4096, 512, 1))),
+        (90, lambda kernels: calls(kernels, "int8/row", 5, torch.bfloat16, (1, 4096, 512))),
         (80, lambda kernels: both(kernels, torch.float32)),
         (90, lambda kernels: both(kernels, torch.float16)),
     ],
-    ids=["rows", "columns", "tensor", "minifloats", "both", "both of half precision"],
+    ids=["rows", "columns", "tensor", "minifloats", "floats", "integers", "both", "both of half precision"],
 )
 def test_kernels_compile_without_fusing_flushing_or_spilling(architecture, call, monkeypatch, tmp_path):
     pytest.importorskip("triton")

@@ -41,6 +41,7 @@ EDGES = [((2, 35, 33), 1), ((3, 40), -1)]
 @pytest.fixture(autouse=True)
 def kernels_for_any_device(monkeypatch):
     monkeypatch.setattr(ops, "_kernels", lambda device: triton_kernels)
+    monkeypatch.setattr(ops, "_row_kernels", lambda *_: None)
 
 
 assert_equals_definition = assert_implements_definition
@@ -168,9 +169,33 @@ def test_one_scale_for_a_row_or_the_tensor(text, seed):
     assert_equals_definition(awkward_tensor((9, 5), seed=1), fmt, 0, seed)
 
 
+FLOAT_SCALED = ["int8/row", "int4/16", "int2/5", "int16/tensor", "int11/row"]
+FLOAT_SCALED += ["fp8e4m3/tensor", "fp8e5m2/row", "fp8e4m3/32", "fp8e5m2/tensor", "fp8e4m3/row"]
+
+
+@pytest.mark.parametrize(("text", "seed"), [(text, SEEDS[place % 2]) for place, text in enumerate(FLOAT_SCALED)])
+def test_a_float_scale(text, seed):
+    fmt = parse(text)
+    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once(fmt.spec)
+    for index, (shape, dim) in enumerate([((2, 1030), 1), ((35, 6), 0), ((2, 19, 3), 1), ((3, 32), 1)]):
+        x = awkward_tensor(shape, seed=index, finite=index > 1 or fmt.group == "tensor")
+        x[..., 0] *= 2.0**-100
+        assert_equals_definition(x, fmt, dim, seed)
+        if isinstance(fmt.group, str):
+            data = definition.pack(x, fmt, dim, seed)
+            factored = definition.unpack_factors(data, shape, fmt, dim)
+            for got, expected in zip(ops.unpack_factors(data, shape, dim, text), factored, strict=True):
+                assert_equal_bits(got, expected)
+    largest = torch.finfo(torch.float32).max
+    specials = [[largest, -1.0, 3.0], [2.0**-149, -(2.0**-149), 0.0], [-0.0, 0.0, -0.0], [math.inf, -2.0, math.nan]]
+    x = torch.tensor(specials)[: 3 if fmt.group == "tensor" else 4]
+    assert_equals_definition(x, fmt, 1, seed)
+    assert_equals_definition(x[1:2], fmt, 1, seed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_in_and_out(dtype):
-    for text in ("bfp4", "bfp12", "fixed8", "fixed14/row"):
+    for text in ("bfp4", "bfp12", "fixed8", "fixed14/row", "int8/row"):
         fmt = parse(text)
         for dim in (0, 1):
             x = awkward_tensor((19, 20), dtype=dtype, seed=dim)

@@ -277,8 +277,8 @@ class Kernels:
             raise MemoryError(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
 
     def covers(self, spec: KernelSpec) -> bool:
-        """Whether the kernels run a format: all that describe themselves so."""
-        return True
+        """Whether the kernels run a format: those of power-of-two scales."""
+        return not spec.float_scale
 
     def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
