@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+
+from torch import multiprocessing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _FORKS = multiprocessing.get_context("forkserver")
@@ -25,7 +26,7 @@ _FORKS.set_forkserver_preload(["fairseq", "fairseq.trainer", "sacrebleu"])
 def run(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float = 300
 ) -> tuple[int, str, str]:
-    """Run a console script; returns its exit code, stdout and stderr.
+    """Run a console script, or ``python -c CODE``; returns its exit code, stdout and stderr.
 
     Raises:
         TimeoutError: it did not end in time, and was killed.
@@ -43,6 +44,14 @@ def run(
         return process.exitcode, out, err
 
 
+def together(function: Callable[..., None], arguments: tuple[object, ...], count: int, anew: bool = False) -> None:
+    """Run ``function(rank, *arguments)`` in ``count`` processes at once; raises what one of them raises.
+
+    They are forked as commands are; ``anew`` starts new ones, which read this environment when they import torch.
+    """
+    multiprocessing.start_processes(function, arguments, count, start_method="spawn" if anew else "forkserver")
+
+
 def _become(command: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
@@ -50,10 +59,13 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
     os.environ.clear()
     os.environ.update(environment)
     logging.root.handlers.clear()  # of a warning while fairseq was imported
-    sys.argv = command
     assert "fairseq_dsq" not in sys.modules, "imported before the command that is to import it"
-    (script,) = entry_points(group="console_scripts", name=command[0])
     try:
+        if command[:2] == ["python", "-c"]:
+            sys.argv = ["-c", *command[3:]]
+            sys.exit(exec(command[2], {"__name__": "__main__"}))
+        sys.argv = command
+        (script,) = entry_points(group="console_scripts", name=command[0])
         sys.exit(script.load()())
     except Exception:  # as the interpreter ends with one
         sys.excepthook(*sys.exc_info())

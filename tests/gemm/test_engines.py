@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from unittest import mock
 
 import pytest
 import torch
+from command import together
 from nn.common import multiply, normal, operand
 
 from fairseq_dsq import gemm
 from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
 from fairseq_dsq.formats import BlockFloat, FixedPoint, parse
-from fairseq_dsq.gemm import Engine, Side, float32, int8, plan
+from fairseq_dsq.gemm import Engine, Operand, Side, float32, int8, plan
 from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.nn import GemmConfig, linear, matmul
 from fairseq_dsq.precision import PrecisionConfig
@@ -223,24 +221,25 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype):
     assert torch.equal(got, (x.float() @ w.float().mT).to(dtype))
 
 
+def loses_bits_from_13_on(_, setting):
+    if setting == "high":
+        torch.set_float32_matmul_precision("high")
+    if setting == "allow_tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    x = torch.empty(2, 2, device="meta")
+    float32._BACKENDS["meta"] = "cuda"
+    for bits, cut in ((12, False), (13, True), (16, True)):
+        side = Side(BlockFloat(bits), True)
+        assert float32._loses_bits(Operand(x, side, -1), Operand(x, side, -1)) == cut, bits
+
+
 @pytest.mark.parametrize("setting", ["high", "allow_tf32", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
-@pytest.mark.parametrize(("bits", "cut"), [(12, False), (13, True), (16, True)])
-def test_float32_products_on_a_gpu_are_not_cut_to_tf32(setting, bits, cut):
-    """Asked in a process of its own, as it is started in vendors' containers."""
-    code = f"""
-import torch
-from fairseq_dsq.gemm import Operand, Side, float32
-from fairseq_dsq.formats import BlockFloat
-if {setting!r} == "high": torch.set_float32_matmul_precision("high")
-if {setting!r} == "allow_tf32": torch.backends.cuda.matmul.allow_tf32 = True
-x = torch.empty(2, 2, device="meta")
-side = Side(BlockFloat({bits}), True)
-float32._BACKENDS["meta"] = "cuda"
-print(float32._loses_bits(Operand(x, side, -1), Operand(x, side, -1)))
-"""
-    environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": str(int(setting.isupper()))}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(cut), done.stderr
+def test_float32_products_on_a_gpu_are_not_cut_to_tf32(monkeypatch, setting):
+    """Asked in a process of its own; where a variable says so, in a new one, as is started in vendors' containers."""
+    variable = setting.isupper()
+    if variable:
+        monkeypatch.setenv(setting, "1")
+    together(loses_bits_from_13_on, (setting,), 1, anew=variable)
 
 
 @needs_kernel

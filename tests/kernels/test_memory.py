@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
+from command import run
 
 from fairseq_dsq.kernels import memory
 
@@ -63,12 +62,12 @@ def test_a_wrong_value_is_refused():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_a_large_tensor_s_pages_are_not_faulted_in_again():
+def test_a_large_tensor_s_pages_are_not_faulted_in_again(tmp_path):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
 
     def faults(keep):
-        environ = {**clean, "FAIRSEQ_DSQ_KEEP_MEMORY": keep}
-        program = [sys.executable, "-W", "ignore", "-c", PROGRAM]
-        return int(subprocess.run(program, env=environ, capture_output=True, text=True, check=True).stdout)
+        code, out, err = run(["python", "-c", PROGRAM], tmp_path, {**clean, "FAIRSEQ_DSQ_KEEP_MEMORY": keep})
+        assert code == 0, err
+        return int(out)
 
     assert faults("1") < faults("0") / 8

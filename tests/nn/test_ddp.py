@@ -4,6 +4,7 @@ import contextlib
 import socket
 
 import torch
+from command import together
 from torch import distributed, nn
 from torch.nn.functional import cross_entropy
 
@@ -66,4 +67,4 @@ def test_gradients_of_two_workers_add_up_to_one_s():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port,), nprocs=RANKS)
+    together(worker, (port,), RANKS)

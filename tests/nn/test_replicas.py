@@ -1,8 +1,9 @@
 """Stochastic rounding on data-parallel replicas, in two real gloo processes."""
 
 import torch
+from command import together
 from nn.common import normal
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from fairseq_dsq.nn import DSQContext, DSQLinear, GemmConfig
 from fairseq_dsq.precision import PrecisionConfig
@@ -35,7 +36,7 @@ def replica(rank, store, folder):
 
 
 def test_replicas_round_weights_alike_and_what_they_hold_alone_apart(tmp_path):
-    multiprocessing.spawn(replica, (tmp_path / "store", tmp_path), nprocs=2)
+    together(replica, (tmp_path / "store", tmp_path), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for key, value in first.items():
         shared = key[0] in ("weight", "weight's gradient")  # dx = dy @ W rounds the weight, where dy is the identity

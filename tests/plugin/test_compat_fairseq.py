@@ -2,7 +2,7 @@
 
 import ast
 import io
-import subprocess
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import fairseq
 import numpy as np
 import pytest
+from command import run
 from fairseq import file_utils
 
 import fairseq_dsq
@@ -65,13 +66,9 @@ def test_the_package_is_one_by_every_path_before_and_after_its_import(tmp_path, 
     package = Path(fairseq_dsq.__path__[0])
     (tmp_path / "linked").symlink_to(package.parent)
     folders = [package, "fairseq_dsq", "fairseq_dsq", "linked/fairseq_dsq", f"{package}/", package / "../fairseq_dsq"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORTS.format(first=first), *map(str, folders)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.splitlines()[-1:] == ["True 1"], done.stderr
+    command = ["python", "-c", IMPORTS.format(first=first), *map(str, folders)]
+    _, out, err = run(command, tmp_path, os.environ)
+    assert out.splitlines()[-1:] == ["True 1"], err
 
 
 def test_another_package_of_the_same_name_is_none_of_this_one(tmp_path):

@@ -1,9 +1,9 @@
 """Recipes: which commands they stand for, and what of them is refused."""
 
+import itertools
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,20 +116,32 @@ def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
     assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
 
 
-def script(name, *arguments, data):
-    environment = {**os.environ, "DSQ_ENV": sys.prefix, "DSQ_DATA": str(data)}
-    return subprocess.run([SCRIPTS / name, *arguments], env=environment, capture_output=True, text=True)
+def command_that_says(folder, body):
+    """An environment whose fairseq-dsq is a line of bash; a script that is run in it."""
+    command = folder / "bin/fairseq-dsq"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/bash\n{body}\n")
+    command.chmod(0o755)
+
+    def script(name, *arguments, data=folder, **more):
+        environment = {**os.environ, "DSQ_ENV": str(folder), "DSQ_DATA": str(data), **more}
+        return subprocess.run([SCRIPTS / name, *arguments], env=environment, capture_output=True, text=True)
+
+    return script
 
 
 @pytest.mark.parametrize(
     ("name", "recipes", "twice"),
     [("neighbours.sh", ("neighbours-lm", "neighbours-mt"), 5), ("formats.sh", ("formats",), 0)],
 )
-def test_a_table_s_script_trains_every_row_and_some_with_a_second_seed(tmp_path, name, recipes, twice):
+def test_a_table_s_script_trains_every_row_and_some_with_a_second_seed(tmp_path, capsys, name, recipes, twice):
     corpora(tmp_path)
-    done = script(name, "--dry-run", data=tmp_path)
+    done = command_that_says(tmp_path, "echo ${*@Q}")(name, "--dry-run")
     assert done.returncode == 0, done.stderr
-    trained = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("fairseq-dsq run-train ")]
+    called = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(command == "run" and arguments[-1] == "--dry-run" for command, *arguments in called)
+    found = itertools.chain(*(commands(capsys, *arguments) for _, *arguments in called))
+    trained = [command[1] for command in found if command[0] == "run-train"]
     rows = load_recipe(recipes[0]).rows()
     assert len(set(trained)) == len(trained) == len(recipes) * (len(rows) + twice)
     assert {row for row in rows for run in trained if run.endswith(f"{row}-seed1")} == set(rows)
@@ -142,6 +154,7 @@ def corpora(folder):
 
 def test_a_table_s_script_refuses_what_it_does_not_know(tmp_path):
     corpora(tmp_path)
+    script = command_that_says(tmp_path, "echo not reached")
     for arguments, data, said in (
         (("--fast",), tmp_path, "got '--fast', expected --status, --dry-run or nothing"),
         (("--dry-run",), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder"),
@@ -201,32 +214,25 @@ def test_seeds_of_no_table_and_a_name_for_two_methods_are_refused(tmp_path, caps
 
 
 def test_the_study_runs_table_1_first_and_all_of_it_and_says_how_far_it_is(tmp_path):
-    # A fairseq-dsq that says what it was called with, and fails once.
-    (tmp_path / "bin").mkdir()
-    command = tmp_path / "bin/fairseq-dsq"
-    command.write_text(
-        '#!/bin/bash\necho "$1 $2 | ${*:5}"\n[ "$2 $6" != "study-iwslt14 table1" ] || exit "${CODE:-3}"\n'
+    # It fails once.
+    script = command_that_says(
+        tmp_path, 'echo "$1 $2 | ${*:5}"\n[ "$2 $6" != "study-iwslt14 table1" ] || exit "${CODE:-3}"'
     )
-    command.chmod(0o755)
     for name in ("multi30k", "iwslt14_de-en"):
         (tmp_path / name).mkdir()
 
-    def study(*arguments, **more):
-        environment = {**os.environ, "DSQ_ENV": str(tmp_path), "DSQ_DATA": str(tmp_path), **more}
-        return subprocess.run([SCRIPTS / "study.sh", *arguments], env=environment, capture_output=True, text=True)
-
     everything = "table1 table4 table5 ablations"
-    done = study("--", "--lr", "1", JOBS="3")
+    done = script("study.sh", "--", "--lr", "1", JOBS="3")
     assert done.stdout.splitlines() == [
         "run study-multi30k | --methods table1 --jobs 3 -- --lr 1",
         "run study-iwslt14 | --methods table1 --jobs 3 -- --lr 1",
         f"run study-multi30k | --methods {everything} --jobs 3 -- --lr 1",
     ]
     assert done.returncode == 3
-    killed = study(CODE="143")
+    killed = script("study.sh", CODE="143")
     assert killed.returncode == 143 and killed.stdout.count("\n") == 2
     for mode in ("--status", "--dry-run"):
-        assert study(mode).stdout.splitlines() == [
+        assert script("study.sh", mode).stdout.splitlines() == [
             f"run study-multi30k | --methods {everything} --jobs 2 {mode}",
             f"run study-iwslt14 | --methods table1 --jobs 2 {mode}",
         ]
@@ -235,7 +241,7 @@ def test_the_study_runs_table_1_first_and_all_of_it_and_says_how_far_it_is(tmp_p
         (("--status", "x"), tmp_path, "got 'x', expected -- FLAGS"),
         ((), tmp_path / "none", f"DSQ_DATA: got '{tmp_path}/none', expected the folder that multi30k lies in"),
     ):
-        done = study(*arguments, DSQ_DATA=str(data))
+        done = script("study.sh", *arguments, data=data)
         assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
 
 
