@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from fractions import Fraction
+from unittest import mock
 
 import torch
 from hypothesis import settings
@@ -123,20 +124,33 @@ def odd_registered():
         formats.unregister("odd")
 
 
-def assert_implements_definition(x, fmt, dim, seed):
-    """The operators against the functions that define them, bit for bit."""
+def assert_implements_definition(x, fmt, dim, seed, kernels=()):
+    """The operators against the functions that define them, bit for bit; under each of ``kernels``, if given."""
     expected = definition.fake_quantize(x, fmt, dim, seed, torch.float32)
-    assert_equal_bits(ops.fake_quantize(x, dim, fmt.text, seed, torch.float32), expected)
     data = definition.pack(x, fmt, dim, seed)
+    factors = None
+    if isinstance(fmt.group, str) and x.numel() and x.dim():
+        factors = definition.factorize(x, fmt, dim, seed)
+    for each in kernels or (native.kernels,):
+        with mock.patch.object(native, "kernels", each):
+            try:
+                _assert_operators_give(x, fmt, dim, seed, expected, data, factors)
+            except AssertionError as error:
+                error.add_note(f"kernels: {each and each.isa}; {fmt} of {tuple(x.shape)} along {dim}")
+                raise
+
+
+def _assert_operators_give(x, fmt, dim, seed, expected, data, factors):
+    assert_equal_bits(ops.fake_quantize(x, dim, fmt.text, seed, torch.float32), expected)
     assert torch.equal(ops.pack(x, dim, fmt.text, seed), data)
     assert_equal_bits(ops.unpack(data, x.shape, dim, fmt.text, torch.float32), expected)
     if fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS:
         halves = expected.to(torch.bfloat16)
         assert_equal_bits(ops.fake_quantize(x, dim, fmt.text, seed, torch.bfloat16), halves)
         assert_equal_bits(ops.unpack(data, x.shape, dim, fmt.text, torch.bfloat16), halves)
-    if isinstance(fmt.group, str) and x.numel() and x.dim():
+    if factors is not None:
         elements, scale = ops.factorize(x, dim, fmt.text, seed)
-        for actual, wanted in zip((elements, scale), definition.factorize(x, fmt, dim, seed), strict=True):
+        for actual, wanted in zip((elements, scale), factors, strict=True):
             assert_equal_bits(actual, wanted)
         assert_equal_bits(elements * scale, expected)
 

@@ -51,7 +51,8 @@ EDGES = [
 AWKWARD_BOXES = [BlockFloat(bits, box_size) for bits in (2, 4, 5, 8, 16, 25) for box_size in (1, 3, 8, 32, 100)]
 
 
-HERE = list(kernels_here())
+KERNELS = kernels_here()
+HERE = list(KERNELS)
 needs_kernels = pytest.mark.skipif(not HERE, reason=f"no kernels: {native.unavailable}")
 
 
@@ -62,45 +63,50 @@ def isa(request, monkeypatch):
 
 
 def assert_equals_definition(x, fmt, dim, seed):
-    """The operators against the functions that define them."""
-    assert_implements_definition(x, fmt, dim, seed)
+    """The operators against the functions that define them, under each instruction set."""
+    assert_implements_definition(x, fmt, dim, seed, KERNELS.values())
 
 
 # Bit for bit
 
 
+@needs_kernels
 @pytest.mark.parametrize("fmt", SCALED_INTEGERS + FITTED, ids=str)
-def test_every_width_equals_the_definition(isa, fmt):
+def test_every_width_equals_the_definition(fmt):
     for index, (shape, dim) in enumerate(EDGES):
         x = awkward_tensor(shape, seed=index, finite=isinstance(fmt, FixedPoint) and index > 0)
         assert_equals_definition(x, fmt, dim, SEEDS[(index + fmt.bits) % 2])
 
 
+@needs_kernels
 @pytest.mark.parametrize("fmt", AWKWARD_BOXES, ids=str)
-def test_every_box_size_equals_the_definition(isa, fmt):
+def test_every_box_size_equals_the_definition(fmt):
     for index, (shape, dim) in enumerate([*EDGES, *SHAPES_AND_DIMS]):
         assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, SEEDS[index % 2])
 
 
+@needs_kernels
 @pytest.mark.parametrize("fmt", MX_FORMATS, ids=str)
-def test_mx_equals_the_definition(isa, fmt):
+def test_mx_equals_the_definition(fmt):
     for index, (shape, dim) in enumerate([*EDGES, ((64, 1030), 0), ((64, 1024), 1), *SHAPES_AND_DIMS]):
         assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, SEEDS[index % 2])
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in MX_FORMATS if str(fmt).endswith("/row-ceil")], ids=str)
 def test_every_byte_of_mx_unpacks_as_defined(isa, fmt):
+    # Every scale is a row of every code.
     codes = definition.to_bytes(torch.arange(1 << fmt.bits), fmt.bits)
-    for exponent in range(256):
-        data = torch.cat([torch.tensor([exponent], dtype=torch.uint8), codes])
-        for dtype in (torch.float32, torch.bfloat16):
-            expected = definition.unpack(data, [1 << fmt.bits], fmt, 0, dtype)
-            assert_equal_bits(ops.unpack(data, [1 << fmt.bits], 0, fmt.text, dtype), expected)
+    data = torch.cat([torch.arange(256, dtype=torch.uint8), codes.repeat(256)])
+    shape = [256, 1 << fmt.bits]
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = definition.unpack(data, shape, fmt, 1, dtype)
+        assert_equal_bits(ops.unpack(data, shape, 1, fmt.text, dtype), expected)
 
 
+@needs_kernels
 @pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
 @pytest.mark.parametrize("fmt", MX_FORMATS[:: len(MX_FORMATS) // 6], ids=str)
-def test_values_of_every_size_in_a_block_of_mx_equal_the_definition(isa, fmt, seed):
+def test_values_of_every_size_in_a_block_of_mx_equal_the_definition(fmt, seed):
     # Each block holds its scale, and float32 of every exponent below: all steps of the grid, ties among them.
     generator = seeded(1)
     significands = torch.randint(0, 64, (2000, 32), generator=generator) / 64 + 1
@@ -113,9 +119,10 @@ def test_values_of_every_size_in_a_block_of_mx_equal_the_definition(isa, fmt, se
             assert_equals_definition(y, fmt, dim, seed)
 
 
+@needs_kernels
 @pytest.mark.parametrize("seed", SEEDS, ids=ROUNDINGS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_the_fast_widths_equal_the_definition_on_a_large_matrix(isa, dim, seed):
+def test_the_fast_widths_equal_the_definition_on_a_large_matrix(dim, seed):
     x = awkward_tensor((320, 560), seed=3)
     x[:, 5] *= 0.0
     x[7] = 0.0
@@ -142,8 +149,9 @@ def test_any_shape_equals_the_definition(shape, data, bits, box_size, seed, whic
         assert_equals_definition(x, fmt, dim, seed)
 
 
+@needs_kernels
 @pytest.mark.parametrize("box_size", [1, 5, 16])
-def test_a_format_nobody_here_knows(isa, box_size):
+def test_a_format_nobody_here_knows(box_size):
     # Non-negative codes; a lopsided range with a signed zero; a scale far off.
     for fmt in (
         Odd(5, box_size, (0, 15), False),
@@ -156,23 +164,30 @@ def test_a_format_nobody_here_knows(isa, box_size):
                     assert_equals_definition(awkward_tensor(shape, seed=1), fmt, dim, seed)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_do_not_matter(isa, threads):
-    x = awkward_tensor((260, 1031), seed=5)
+@pytest.fixture
+def two_threads(monkeypatch):
+    """For the kernels; torch itself keeps its own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("two_threads")
+def test_threads_do_not_matter(monkeypatch):
+    x = awkward_tensor((140, 1031), seed=5)
     assert x.numel() > 2 * native.VALUES_PER_THREAD
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for fmt in (BlockFloat(4), BlockFloat(16), BlockFloat(6), FixedPoint(8)):
-            for dim in (0, 1):
-                assert_equals_definition(x if isinstance(fmt, BlockFloat) else x.nan_to_num(), fmt, dim, SEEDS[1])
-        x[201, 517] = torch.nan
-        assert_equals_definition(x, FixedPoint(8), 0, None)
+    for fmt in (BlockFloat(4), BlockFloat(16), BlockFloat(6), FixedPoint(8)):
+        for dim in (0, 1):
+            assert_equals_definition(x if isinstance(fmt, BlockFloat) else x.nan_to_num(), fmt, dim, SEEDS[1])
+    x[101, 517] = torch.nan
+    assert_equals_definition(x, FixedPoint(8), 0, None)
+    wanted = definition.fake_quantize(x, BlockFloat(4), 1, None, torch.float32)
+    data = definition.pack(x, BlockFloat(2), 0, None)
+    for kernels in KERNELS.values():
+        monkeypatch.setattr(native, "kernels", kernels)
+        assert kernels._threads(x) == 2 or not kernels.threaded
         operand, stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
-        assert_equal_bits(operand, definition.fake_quantize(x, BlockFloat(4), 1, None, torch.float32))
-        assert torch.equal(stash.data, definition.pack(x, BlockFloat(2), 0, None))
-    finally:
-        torch.set_num_threads(before)
+        assert_equal_bits(operand, wanted)
+        assert torch.equal(stash.data, data)
 
 
 def test_two_threads_are_two_of_torchs_own():
@@ -263,9 +278,10 @@ def test_a_transposed_matrix_is_read_as_it_lies(isa):
 # A scale that does not clip, around every edge of the largest code
 
 
+@needs_kernels
 @pytest.mark.parametrize("make", [BlockFloat, FixedPoint])
 @pytest.mark.parametrize("bits", [*range(2, 10), 16, 24, 25, 26, 32])
-def test_a_scale_that_fits_at_every_edge_equals_the_definition(isa, make, bits):
+def test_a_scale_that_fits_at_every_edge_equals_the_definition(make, bits):
     edge = torch.tensor(float(make(bits).max_code) * 2.0 ** -(bits - 2)).view(torch.int32)
     steps = [edge - 1, edge, edge + 1, 0x3F800000, 0x3FFFFFFF, 0x40000000]
     largest = torch.tensor([int(step) for step in steps], dtype=torch.int32).view(torch.float32)
@@ -336,18 +352,14 @@ def test_dropout_and_masks_equal_the_definition(isa, dtype):
         assert_equal_bits(ops.mask(x, data), masks.mask(x, data))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_masks_of_a_transposed_matrix_and_of_two_threads(isa):
-    x = awkward_tensor((260, 1031), seed=5)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for y in (x, x.t()):
-            data = masks.pack_positive(y)
-            assert torch.equal(ops.pack_positive(y), data)
-            assert_equal_bits(ops.mask(y, data), masks.mask(y, data))
-            assert_equal_bits(ops.dropout(y, 0.1, 2.0, 3), masks.dropout(y, 0.1, 2.0, 3))
-    finally:
-        torch.set_num_threads(before)
+    x = awkward_tensor((140, 1031), seed=5)
+    for y in (x, x.t()):
+        data = masks.pack_positive(y)
+        assert torch.equal(ops.pack_positive(y), data)
+        assert_equal_bits(ops.mask(y, data), masks.mask(y, data))
+        assert_equal_bits(ops.dropout(y, 0.1, 2.0, 3), masks.dropout(y, 0.1, 2.0, 3))
 
 
 def test_a_mask_has_one_bit_per_value_of_which_nan_is_positive():
