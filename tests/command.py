@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ _FORKS.set_forkserver_preload(["fairseq", "fairseq.trainer", "sacrebleu"])
 def run(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float = 300
 ) -> tuple[int, str, str]:
-    """Run a console script, or ``python -c CODE``; returns its exit code, stdout and stderr.
+    """Run a console script, or ``python`` with ``-c CODE`` or a script; returns its exit code, stdout and stderr.
 
     Raises:
         TimeoutError: it did not end in time, and was killed.
@@ -64,6 +65,9 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
         if command[:2] == ["python", "-c"]:
             sys.argv = ["-c", *command[3:]]
             sys.exit(exec(command[2], {"__name__": "__main__"}))
+        if command[0] == "python":
+            sys.argv = command[1:]
+            sys.exit(runpy.run_path(command[1], run_name="__main__"))
         sys.argv = command
         (script,) = entry_points(group="console_scripts", name=command[0])
         sys.exit(script.load()())

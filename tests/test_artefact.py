@@ -1,10 +1,10 @@
 """What is made is whole or not there, and is used again only by who asks for just that."""
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
+from command import run
 
 from fairseq_dsq import artefact
 
@@ -82,7 +82,7 @@ def test_what_a_killed_command_left_is_no_artefact(tmp_path):
         "with artefact.atomic(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('half'); os.kill(os.getpid(), 9)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")]).returncode == -9
+    assert run(["python", "-c", code, str(tmp_path / "file")], tmp_path, os.environ)[0] == -9
     assert not (tmp_path / "file").exists()
     with artefact.atomic(tmp_path / "file") as partial:
         partial.write_text("whole")

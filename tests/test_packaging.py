@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,10 +24,13 @@ def test_an_installed_package_finds_its_data_files(tmp_path):
     templates = {path.name for path in (ROOT / "fairseq_dsq/report").glob("*.jinja")}
     assert templates == {path.name for path in (installed / "fairseq_dsq/report").glob("*.jinja")} != set()
 
-    elsewhere = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fairseq_dsq.cli", "cost", "--paper-table"]
-    done = subprocess.run(command, cwd=tmp_path, env=elsewhere, capture_output=True, text=True)
-    assert "8 rows equal" in done.stdout, done.stderr
-    where = [sys.executable, "-c", "import fairseq_dsq.data_files as d; print(d.root())"]
-    done = subprocess.run(where, cwd=tmp_path, env=elsewhere, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == installed / "fairseq_dsq/configs"
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fairseq_dsq.cli, fairseq_dsq.data_files
+print(fairseq_dsq.data_files.root())
+sys.exit(fairseq_dsq.cli.main(["cost", "--paper-table"]))
+"""
+    code, out, err = run(["python", "-c", code, str(installed)], tmp_path, os.environ)
+    assert code == 0 and "8 rows equal" in out, err
+    assert Path(out.splitlines()[0]) == installed / "fairseq_dsq/configs"

@@ -1,8 +1,9 @@
 """What the command line imports before it does anything."""
 
 import json
-import subprocess
-import sys
+import os
+
+from command import run
 
 # fairseq imports some of them itself, where they are installed.
 HEAVY = {
@@ -22,21 +23,22 @@ print(json.dumps([sorted(package - before), sorted(set(sys.modules) - package)])
 """
 
 
-def imported(*argv):
+def imported(folder, *argv):
     """Modules that the package imports beside fairseq's, and that the command line imports beside these."""
-    run = subprocess.run([sys.executable, "-c", IMPORTED, *argv], capture_output=True, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1]), run.stderr
+    code, out, err = run(["python", "-c", IMPORTED, *argv], folder, os.environ)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1]), err
 
 
-def test_the_help_of_a_command_imports_what_the_package_does():
-    (package, command), text = imported("epochs", "--help")
+def test_the_help_of_a_command_imports_what_the_package_does(tmp_path):
+    (package, command), text = imported(tmp_path, "epochs", "--help")
     assert "a run's folder, its dsq.jsonl" in text
     assert not HEAVY & {name.partition(".")[0] for name in package + command}
     ours = {name for name in command if name.startswith("fairseq_dsq.")}
     assert ours == {"fairseq_dsq.cli", "fairseq_dsq.cli.epochs"}
 
 
-def test_the_list_of_commands_imports_none():
-    (_, command), text = imported("--help")
+def test_the_list_of_commands_imports_none(tmp_path):
+    (_, command), text = imported(tmp_path, "--help")
     assert "translation-prepare" in text and "Quantize" not in text
     assert {name for name in command if name.startswith("fairseq_dsq.")} == {"fairseq_dsq.cli"}

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -74,9 +72,9 @@ for name in fairseq_dsq.models.TWINS:
 """
 
 
-def test_a_twin_has_every_flag_of_its_model():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FLAGS_OF], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
+def test_a_twin_has_every_flag_of_its_model(cli):
+    out, _ = cli.run("python", "-c", FLAGS_OF)
+    assert out.splitlines() == [
         "transformer True", "transformer_lm True", "bart True", "llama True",
         "roberta True head_from_pooler layer_norm_eps token_types",
     ]  # fmt: skip

@@ -1,8 +1,5 @@
 """How to add a number format: one file, used here through the real command lines."""
 
-import subprocess
-import sys
-
 PLUGIN = '''
 from dataclasses import dataclass
 
@@ -61,4 +58,4 @@ assert fake_quantize(x, fmt).tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
 assert pack(x, fmt).dequantize().tolist() == [[8.0, -4.0, 0.0, 1.0, 0.0]]
 assert pack(x, fmt).nbytes == fmt.nbytes(x.shape) == 4 + 3
 """
-    subprocess.run([sys.executable, "-c", check], check=True)
+    cli.run("python", "-c", check)
