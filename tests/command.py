@@ -7,6 +7,7 @@ and output. To import torch and fairseq takes longer than most of the commands t
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import runpy
@@ -20,8 +21,9 @@ from torch import multiprocessing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _FORKS = multiprocessing.get_context("forkserver")
-# Not fairseq_cli, which sets up logging, nor fairseq_dsq, which --user-dir imports.
-_FORKS.set_forkserver_preload(["fairseq", "fairseq.trainer", "sacrebleu"])
+# Not fairseq_cli, which sets up logging, nor fairseq_dsq, which --user-dir imports. Every optimizer of torch imports
+# torch._dynamo, which takes as long as a tiny training.
+_FORKS.set_forkserver_preload(["fairseq", "fairseq.trainer", "sacrebleu", "torch._dynamo"])
 
 
 def run(
@@ -60,6 +62,7 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
     os.environ.clear()
     os.environ.update(environment)
     logging.root.handlers.clear()  # of a warning while fairseq was imported
+    gc.freeze()  # trainings collect garbage at each epoch: what was imported is none
     assert "fairseq_dsq" not in sys.modules, "imported before the command that is to import it"
     try:
         if command[:2] == ["python", "-c"]:

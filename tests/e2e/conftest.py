@@ -1,5 +1,6 @@
 """A tiny corpus, binarised once, and the real fairseq command lines."""
 
+import gc
 import logging
 import os
 import sys
@@ -44,13 +45,15 @@ class CommandLine:
 
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory):
+    gc.freeze()  # trainings collect garbage at each epoch, in this process too: what was imported is none
     commands = CommandLine(tmp_path_factory.mktemp("e2e"))
     commands.run("fairseq-dsq", "corpus", "text", "--train", 240, "--valid", 24, "--test", 24)
     commands.run(
         "fairseq-preprocess", "-s", "de", "-t", "en", "--trainpref", "text/train", "--validpref", "text/valid",
         "--testpref", "text/test", "--destdir", "data",
     )  # fmt: skip
-    return commands
+    yield commands
+    gc.unfreeze()
 
 
 @pytest.fixture

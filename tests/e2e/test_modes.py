@@ -13,6 +13,7 @@ import traceback
 
 import pytest
 import torch
+import torch._dynamo  # every optimizer does, in every fork otherwise
 from fairseq import checkpoint_utils
 from fairseq_cli.preprocess import cli_main as preprocess
 from fairseq_cli.train import cli_main
