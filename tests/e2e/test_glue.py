@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -198,11 +199,8 @@ def test_a_regression_is_scored_by_its_correlations(encoder, tmp_path, capsys):
     )  # fmt: skip
     assert main(["glue-flags", "--encoder", str(encoder), prepared, "--", *recipe]) == 0
     flags = capsys.readouterr().out.splitlines()
-    train = [str(Path(sys.executable).parent / "fairseq-train"), *flags, "--user-dir", str(ROOT / "fairseq_dsq")]
-    done = subprocess.run(
-        train, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, _, err = run(["fairseq-train", *flags, "--user-dir", str(ROOT / "fairseq_dsq")], tmp_path, os.environ)
+    assert code == 0, err[-3000:]
     result = tmp_path / "glue.json"
     assert main(["glue-evaluate", prepared, str(tmp_path / "run/checkpoint_best.pt"), "--out", str(result)]) == 0
     scores = json.loads(result.read_text())["scores"]

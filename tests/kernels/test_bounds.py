@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
 import random
@@ -71,15 +72,28 @@ def guarded(request):
     memory.check()
 
 
+@functools.cache
+def by_definition(fmt, rows, columns, dim, index, seed):
+    """Of one tensor, for all kernels: rounded, packed, rounded to bfp4 along the rows, and factorized by rows."""
+    values = awkward_tensor((rows, columns), seed=index)
+    by_row = fmt.by_row() if fmt.spec.exponent_bits else BlockFloat(fmt.bits, "row")
+    return (
+        definition.fake_quantize(values, fmt, dim, seed, torch.float32),
+        definition.pack(values, fmt, dim, seed),
+        definition.fake_quantize(values, BlockFloat(4), 1, None, torch.float32),
+        by_row,
+        definition.factorize(values, by_row, 1, seed),
+    )
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt):
     spec = fmt.spec
     for index, ((rows, columns), dim) in enumerate(itertools.product(MATRICES, (0, 1))):
-        values = awkward_tensor((rows, columns), seed=index)
+        values, seed = awkward_tensor((rows, columns), seed=index), (None, 77 << 32 | 5)[index % 2]
         shape = (1, rows, columns) if dim == 0 else (rows, columns, 1)
-        x, seed = guarded.copy(values), (None, 77 << 32 | 5)[index % 2]
-        expected = definition.fake_quantize(values, fmt, dim, seed, torch.float32)
-        bytes_expected = definition.pack(values, fmt, dim, seed)
+        x = guarded.copy(values)
+        expected, bytes_expected, operand, by_row, wanted_factors = by_definition(fmt, rows, columns, dim, index, seed)
         out, data = guarded.empty(x.shape), guarded.empty(bytes_expected.shape, torch.uint8)
         kernels.fake_quantize(x, out, shape, spec, seed)
         assert_equal_bits(out, expected)
@@ -95,13 +109,12 @@ def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt)
             assert_equal_bits(half, expected.bfloat16())
         if spec.box_size and dim == 0 and seed is None:
             kernels.quantize_and_pack(x, out, data.fill_(0), shape, BlockFloat(4).spec, spec)
-            assert_equal_bits(out, definition.fake_quantize(values, BlockFloat(4), 1, None, torch.float32))
+            assert_equal_bits(out, operand)
             assert torch.equal(data, bytes_expected)
         if dim == 1:
-            by_row = fmt.by_row() if spec.exponent_bits else BlockFloat(fmt.bits, "row")
             factors = guarded.empty((rows, 1))
             kernels.factorize(x, out, factors, by_row.spec, seed)
-            for actual, wanted in zip((out, factors), definition.factorize(values, by_row, 1, seed), strict=True):
+            for actual, wanted in zip((out, factors), wanted_factors, strict=True):
                 assert_equal_bits(actual, wanted)
 
 
