@@ -131,6 +131,32 @@ def test_the_fast_widths_equal_the_definition_on_a_large_matrix(dim, seed):
         assert_equals_definition(x.nan_to_num(0.0, 1.0, -1.0), FixedPoint(bits), dim, seed)
 
 
+@pytest.mark.parametrize("text", ["bfp2", "bfp4", "bfp16", "bfp24", "bfp25", "mxfp4/16", "mxfp8e5m2/16", "mxint8/16"])
+def test_columns_of_every_magnitude_equal_the_definition(isa, text):
+    fmt = parse(text)
+    sizes = torch.arange(-149, 128).repeat_interleave(16)
+    mixed = sizes[torch.randperm(len(sizes), generator=seeded(1))]
+    for exponents in (sizes, mixed):
+        x = torch.ldexp(torch.randn(33, len(sizes), generator=seeded(2)), exponents)
+        x[:, ::5] = 0.0
+        expected = definition.fake_quantize(x, fmt, 0, None, torch.float32)
+        assert_equal_bits(ops.fake_quantize(x, 0, text, None, torch.float32), expected)
+
+
+def test_columns_may_be_read_from_where_they_are_written(isa):
+    # Memory that lies before and behind x: which end of a row comes first depends on it.
+    x, fmt = awkward_tensor((35, 540), seed=4)[:, :512].contiguous(), BlockFloat(4)
+    expected = definition.fake_quantize(x, fmt, 0, None, torch.float32)
+    for start in (0, 16, 256, 300, 511):
+        memory = torch.empty(x.numel() + 512)
+        out = memory[start : start + x.numel()].view_as(x)
+        native.kernels.fake_quantize(x, out, (1, *x.shape), fmt.kernel_spec(), None)
+        assert_equal_bits(out, expected)
+        out.copy_(x)
+        native.kernels.fake_quantize(out, out, (1, *x.shape), fmt.kernel_spec(), None)
+        assert_equal_bits(out, expected)
+
+
 @needs_kernels
 @property_test
 @given(

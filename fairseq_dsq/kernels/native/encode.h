@@ -44,6 +44,7 @@ struct Minifloats : DsqFormat {
           unused_bits(23 - mantissa_bits),
           least((uint32_t)(BIAS + 2 - (1 << (exponent_bits - 1))) << 23) {}
     int fraction_bits() const { return 0; }
+    uint32_t to_above() const { return (uint32_t)unused_bits * ONE_EXPONENT; }
 };
 
 // work(format) for the kind of its elements.
@@ -154,32 +155,74 @@ INLINE F encode(F x, Scale scale, Integers format, uint32_t index, uint64_t seed
     return code + all(format.signed_zero ? -0.0f : 0.0f);  // -0 + 0 = 0, and -0 + -0 = -0
 }
 
-// The magnitude of a minifloat before it is rounded, and the bits of its exponent, at least the smallest's.
-struct Unrounded {
-    F magnitude;
-    U exponent, sign;
-
-    INLINE Unrounded(F value, Minifloats format) {
-        sign = bits<U>(value) & SIGN;
-        magnitude = min(all(format.max_code), bits<F>(bits<U>(value) ^ sign));  // a NaN stays
-        exponent = max(bits<U>(magnitude) & EXPONENT, all(format.least));
-    }
-    // So far above that a step is its last bit: a sum with it rounds to a whole number of steps.
-    INLINE F above(Minifloats format) const { return bits<F>(exponent + (uint32_t)format.unused_bits * ONE_EXPONENT); }
+// The grid that magnitudes up to `limit` are rounded on. `above` are the bits of a float32 so far above them that a step
+// of the grid is its last bit: a sum with it rounds to a whole number of steps. Of minifloats, whose steps grow with the
+// values, it is that of the smallest.
+struct Grid {
+    F limit;
+    U above;
 };
+
+// A magnitude before it is rounded, and what is above it.
+struct Unrounded {
+    F magnitude, above;
+    U sign;
+
+    INLINE Unrounded(F value, Grid grid, const Integers&) {
+        clip(value, grid.limit);
+        above = bits<F>(grid.above);
+    }
+    INLINE Unrounded(F value, Grid grid, const Minifloats& format) {
+        clip(value, grid.limit);
+        above = bits<F>(max((bits<U>(magnitude) & EXPONENT) + format.to_above(), grid.above));
+    }
+    INLINE void clip(F value, F limit) {
+        sign = bits<U>(value) & SIGN;
+        magnitude = min(limit, bits<F>(bits<U>(value) & ~SIGN));  // a NaN stays
+    }
+    INLINE F rounded() const { return bits<F>(bits<U>((magnitude + above) - above) | sign); }
+    // The code as it is stored, sign and magnitude.
+    INLINE U field(Grid, const Integers& format) const { return steps() | sign >> (32 - format.bits); }
+    INLINE U field(Grid grid, const Minifloats& format) const {
+        return (steps() + ((bits<U>(above) - grid.above) >> format.unused_bits)) | sign >> (32 - format.bits);
+    }
+    INLINE U steps() const { return bits<U>(magnitude + above) - bits<U>(above); }
+};
+
+// Of codes that are minifloats.
+INLINE Grid grid_of_codes(const Minifloats& format) { return {all(format.max_code), all(format.least + format.to_above())}; }
+
+// Of values: nothing has to be scaled to be rounded to nearest. Its numbers are float32's normal ones from exponent LEAST
+// to MOST, or where all values are zero; not of two's complement, whose zero has no sign.
+constexpr uint32_t LEAST_OF_GRID = 32, MOST_OF_GRID = 192;
+INLINE bool has_grid(const Integers& format) {
+    return format.signed_zero && format.bits <= 24 && format.min_code == -format.max_code;
+}
+INLINE bool has_grid(const Minifloats&) { return true; }
+INLINE I off_grid(U largest, U exponent) {
+    return (I)((exponent - LEAST_OF_GRID > MOST_OF_GRID - LEAST_OF_GRID) & (U)(largest != 0));
+}
+INLINE Grid grid_of(U exponent, const Integers& format) {
+    exponent = max(exponent, all(LEAST_OF_GRID));
+    return {times(all(format.max_code), decode_scale(exponent, format.fraction_bits())),
+            (exponent + (uint32_t)(23 - format.fraction_bits())) << 23};
+}
+INLINE Grid grid_of(U exponent, const Minifloats& format) {
+    exponent = max(exponent, all(LEAST_OF_GRID));
+    Grid codes = grid_of_codes(format);
+    return {times(codes.limit, decode_scale(exponent, 0)), codes.above + ((exponent - (uint32_t)BIAS) << 23)};
+}
 
 template <bool STOCHASTIC>
 INLINE F encode(F x, Scale scale, Minifloats format, uint32_t index, uint64_t seed) {
-    Unrounded value(times(x, scale), format);
-    if (!STOCHASTIC) {
-        F above = value.above(format);
-        return bits<F>(bits<U>((value.magnitude + above) - above) | value.sign);
-    }
-    F steps = bits<F>((uint32_t)(2 * BIAS + format.mantissa_bits) * ONE_EXPONENT - value.exponent);
+    Unrounded value(times(x, scale), grid_of_codes(format), format);
+    if (!STOCHASTIC) return value.rounded();
+    U exponent = bits<U>(value.above) - format.to_above();
+    F steps = bits<F>((uint32_t)(2 * BIAS + format.mantissa_bits) * ONE_EXPONENT - exponent);
     F code = bits<F>(bits<U>(value.magnitude * steps) | value.sign), below = floor(code);
     I up = noise(lane_numbers() + index, seed) < code - below;
     code = below + bits<F>(bits<U>(up) & bits<U>(all(1.0f)));
-    F step = bits<F>(value.exponent - (uint32_t)format.mantissa_bits * ONE_EXPONENT);
+    F step = bits<F>(exponent - (uint32_t)format.mantissa_bits * ONE_EXPONENT);
     return bits<F>((bits<U>(code * step) & ~SIGN) | value.sign);
 }
 
@@ -225,11 +268,9 @@ template <bool STOCHASTIC>
 INLINE U encode_field(F x, Scale scale, Minifloats format, uint32_t index, uint64_t seed) {
     if (STOCHASTIC) return to_field(encode<true>(x, scale, format, index, seed), format);
     F value = times(x, scale);
-    Unrounded finite(bits<F>(bits<U>(value) & bits<U>((I)(value == value))), format);  // a NaN is stored as 0
-    F above = finite.above(format);
-    U steps = bits<U>(finite.magnitude + above) - bits<U>(above);
-    U code = steps + ((finite.exponent - format.least) >> format.unused_bits);
-    return code | finite.sign >> (32 - format.bits);
+    Grid grid = grid_of_codes(format);
+    value = bits<F>(bits<U>(value) & bits<U>((I)(value == value)));  // a NaN is stored as 0
+    return Unrounded(value, grid, format).field(grid, format);
 }
 
 INLINE void put(float* to, F value, int64_t count) { store(to, value, count); }

@@ -24,6 +24,17 @@ struct Values {
     int64_t operator()() const { return n; }
 };
 
+// work(values of a box): 16 and 32, the usual ones, are known when compiling.
+template <class Work>
+INLINE void with_box_size(int64_t n, Work work) {
+    if (n == 16)
+        work(Count<16>());
+    else if (n == 32)
+        work(Count<32>());
+    else
+        work(Values{n});
+}
+
 // Full vectors of values, then the rest: work(place of the first, how many), inlined with the number of a full one known.
 template <class Work>
 INLINE void for_vectors(int64_t values, Work work) {

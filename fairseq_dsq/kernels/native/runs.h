@@ -85,9 +85,21 @@ void unpack_stretch(const uint8_t* from, Out* out, int64_t count, Scale up, Form
 // LANES boxes of N that follow on one another: scales stay in the first-level cache.
 template <int N, bool STOCHASTIC, class Out, class Format>
 INLINE void quantize_full(const float* x, Out* out, uint32_t index, Format format, uint64_t seed) {
-    U exponent = exponent_of(largest_of_full<N>(x), format);
-    Scale down = encode_scale(exponent, format.fraction_bits()), up = decode_scale(exponent, format.fraction_bits());
+    U largest = largest_of_full<N>(x), exponent = exponent_of(largest, format);
     alignas(64) float scales[4][LANES];
+    if (!STOCHASTIC && has_grid(format) && !any(off_grid(largest, exponent))) {
+        Grid grid = grid_of(exponent, format);
+        store(scales[0], grid.limit);
+        store(scales[1], bits<F>(grid.above));
+#pragma GCC unroll 2
+        for (int box = 0; box < LANES; box++) {
+            Grid its{all(scales[0][box]), bits<U>(all(scales[1][box]))};
+            for (int i = N * box; i < N * (box + 1); i += LANES)
+                put(out + i, Unrounded(load<F>(x + i), its, format).rounded(), LANES);
+        }
+        return;
+    }
+    Scale down = encode_scale(exponent, format.fraction_bits()), up = decode_scale(exponent, format.fraction_bits());
     store(scales[0], down.first);
     store(scales[1], down.second);
     store(scales[2], up.first);
@@ -99,18 +111,7 @@ INLINE void quantize_full(const float* x, Out* out, uint32_t index, Format forma
                                      {all(scales[2][box]), all(scales[3][box])}, format, seed);
 }
 
-// A run: boxes of n values that follow on one another, up to CHUNK values or one box. n = 16 and 32, the usual ones,
-// are known when compiling.
-template <class Work>
-INLINE void with_box_size(int64_t n, Work work) {
-    if (n == 16)
-        work(Count<16>());
-    else if (n == 32)
-        work(Count<32>());
-    else
-        work(Values{n});
-}
-
+// A run: boxes of n values that follow on one another, up to CHUNK values or one box.
 template <bool STOCHASTIC, class Out, class Format>
 void quantize_run(const float* x, Out* out, int64_t boxes, int64_t n, uint32_t index, Format format, uint64_t seed) {
     int64_t whole = n * LANES;

@@ -9,11 +9,23 @@ namespace {
 // A few rows at a time: memory is read ahead row by row, and rows 2^n apart share few sets of the first-level cache.
 // work(row, rows), with rows() known when compiling.
 constexpr int ROWS_AT_ONCE = 4;
-template <class Work>
+template <int AT_ONCE = ROWS_AT_ONCE, class Work>
 INLINE void for_rows(int64_t rows, Work work) {
     int64_t row = 0;
-    for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) work(row, Count<ROWS_AT_ONCE>());
-    for (; row < rows; row++) work(row, Count<1>());
+    for (; row + AT_ONCE <= rows; row += AT_ONCE) work(row, Count<AT_ONCE>());
+    if (AT_ONCE > 1)
+        for (; row < rows; row++) work(row, Count<1>());
+}
+template <int AT_ONCE, class Work>
+INLINE void for_rows(Values rows, Work work) {
+    for_rows<AT_ONCE>(rows(), work);
+}
+// N is a multiple of AT_ONCE. Each row has its own instructions: of one that always steps from column to column the
+// processor foresees what it loads.
+template <int AT_ONCE, int N, class Work>
+INLINE void for_rows(Count<N>, Work work) {
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < N; row += AT_ONCE) work(row, Count<AT_ONCE>());
 }
 
 // Of columns.
@@ -35,8 +47,108 @@ struct Tile {
     uint32_t index;  // the first value's place in the tensor
 };
 
+// Vectors of neighbouring columns that are worked on together: a cache line of them.
+constexpr int LINE = LANES == 16 ? 1 : 2;
+
+// Of V vectors of columns.
+template <int V>
+INLINE void largest_of_columns(const float* x, const Tile& tile, int64_t count, U (&largest)[V]) {
+    for (int k = 0; k < V; k++) {
+        largest[k] = U{};
+        for (int64_t row = 0; row < tile.rows; row++)
+            largest[k] = max(largest[k], magnitude(x + row * tile.stride + k * LANES, count));
+    }
+}
+
+// From here on the compiler computes a pointer from this value alone: it keeps no distances of many rows instead.
+template <class T>
+INLINE void in_register(T*& pointer) {
+    asm("" : "+r"(pointer));
+}
+
+// Boxes of V vectors of columns, each value rounded by round(value, vector); meanwhile the largest values of as
+// many columns `ahead` are found, which brings them to the cache.
+template <int V, class Out, class Rows, class Round>
+INLINE void round_columns(const float* x, Out* out, const Tile& tile, Rows tile_rows, int64_t ahead, int64_t count,
+                          U (&largest)[V], Round round) {
+    for (U& found : largest) found = U{};
+    const float* next = x + ahead;
+    for_rows<ROWS_AT_ONCE / V>(tile_rows, [&](int64_t, auto rows) __attribute__((always_inline)) {
+        F values[rows()][V];
+        for (int i = 0; i < rows(); i++)
+            for (int k = 0; k < V; k++) {
+                int64_t at = i * tile.stride + k * LANES;
+                largest[k] = max(largest[k], magnitude(next + at, count));
+                values[i][k] = round(load<F>(x + at, count), k);
+            }
+        // After all loads: rows 2^n apart look alike to what keeps loads and stores in order.
+        for (int i = 0; i < rows(); i++)
+            for (int k = 0; k < V; k++) put(out + i * tile.stride + k * LANES, values[i][k], count);
+        x += rows() * tile.stride, next += rows() * tile.stride, out += rows() * tile.stride;
+        in_register(x), in_register(next), in_register(out);
+    });
+}
+
+// As many columns, whose largest values are known. Whole vectors of them are rounded on a grid, where they have one.
+template <int V, class Out, class Format>
+INLINE void quantize_columns(const float* x, Out* out, const Tile& tile, int64_t ahead, int64_t count, U (&largest)[V],
+                             Format format) {
+    U exponents[V];
+    I off{};
+    for (int k = 0; k < V; k++) {
+        exponents[k] = exponent_of(largest[k], format);
+        off |= off_grid(largest[k], exponents[k]);
+    }
+    if (count == LANES && !any(off)) {
+        Grid grids[V];
+        for (int k = 0; k < V; k++) grids[k] = grid_of(exponents[k], format);
+        return with_box_size(tile.rows, [&](auto rows) __attribute__((always_inline)) {
+            round_columns(x, out, tile, rows, ahead, LANES, largest, [&](F value, int k)
+                          __attribute__((always_inline)) { return Unrounded(value, grids[k], format).rounded(); });
+        });
+    }
+    Scale down[V], up[V];
+    for (int k = 0; k < V; k++) {
+        down[k] = encode_scale(exponents[k], format.fraction_bits());
+        up[k] = decode_scale(exponents[k], format.fraction_bits());
+    }
+    round_columns(x, out, tile, Values{tile.rows}, ahead, count, largest, [&](F value, int k)
+                  __attribute__((always_inline)) { return times(encode<false>(value, down[k], format, 0, 0), up[k]); });
+}
+
+// Whether to walk along rows from their ends. A load waits for stores that are still under way to addresses whose last 12
+// bits are as its own. Where rows lie a power of two apart and `out` follows x by little more than one, these are the
+// stores to the columns before, in other rows: then it is the loads that have to go first.
+INLINE bool backwards(const void* x, const void* out, int64_t stride) {
+    uint64_t row = stride * sizeof(float), period = smaller(row & -row, 4096);
+    return ((uint64_t)out - (uint64_t)x) % period < period / 2;
+}
+
+// A cache line of columns at a time, read once from memory: of up to MOST_ROWS rows the first-level cache holds two.
+// Of rows that lie a page apart it holds less, which vectors shorter than a line come back for.
+constexpr int MOST_ROWS = 16;
+template <class Out, class Format>
+void quantize_narrow_tile(const float* x, Out* out, const Tile& tile, Format format) {
+    constexpr int64_t WIDE = LINE * LANES;
+    int64_t blocks = tile.columns / WIDE, end = blocks * WIDE;
+    if (blocks) {
+        bool back = backwards(x, out, tile.stride);
+        int64_t column = back ? end - WIDE : 0, step = back ? -WIDE : WIDE;
+        U largest[LINE];
+        largest_of_columns(x + column, tile, LANES, largest);
+        for (; blocks; blocks--, column += step)
+            quantize_columns(x + column, out + column, tile, blocks > 1 ? step : 0, LANES, largest, format);
+    }
+    for (int64_t column = end; column < tile.columns; column += LANES) {
+        U largest[1];
+        int64_t count = smaller(LANES, tile.columns - column);
+        largest_of_columns(x + column, tile, count, largest);
+        quantize_columns(x + column, out + column, tile, 0, count, largest, format);
+    }
+}
+
 template <bool STOCHASTIC, class Out, class Format>
-void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
+void quantize_wide_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
     Exponents exponents;
     Scales down, up;
     largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
@@ -54,6 +166,13 @@ void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t 
             }
         });
     });
+}
+
+template <bool STOCHASTIC, class Out, class Format>
+void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
+    if (!STOCHASTIC && has_grid(format) && tile.rows <= MOST_ROWS && (LINE == 1 || tile.stride % 1024))
+        return quantize_narrow_tile(x, out, tile, format);
+    quantize_wide_tile<STOCHASTIC>(x, out, tile, format, seed);
 }
 
 // Boxes of 16 or 32 codes whose bits are whole words of 32 bits: a column's lie together, so that the words of all
