@@ -155,9 +155,9 @@ INLINE F encode(F x, Scale scale, Integers format, uint32_t index, uint64_t seed
     return code + all(format.signed_zero ? -0.0f : 0.0f);  // -0 + 0 = 0, and -0 + -0 = -0
 }
 
-// The grid that magnitudes up to `limit` are rounded on. `above` are the bits of a float32 so far above them that a step
-// of the grid is its last bit: a sum with it rounds to a whole number of steps. Of minifloats, whose steps grow with the
-// values, it is that of the smallest.
+// The grid that magnitudes up to `limit` are rounded on. `above` are the bits of a float32 so far above them that a
+// step of the grid is its last bit: a sum with it rounds to a whole number of steps. Of minifloats, whose steps grow
+// with the values, it is that of the smallest.
 struct Grid {
     F limit;
     U above;
@@ -190,10 +190,12 @@ struct Unrounded {
 };
 
 // Of codes that are minifloats.
-INLINE Grid grid_of_codes(const Minifloats& format) { return {all(format.max_code), all(format.least + format.to_above())}; }
+INLINE Grid grid_of_codes(const Minifloats& format) {
+    return {all(format.max_code), all(format.least + format.to_above())};
+}
 
-// Of values: nothing has to be scaled to be rounded to nearest. Its numbers are float32's normal ones from exponent LEAST
-// to MOST, or where all values are zero; not of two's complement, whose zero has no sign.
+// Of values: nothing has to be scaled to be rounded to nearest. Boxes of exponents LEAST to MOST have one, all of whose
+// numbers are normal, and boxes of zeros; not in two's complement, whose zero has no sign.
 constexpr uint32_t LEAST_OF_GRID = 32, MOST_OF_GRID = 192;
 INLINE bool has_grid(const Integers& format) {
     return format.signed_zero && format.bits <= 24 && format.min_code == -format.max_code;

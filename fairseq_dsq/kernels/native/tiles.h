@@ -116,16 +116,15 @@ INLINE void quantize_columns(const float* x, Out* out, const Tile& tile, int64_t
                   __attribute__((always_inline)) { return times(encode<false>(value, down[k], format, 0, 0), up[k]); });
 }
 
-// Whether to walk along rows from their ends. A load waits for stores that are still under way to addresses whose last 12
-// bits are as its own. Where rows lie a power of two apart and `out` follows x by little more than one, these are the
-// stores to the columns before, in other rows: then it is the loads that have to go first.
+// Whether to walk along rows from their ends. A load waits for stores that are still under way to addresses whose last
+// 12 bits are as its own. Where rows lie a power of two apart and `out` begins a little behind a row of x, these are
+// the stores to the columns before, in other rows: then it is the loads that have to go first.
 INLINE bool backwards(const void* x, const void* out, int64_t stride) {
     uint64_t row = stride * sizeof(float), period = smaller(row & -row, 4096);
     return ((uint64_t)out - (uint64_t)x) % period < period / 2;
 }
 
 // A cache line of columns at a time, read once from memory: of up to MOST_ROWS rows the first-level cache holds two.
-// Of rows that lie a page apart it holds less, which vectors shorter than a line come back for.
 constexpr int MOST_ROWS = 16;
 template <class Out, class Format>
 void quantize_narrow_tile(const float* x, Out* out, const Tile& tile, Format format) {
@@ -168,6 +167,7 @@ void quantize_wide_tile(const float* x, Out* out, Tile tile, Format format, uint
     });
 }
 
+// Where rows lie pages apart, all are in one set of the first-level cache: too many to come back for half of a line.
 template <bool STOCHASTIC, class Out, class Format>
 void quantize_tile(const float* x, Out* out, Tile tile, Format format, uint64_t seed) {
     if (!STOCHASTIC && has_grid(format) && tile.rows <= MOST_ROWS && (LINE == 1 || tile.stride % 1024))
