@@ -5,10 +5,13 @@ To add one, write a subclass of :class:`Format` and :func:`register` it; tests/h
 
 from fairseq_dsq.formats.base import (
     DEFAULT_BOX_SIZE,
+    E4M3_SCALE,
     FIXED_SCALES,
+    FLOAT32_SCALE,
     MAX_BITS,
     MAX_BOX_SIZE,
     MIN_BITS,
+    POWER_OF_TWO,
     SCALE_RULES,
     FixedScale,
     Format,
@@ -37,7 +40,9 @@ from fairseq_dsq.formats.ternary import Ternary
 
 __all__ = [
     "DEFAULT_BOX_SIZE",
+    "E4M3_SCALE",
     "FIXED_SCALES",
+    "FLOAT32_SCALE",
     "MAX_BITS",
     "MAX_BOX_SIZE",
     "MIN_BITS",
@@ -48,6 +53,7 @@ __all__ = [
     "MXFP8E5M2",
     "MX_RULES",
     "NVFP4",
+    "POWER_OF_TWO",
     "SCALE_RULES",
     "BlockFloat",
     "FixedPoint",

@@ -63,6 +63,10 @@ RowKernel = Literal["int8", "log8"]
 SCALE_RULES: tuple[ScaleRule, ...] = ("floor", "fit")
 
 
+# What a scale is: KernelSpec.scale.
+POWER_OF_TWO, FLOAT32_SCALE, E4M3_SCALE = range(3)
+
+
 class KernelSpec(NamedTuple):
     """A format as the kernels take it: DsqFormat in C++, in this order.
 
@@ -78,8 +82,8 @@ class KernelSpec(NamedTuple):
         exponent_bits: of a minifloat; 0 for integers.
         element_exponent: taken from that exponent.
         least_exponent: the smallest biased exponent of a scale.
-        float_scale: 1 where the scale is no power of two in a byte but a float32, under which the largest code stands
-            for the largest magnitude. Triton's kernels know it, those of C++ do not.
+        scale: POWER_OF_TWO, its exponent in a byte; FLOAT32_SCALE, under which the largest code stands for the largest
+            magnitude; or E4M3_SCALE, under a float32 of the tensor, see :mod:`fairseq_dsq.formats.nvfp4`.
     """
 
     bits: int
@@ -92,7 +96,7 @@ class KernelSpec(NamedTuple):
     exponent_bits: int = 0
     element_exponent: int = 0
     least_exponent: int = 1
-    float_scale: int = 0
+    scale: int = POWER_OF_TWO
 
 
 # What engines and kernels are told about a format's values, and the methods that it tells of.
@@ -284,8 +288,8 @@ def _check_spec(fmt: Format, spec: KernelSpec) -> None:
     for name, got, expected in (
         ("bits", spec.bits, fmt.bits),
         ("box_size", spec.box_size, kernel_box_size(fmt.group)),
-        ("scale_bytes", fmt.scale_bytes, 4 if spec.float_scale else 1),
-        ("tensor_bytes", fmt.tensor_bytes, 0),
+        ("scale_bytes", fmt.scale_bytes, 4 if spec.scale == FLOAT32_SCALE else 1),
+        ("tensor_bytes", fmt.tensor_bytes, 4 if spec.scale == E4M3_SCALE else 0),
         ("nbytes", type(fmt).nbytes is Format.nbytes and type(fmt).codes_nbytes is Format.codes_nbytes, True),
     ):
         if got != expected:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import (
+    FLOAT32_SCALE,
     SIGNIFICAND_BITS,
     Format,
     FormatOptions,
@@ -75,7 +76,7 @@ class ScaledFP8(FloatScaled):
             max_code=largest,
             headroom=0,
             exponent_bits=self.element.exponent_bits,
-            float_scale=1,
+            scale=FLOAT32_SCALE,
         )
 
     def scale_of(self, groups: Tensor) -> Tensor:

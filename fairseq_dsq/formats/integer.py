@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import (
+    FLOAT32_SCALE,
     SIGNIFICAND_BITS,
     FormatOptions,
     KernelSpec,
@@ -66,7 +67,7 @@ class Integer(FloatScaled):
             min_code=-self.max_code,
             max_code=self.max_code,
             headroom=0,
-            float_scale=1,
+            scale=FLOAT32_SCALE,
         )
 
     def scale_of(self, groups: Tensor) -> Tensor:

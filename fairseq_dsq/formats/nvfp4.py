@@ -8,7 +8,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import BOXES, Format, FormatOptions, Group, box_of, check_bits, check_box_size, register
+from fairseq_dsq.formats.base import (
+    BOXES,
+    E4M3_SCALE,
+    Format,
+    FormatOptions,
+    Group,
+    KernelSpec,
+    Square,
+    box_of,
+    check_bits,
+    check_box_size,
+    kernel_box_size,
+    register,
+)
 from fairseq_dsq.formats.float_scaled import scale_for
 from fairseq_dsq.formats.minifloat import E2M1, E4M3
 
@@ -71,6 +84,21 @@ class NVFP4(Format):
     @property
     def outer_scale(self) -> bool:
         return True
+
+    def kernel_spec(self) -> KernelSpec | None:
+        if isinstance(self.group, Square):
+            return None
+        return KernelSpec(
+            self.bits,
+            signed_zero=1,
+            box_size=kernel_box_size(self.group),
+            fixed_exponent=0,
+            min_code=-E2M1.largest,
+            max_code=E2M1.largest,
+            headroom=0,
+            exponent_bits=E2M1.exponent_bits,
+            scale=E4M3_SCALE,
+        )
 
     def of_tensor(self, x: Tensor) -> NVFP4:
         if x.numel() == 0:

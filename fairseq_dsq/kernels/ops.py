@@ -40,7 +40,7 @@ def _kernel_dtype(dtype: torch.dtype, fmt: Format, kernels: Any) -> torch.dtype:
     Minifloats under the smallest scales reach further down than bfloat16.
     """
     exact = dtype is torch.bfloat16 and fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS
-    exact = exact and fmt.spec is not None and not (fmt.spec.exponent_bits or fmt.spec.float_scale)
+    exact = exact and fmt.spec is not None and fmt.spec.scale == formats.POWER_OF_TWO and not fmt.spec.exponent_bits
     return dtype if exact or _is_gpu(kernels) else torch.float32
 
 
@@ -145,6 +145,11 @@ def _round_terms(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
 def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
     checks.factorize(x, dim, seed)
     parsed = formats.parse(fmt)
+    if parsed.tensor_bytes and (kernels := _kernels_for(x, parsed)) is not None:
+        x = _values(x, kernels)
+        elements = torch.empty_like(x, dtype=torch.float32)
+        scale = kernels.quantize_elements(x, elements, _shape_around(x.shape, dim), parsed.spec, seed)
+        return elements, elements.new_full(_shape_of_rows(x, dim), scale)
     kernels = _kernels_for(x, parsed) if isinstance(parsed.group, str) else None
     rows = parsed.group == "row" and dim in (-1, x.dim() - 1)
     if kernels is None or not (rows or _is_gpu(kernels)):
@@ -219,6 +224,10 @@ def _unpack_terms(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> Ten
 def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
     parsed = formats.parse(fmt)
     checks.packed(data, shape, dim, parsed, torch.float32)
+    if parsed.tensor_bytes and (kernels := _kernels_for(data, parsed)) is not None:
+        elements = data.new_empty(shape, dtype=torch.float32)
+        scale = kernels.unpack_elements(data.contiguous(), elements, _shape_around(shape, dim), parsed.spec)
+        return elements, elements.new_full(_shape_of_rows(elements, dim), scale)
     kernels = _kernels_for(data, parsed) if isinstance(parsed.group, str) else None
     if kernels is None or not _is_gpu(kernels):
         return definition.unpack_factors(data, shape, parsed, dim)
@@ -235,7 +244,7 @@ def _quantize_and_pack(x: Tensor, operand: str, stash: str, dtype: torch.dtype) 
         out, _, data = _quantize_both([x], operand, "", stash, dtype, False)
         return out, data
     kernels = _kernels_for(x, fmt)
-    if kernels is None or _kernels_for(x, stash_fmt) is None or _is_gpu(kernels):
+    if kernels is None or _kernels_for(x, stash_fmt) is None or not kernels.packs_with(fmt.spec, stash_fmt.spec):
         return _fake_quantize(x, -1, operand, None, dtype), _pack(x, -2, stash, None)
     x = x.float().contiguous()
     out = torch.empty_like(x, dtype=_kernel_dtype(dtype, fmt, kernels))

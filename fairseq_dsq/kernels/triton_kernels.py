@@ -28,7 +28,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from fairseq_dsq.formats import MXFP8E5M2, BlockFloat, FixedPoint, Format, Integer, KernelSpec, definition
+from fairseq_dsq.formats import (
+    E4M3_SCALE,
+    FLOAT32_SCALE,
+    MXFP8E5M2,
+    POWER_OF_TWO,
+    BlockFloat,
+    FixedPoint,
+    Format,
+    Integer,
+    KernelSpec,
+    definition,
+)
 from fairseq_dsq.formats.base import MAX_BOX_SIZE as ALL_OF_A_ROW
 from fairseq_dsq.kernels import masks
 
@@ -688,15 +699,24 @@ def _again(known: _Launch, tensors: tuple[Any, ...], seed: tuple[int, ...]) -> N
 
 def covers(spec: KernelSpec) -> bool:
     """Whether the kernels know the format: in boxes that a tile holds or of one scale for a row or tensor."""
+    if spec.scale == E4M3_SCALE:
+        return False
     signed = not spec.signed_zero or spec.min_code < 0
     return signed and (spec.box_size <= MAX_BOX_SIZE or spec.box_size == ALL_OF_A_ROW)
+
+
+def packs_with(operand: KernelSpec, stash: KernelSpec) -> bool:
+    """Whether one kernel gives an operand and its stash: :func:`quantize_both` does."""
+    return False
 
 
 def reads_once(spec: KernelSpec) -> bool:
     """Whether :func:`quantize_both` knows the format: sign-magnitude integers in boxes of 16."""
     symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
-    plain = not (spec.exponent_bits or spec.element_exponent or spec.float_scale) and spec.least_exponent == 1
-    return symmetric and plain and spec.box_size == BOTH_BOX
+    plain = (
+        not (spec.exponent_bits or spec.element_exponent) and spec.scale == POWER_OF_TWO and spec.least_exponent == 1
+    )
+    return symmetric and plain and spec.scale == POWER_OF_TWO and spec.box_size == BOTH_BOX
 
 
 def fits_both(shape: Shape) -> bool:
@@ -1011,7 +1031,7 @@ def _codes(spec: KernelSpec) -> dict[str, Any]:
     return {
         "BITS": spec.bits, "EXPONENT_BITS": spec.exponent_bits, "SIGNED_ZERO": bool(spec.signed_zero),
         "FIXED": spec.fixed_exponent, "ELEMENT": spec.element_exponent, "LEAST": spec.least_exponent,
-        "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code, "FLOAT_SCALE": bool(spec.float_scale),
+        "MIN_CODE": spec.min_code, "MAX_CODE": spec.max_code, "FLOAT_SCALE": spec.scale == FLOAT32_SCALE,
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ MX_NAMES = ("mxfp4", "mxfp6e2m3", "mxfp6e3m2", "mxfp8e4m3", "mxfp8e5m2", "mxint8
 # Every element, every rule, the blocks that kernels know when compiling and others.
 MX_LAYOUTS = ("", "/16-rceil", "/5-even", "/row-ceil", "/64", "/100-rceil", "/1")
 MX_FORMATS = [formats.parse(name + layout) for name in MX_NAMES for layout in MX_LAYOUTS]
+NVFP4_FORMATS = [formats.parse(f"nvfp4{layout}") for layout in ("", "/32", "/5", "/100", "/1")]
 SCALED_INTEGERS = BLOCK_FLOATS + DYNAMIC_FIXED + STATIC_FIXED
 # Scaled from what they hold: nothing is further than one step from where it was.
 SELF_SCALED = BLOCK_FLOATS + DYNAMIC_FIXED
@@ -129,8 +130,8 @@ def assert_implements_definition(x, fmt, dim, seed, kernels=()):
     expected = definition.fake_quantize(x, fmt, dim, seed, torch.float32)
     data = definition.pack(x, fmt, dim, seed)
     factors = None
-    if isinstance(fmt.group, str) and x.numel() and x.dim():
-        factors = definition.factorize(x, fmt, dim, seed)
+    if (isinstance(fmt.group, str) or fmt.tensor_bytes) and x.numel() and x.dim():
+        factors = *definition.factorize(x, fmt, dim, seed), *definition.unpack_factors(data, x.shape, fmt, dim)
     for each in kernels or (native.kernels,):
         with mock.patch.object(native, "kernels", each):
             try:
@@ -150,7 +151,8 @@ def _assert_operators_give(x, fmt, dim, seed, expected, data, factors):
         assert_equal_bits(ops.unpack(data, x.shape, dim, fmt.text, torch.bfloat16), halves)
     if factors is not None:
         elements, scale = ops.factorize(x, dim, fmt.text, seed)
-        for actual, wanted in zip((elements, scale), factors, strict=True):
+        unpacked = ops.unpack_factors(data, x.shape, dim, fmt.text)
+        for actual, wanted in zip((elements, scale, *unpacked), factors, strict=True):
             assert_equal_bits(actual, wanted)
         assert_equal_bits(elements * scale, expected)
 

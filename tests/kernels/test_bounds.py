@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernels.common import assert_equal_bits, awkward_tensor, kernels_here
 
-from fairseq_dsq.formats import BlockFloat, FixedPoint, definition, parse
+from fairseq_dsq.formats import E4M3_SCALE, BlockFloat, FixedPoint, definition, parse
 from fairseq_dsq.kernels import masks, native
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
 
@@ -24,7 +24,7 @@ LENGTHS = (1, 2, 7, 15, 16, 17, 31, 33, 127, 129, 513, 1023, 1025)
 MATRICES = [(1, 1), (1, 17), (16, 1), (15, 3), (16, 16), (17, 33), (31, 8), (33, 129), (129, 7), (16, 513), (3, 1040)]
 FORMATS = [*(BlockFloat(bits) for bits in (2, 3, 4, 8, 9, 13, 16, 25, 32)), BlockFloat(4, 3), BlockFloat(5, 100)]
 FORMATS += [FixedPoint(2), FixedPoint(8), FixedPoint(16, 8), FixedPoint(31)]
-FORMATS += [parse(text) for text in ("mxfp4", "mxfp6e2m3", "mxfp8e5m2/16", "mxfp4/100", "mxint8")]
+FORMATS += [parse(text) for text in ("mxfp4", "mxfp6e2m3", "mxfp8e5m2/16", "mxfp4/100", "mxint8", "nvfp4", "nvfp4/7")]
 CANARY = 0xA5
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -77,12 +77,13 @@ def by_definition(fmt, rows, columns, dim, index, seed):
     """Of one tensor, for all kernels: rounded, packed, rounded to bfp4 along the rows, and factorized by rows."""
     values = awkward_tensor((rows, columns), seed=index)
     by_row = fmt.by_row() if fmt.spec.exponent_bits else BlockFloat(fmt.bits, "row")
+    by_row = by_row or fmt  # NVFP4 has one scale for the tensor
     return (
         definition.fake_quantize(values, fmt, dim, seed, torch.float32),
         definition.pack(values, fmt, dim, seed),
         definition.fake_quantize(values, BlockFloat(4), 1, None, torch.float32),
         by_row,
-        definition.factorize(values, by_row, 1, seed),
+        definition.factorize(values, by_row, dim if by_row is fmt else 1, seed),
     )
 
 
@@ -107,11 +108,18 @@ def test_quantizing_and_packing_stay_within_their_tensors(kernels, guarded, fmt)
             assert_equal_bits(half, expected.bfloat16())
             kernels.unpack(data, half.fill_(1), shape, spec)
             assert_equal_bits(half, expected.bfloat16())
-        if spec.box_size and dim == 0 and seed is None:
+        if kernels.packs_with(spec, spec) and spec.box_size and dim == 0 and seed is None:
             kernels.quantize_and_pack(x, out, data.fill_(0), shape, BlockFloat(4).spec, spec)
             assert_equal_bits(out, operand)
             assert torch.equal(data, bytes_expected)
-        if dim == 1:
+        if spec.scale == E4M3_SCALE:
+            scale = kernels.quantize_elements(x, out, shape, spec, seed)
+            elements, factors = wanted_factors
+            assert_equal_bits(out, elements)
+            assert scale == factors[0, 0]
+            assert kernels.unpack_elements(data, out.fill_(1), shape, spec) == scale
+            assert_equal_bits(out, elements)
+        elif dim == 1:
             factors = guarded.empty((rows, 1))
             kernels.factorize(x, out, factors, by_row.spec, seed)
             for actual, wanted in zip((out, factors), wanted_factors, strict=True):

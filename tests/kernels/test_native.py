@@ -16,6 +16,7 @@ from kernels.common import (
     DYNAMIC_FIXED,
     FITTED,
     MX_FORMATS,
+    NVFP4_FORMATS,
     SCALED_INTEGERS,
     SHAPES_AND_DIMS,
     STATIC_FIXED,
@@ -101,6 +102,27 @@ def test_every_byte_of_mx_unpacks_as_defined(isa, fmt):
     for dtype in (torch.float32, torch.bfloat16):
         expected = definition.unpack(data, shape, fmt, 1, dtype)
         assert_equal_bits(ops.unpack(data, shape, 1, fmt.text, dtype), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("fmt", NVFP4_FORMATS, ids=str)
+def test_nvfp4_equals_the_definition(fmt):
+    for index, (shape, dim) in enumerate([*EDGES, ((64, 1030), 0), ((64, 1024), 1), *SHAPES_AND_DIMS]):
+        seed = SEEDS[index % 2]
+        assert_equals_definition(awkward_tensor(shape, seed=index), fmt, dim, seed)
+        # Scales of blocks that are numbers, not the smallest; of the tensor, the smallest and the largest.
+        x = torch.randn(shape, generator=seeded(index))
+        for size in (1.0, 2.0**-120, 2.0**126):
+            assert_equals_definition(x * size, fmt, dim, seed)
+
+
+def test_every_byte_of_nvfp4_unpacks_as_defined(isa):
+    fmt = parse("nvfp4")
+    codes = definition.to_bytes(torch.arange(16).expand(256, 16), fmt.bits).flatten()
+    data = torch.cat([torch.tensor([0.37]).view(torch.uint8), torch.arange(256, dtype=torch.uint8), codes])
+    expected = definition.unpack(data, [256 * 16], fmt, 0, torch.float32)
+    assert expected.isnan().any() and not expected.isnan().all()
+    assert_equal_bits(ops.unpack(data, [256 * 16], 0, fmt.text, torch.float32), expected)
 
 
 @needs_kernels

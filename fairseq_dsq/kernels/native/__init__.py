@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import Format, KernelSpec
+from fairseq_dsq.formats import E4M3_SCALE, FLOAT32_SCALE, POWER_OF_TWO, Format, KernelSpec
 from fairseq_dsq.kernels import memory
 
 ISAS = ("amx", "avx512", "avx2", "baseline")
@@ -55,7 +55,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "dropout": (_POINTER, _POINTER, _INT64, ctypes.c_float, ctypes.c_float, _UINT64, _INT32),
     "pack_positive": (_POINTER, _POINTER, _INT64, _INT32),
     "mask": (_POINTER, _POINTER, _POINTER, _INT64, _INT32),
+    "tensor_scale": (_POINTER, _INT64, _INT32),
 }
+_RESULTS: dict[str, Any] = {"tensor_scale": ctypes.c_float}
 
 
 _KINDS: dict[str, type[ctypes._SimpleCData[Any]]] = {
@@ -71,13 +73,22 @@ _KINDS: dict[str, type[ctypes._SimpleCData[Any]]] = {
 class _Format(ctypes.Structure):
     """DsqFormat of encode.h: a :class:`~fairseq_dsq.formats.KernelSpec`."""
 
-    _fields_ = tuple((name, _KINDS.get(name, _INT32)) for name in KernelSpec._fields)
+    _fields_ = (
+        *((name, _KINDS.get(name, _INT32)) for name in KernelSpec._fields),
+        *(("tensor_scale", ctypes.c_float), ("elements", _INT32)),
+    )
 
 
 @cache
-def _format(spec: KernelSpec) -> Any:
-    """A pointer to a format as the library reads it."""
-    return ctypes.pointer(_Format(*spec))
+def _format(spec: KernelSpec, elements: bool = False) -> Any:
+    """A pointer to a format as the library reads it; ``elements``: values go without the scale of the tensor."""
+    return ctypes.pointer(_Format(*spec, elements=elements))
+
+
+def _is_bfloat16(out: Tensor, fmt: Any) -> bool:
+    bfloat16 = out.dtype is torch.bfloat16
+    assert not (bfloat16 and fmt.contents.exponent_bits), "minifloats are written as float32"
+    return bfloat16
 
 
 class AdamStep(NamedTuple):
@@ -193,9 +204,9 @@ class Kernels:
         gemm_takes_values: whether its operands may be values of one or two bfloat16 terms in any format, which takes
             AMX or AVX512-BF16; else both are block floating point, and it multiplies their codes.
 
-    Their tensors are contiguous, on the CPU and not empty: ``x`` float32, ``out`` float32 or bfloat16, packed bytes
-    uint8; all seen as ``shape`` (before, length, after) with the boxes along ``length``. ``seed`` None rounds to
-    nearest.
+    Their tensors are contiguous, on the CPU and not empty: ``x`` float32, ``out`` float32, or bfloat16 of formats of
+    integers, packed bytes uint8; all seen as ``shape`` (before, length, after) with the boxes along ``length``.
+    ``seed`` None rounds to nearest.
 
     Raises:
         Unavailable: the library is missing, is not of these sources, or this CPU lacks the instructions.
@@ -215,7 +226,7 @@ class Kernels:
         self.threaded = _openmp_is_torchs(library)
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"dsq_{vectors}_{name}")
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _RESULTS.get(name)
             setattr(self, f"_{name}", function)
         self.has_gemm = bool(gemm_runs())
         self.gemm_takes_values = bool(getattr(library, f"dsq_{isa}_gemm_takes_values")())
@@ -236,6 +247,7 @@ class Kernels:
     _dropout: Any
     _pack_positive: Any
     _mask: Any
+    _tensor_scale: Any
 
     def _threads(self, x: Tensor) -> int:
         return self._threads_for(x.numel() // VALUES_PER_THREAD)
@@ -277,28 +289,53 @@ class Kernels:
             raise MemoryError(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
 
     def covers(self, spec: KernelSpec) -> bool:
-        """Whether the kernels run a format: those of power-of-two scales."""
-        return not spec.float_scale
+        """Whether the kernels run a format: but for those of float32 scales."""
+        return spec.scale != FLOAT32_SCALE
+
+    def packs_with(self, operand: KernelSpec, stash: KernelSpec) -> bool:
+        """Whether :meth:`quantize_and_pack` knows both."""
+        return operand.scale == stash.scale == POWER_OF_TWO
+
+    def _format_for(self, x: Tensor, spec: KernelSpec, elements: bool = False) -> Any:
+        """The format of one tensor of float32 values."""
+        if spec.scale != E4M3_SCALE:
+            return _format(spec)
+        scale = self._tensor_scale(x.data_ptr(), x.numel(), self._threads(x))
+        return ctypes.pointer(_Format(*spec, tensor_scale=scale, elements=elements))
 
     def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
-        before, length, after = shape
-        bfloat16, stochastic, threads = out.dtype is torch.bfloat16, seed is not None, self._threads(x)
+        self._round(x, out, shape, self._format_for(x, spec), seed)
+
+    def quantize_elements(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> float:
+        """Write the rounded values without the scale of the tensor, which is returned; of a format that has one."""
+        fmt = self._format_for(x, spec, elements=True)
+        self._round(x, out, shape, fmt, seed)
+        return float(fmt.contents.tensor_scale)
+
+    def _round(self, x: Tensor, out: Tensor, shape: Shape, fmt: Any, seed: int | None) -> None:
+        stochastic, threads = seed is not None, self._threads(x)
         self._fake_quantize(
-            x.data_ptr(), out.data_ptr(), bfloat16, before, length, after, _format(spec), stochastic, seed or 0, threads
+            *(x.data_ptr(), out.data_ptr(), _is_bfloat16(out, fmt), *shape, fmt, stochastic, seed or 0, threads),
         )
 
     def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the packed bytes of ``x`` to ``data``."""
-        before, length, after = shape
-        stochastic, threads = seed is not None, self._threads(x)
-        self._pack(x.data_ptr(), data.data_ptr(), before, length, after, _format(spec), stochastic, seed or 0, threads)
+        fmt, stochastic, threads = self._format_for(x, spec), seed is not None, self._threads(x)
+        self._pack(x.data_ptr(), data.data_ptr(), *shape, fmt, stochastic, seed or 0, threads)
 
     def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> None:
         """Write the values of packed bytes to ``out``."""
-        before, length, after = shape
-        bfloat16, threads = out.dtype is torch.bfloat16, self._threads(out)
-        self._unpack(data.data_ptr(), out.data_ptr(), bfloat16, before, length, after, _format(spec), threads)
+        self._unpack_to(data, out, shape, _format(spec))
+
+    def unpack_elements(self, data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> float:
+        """Write the values without the scale of the tensor, which is returned; of a format that has one."""
+        self._unpack_to(data, out, shape, _format(spec, elements=True))
+        return ctypes.c_float.from_address(data.data_ptr()).value
+
+    def _unpack_to(self, data: Tensor, out: Tensor, shape: Shape, fmt: Any) -> None:
+        bfloat16 = _is_bfloat16(out, fmt)
+        self._unpack(data.data_ptr(), out.data_ptr(), bfloat16, *shape, fmt, self._threads(out))
 
     def quantize_and_pack(
         self,
@@ -310,9 +347,10 @@ class Kernels:
         stash_spec: KernelSpec,
     ) -> None:
         """Read ``x`` once for ``operand``, boxed along ``after``, and the packed ``stash``, boxed along ``length``."""
+        fmt = _format(operand_spec)
         self._quantize_and_pack(
-            *(x.data_ptr(), operand.data_ptr(), operand.dtype is torch.bfloat16, stash.data_ptr(), *shape),
-            *(_format(operand_spec), _format(stash_spec), self._threads(x)),
+            *(x.data_ptr(), operand.data_ptr(), _is_bfloat16(operand, fmt), stash.data_ptr(), *shape),
+            *(fmt, _format(stash_spec), self._threads(x)),
         )
 
     def factorize(self, x: Tensor, elements: Tensor, factors: Tensor, spec: KernelSpec, seed: int | None) -> None:

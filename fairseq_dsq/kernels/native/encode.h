@@ -4,7 +4,8 @@
 //   code  = clamp(round(x * 2^(fraction_bits + 127 - e)))       value = code * 2^(e - (fraction_bits + 127))
 //
 // Codes are integers, with bits - 2 fraction bits, or minifloats, with none: those round on a grid whose step depends
-// on the value's exponent. fairseq_dsq/formats/scaled_integer.py and minifloat.py are the definition.
+// on the value's exponent. fairseq_dsq/formats/scaled_integer.py and minifloat.py are the definition. NVFP4's scales are
+// minifloats too, under one number for the tensor: formats/nvfp4.py.
 #pragma once
 
 #include "loops.h"
@@ -20,6 +21,10 @@ struct DsqFormat {
     uint32_t headroom;
     int32_t exponent_bits;
     uint32_t element_exponent, least_exponent;
+    int32_t scale;
+    // Of a call, where scales are E4M3: the scale of the tensor, and whether values go without it.
+    float tensor_scale;
+    int32_t elements;
 };
 }
 
@@ -47,7 +52,35 @@ struct Minifloats : DsqFormat {
     uint32_t to_above() const { return (uint32_t)unused_bits * ONE_EXPONENT; }
 };
 
-// work(format) for the kind of its elements.
+// NVFP4: what is stored of a box is the E4M3 code of its scale.
+struct NVFP4 : Minifloats {
+    static constexpr int32_t SCALE = 2;  // E4M3_SCALE of fairseq_dsq.formats
+    static constexpr float MOST_OF_SCALE = 448.0f, LEAST_OF_SCALE = 0x1p-9f;
+    static constexpr float LEAST_OF_TENSOR = 0x1p-110f;
+    static constexpr uint32_t NAN_SCALE = 0x7f;
+    Minifloats e4m3;
+
+    explicit NVFP4(const DsqFormat& format) : Minifloats(format), e4m3(format_of_scales()) {}
+    static DsqFormat format_of_scales() {
+        DsqFormat format{};
+        format.bits = 8;
+        format.exponent_bits = 4;
+        format.max_code = MOST_OF_SCALE;
+        return format;
+    }
+    float outer_scale() const { return elements ? 1.0f : tensor_scale; }
+    // The scale of the tensor lies in front of all else.
+    uint8_t* put_tensor_scale(uint8_t* out) const {
+        memcpy(out, &tensor_scale, sizeof tensor_scale);
+        return out + sizeof tensor_scale;
+    }
+    const uint8_t* get_tensor_scale(const uint8_t* data) {
+        memcpy(&tensor_scale, data, sizeof tensor_scale);
+        return data + sizeof tensor_scale;
+    }
+};
+
+// work(format) for the kind of its elements, under powers of two.
 template <class Work>
 INLINE void with_elements(const DsqFormat& format, Work work) {
     if (format.exponent_bits)
@@ -74,6 +107,21 @@ struct Scales {
 };
 
 using Exponents = uint32_t[BOXES];
+
+// The float32 under which `largest_element` stands for a magnitude with these bits; NaN for Inf and NaN. Their product is
+// finite.
+INLINE float scale_of(uint32_t largest, float largest_element) {
+    float value;
+    memcpy(&value, &largest, sizeof value);
+    if (largest >= EXPONENT) return __builtin_nanf("");
+    float scale = value / largest_element;
+    if (!__builtin_isinf(scale * largest_element)) return scale;
+    uint32_t below;
+    memcpy(&below, &scale, sizeof below);
+    below--;
+    memcpy(&scale, &below, sizeof scale);
+    return scale;
+}
 
 INLINE F power_of_two(I exponent) { return bits<F>((exponent + BIAS) << 23); }
 
@@ -102,6 +150,16 @@ INLINE Scale decode_scale(U exponent, int fraction_bits) {
     return {nan_where_marked(exponent, power_of_two(half)), power_of_two(shift - half)};
 }
 
+// What values are multiplied with to be encoded, and codes to be decoded, under stored scales.
+template <class Format>
+INLINE Scale scale_down(U stored, const Format& format) {
+    return encode_scale(stored, format.fraction_bits());
+}
+template <class Format>
+INLINE Scale scale_up(U stored, const Format& format) {
+    return decode_scale(stored, format.fraction_bits());
+}
+
 // The arrays have room for whole vectors; lanes that no box has are computed with too, and hold 0.
 INLINE void clear_rest(Exponents& exponents, int64_t boxes) {
     for (; boxes % LANES; boxes++) exponents[boxes] = 0;
@@ -110,16 +168,25 @@ INLINE void read_exponents(const uint8_t* from, int64_t boxes, Exponents& expone
     for (int64_t box = 0; box < boxes; box++) exponents[box] = from[box];
     clear_rest(exponents, boxes);
 }
-INLINE void exponents_of(Exponents& largest, int64_t boxes, const DsqFormat& format) {
+template <class Format>
+INLINE void exponents_of(Exponents& largest, int64_t boxes, const Format& format) {
     for (int64_t i = 0; i < boxes; i += LANES) store(largest + i, exponent_of(load<U>(largest + i), format));
 }
 template <class ScaleOf>
-INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, int fraction_bits, ScaleOf scale_of) {
+INLINE void fill(Scales& scales, const Exponents& exponents, int64_t boxes, ScaleOf scale_of) {
     for (int64_t i = 0; i < boxes; i += LANES) {
-        Scale scale = scale_of(load<U>(exponents + i), fraction_bits);
+        Scale scale = scale_of(load<U>(exponents + i));
         store(scales.first + i, scale.first);
         store(scales.second + i, scale.second);
     }
+}
+template <class Format>
+INLINE void fill_down(Scales& scales, const Exponents& exponents, int64_t boxes, const Format& format) {
+    fill(scales, exponents, boxes, [&](U stored) __attribute__((always_inline)) { return scale_down(stored, format); });
+}
+template <class Format>
+INLINE void fill_up(Scales& scales, const Exponents& exponents, int64_t boxes, const Format& format) {
+    fill(scales, exponents, boxes, [&](U stored) __attribute__((always_inline)) { return scale_up(stored, format); });
 }
 
 // ---- Rounding
@@ -201,6 +268,7 @@ INLINE bool has_grid(const Integers& format) {
     return format.signed_zero && format.bits <= 24 && format.min_code == -format.max_code;
 }
 INLINE bool has_grid(const Minifloats&) { return true; }
+INLINE bool has_grid(const NVFP4&) { return false; }
 INLINE I off_grid(U largest, U exponent) {
     return (I)((exponent - LEAST_OF_GRID > MOST_OF_GRID - LEAST_OF_GRID) & (U)(largest != 0));
 }
@@ -273,6 +341,20 @@ INLINE U encode_field(F x, Scale scale, Minifloats format, uint32_t index, uint6
     Grid grid = grid_of_codes(format);
     value = bits<F>(bits<U>(value) & bits<U>((I)(value == value)));  // a NaN is stored as 0
     return Unrounded(value, grid, format).field(grid, format);
+}
+
+// NVFP4's scales; two-phase lookup finds these overloads where a format is a template's parameter.
+INLINE U exponent_of(U largest, const NVFP4& format) {
+    F scale = bits<F>(largest) / all(format.max_code) / all(format.tensor_scale);
+    scale = max(all(NVFP4::LEAST_OF_SCALE), min(all(NVFP4::MOST_OF_SCALE), scale));
+    U code = Unrounded(scale, grid_of_codes(format.e4m3), format.e4m3).field(grid_of_codes(format.e4m3), format.e4m3);
+    return choose((I)(largest < EXPONENT), code, all(NVFP4::NAN_SCALE));
+}
+INLINE Scale scale_down(U stored, const NVFP4& format) {
+    return {all(1.0f / format.tensor_scale) / from_field(stored, format.e4m3), all(1.0f)};
+}
+INLINE Scale scale_up(U stored, const NVFP4& format) {
+    return {from_field(stored, format.e4m3), all(format.outer_scale())};
 }
 
 INLINE void put(float* to, F value, int64_t count) { store(to, value, count); }

@@ -14,6 +14,8 @@
 // This file is compiled once per instruction set: DSQ_NAME(f) is the exported name. No fused multiply-add and no fast
 // math: each operation is rounded as PyTorch rounds it.
 
+#include <type_traits>
+
 #include "names.h"
 #include "runs.h"
 #include "tiles.h"
@@ -113,8 +115,7 @@ template <bool STOCHASTIC, class Out, class Format>
 void fake_quantize(const float* x, Out* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
         U exponent = exponent_of_all(x, shape, format, threads);
-        Scale down = encode_scale(exponent, format.fraction_bits()),
-              up = decode_scale(exponent, format.fraction_bits());
+        Scale down = scale_down(exponent, format), up = scale_up(exponent, format);
         for_chunks(shape, threads, [&](int64_t at, int64_t count) {
             quantize_stretch<STOCHASTIC>(x + at, out + at, count, (uint32_t)at, down, up, format, seed);
         });
@@ -154,7 +155,7 @@ template <bool STOCHASTIC, class Format>
 void pack(const float* x, uint8_t* out, Shape shape, Format format, uint64_t seed, int threads) {
     if (!format.box_size) {
         U exponent = exponent_of_all(x, shape, format, threads);
-        Scale down = encode_scale(exponent, format.fraction_bits());
+        Scale down = scale_down(exponent, format);
         *out = (uint8_t)exponent[0];
         return with_code_type(format, [&](auto type) {
             for_chunks(shape, threads, [&](int64_t at, int64_t count) {
@@ -182,7 +183,7 @@ void pack(const float* x, uint8_t* out, Shape shape, Format format, uint64_t see
 template <class Out, class Format>
 void unpack(const uint8_t* data, Out* out, Shape shape, Format format, int threads) {
     if (!format.box_size) {
-        Scale up = decode_scale(all((uint32_t)*data), format.fraction_bits());
+        Scale up = scale_up(all((uint32_t)*data), format);
         return with_code_type(format, [&](auto type) {
             for_chunks(shape, threads, [&](int64_t at, int64_t count) {
                 unpack_stretch<decltype(type)>(data + 1 + at / 8 * format.bits, out + at, count, up, format);
@@ -222,6 +223,41 @@ void quantize_and_pack(const float* x, Out* operand, uint8_t* stash, Shape shape
     });
 }
 
+// Of NVFP4: under which the largest finite magnitude is the largest element times the largest scale.
+float tensor_scale_of(const float* x, int64_t count, int threads) {
+    int64_t shares = threads < 1 ? 1 : threads, share = (count / shares / CHUNK + 1) * CHUNK;
+    uint32_t largest = 0;
+#pragma omp parallel for num_threads(threads) reduction(max : largest) if (threads > 1)
+    for (int64_t start = 0; start < count; start += share) {
+        U found{};
+        for (int64_t i = start; i < smaller(start + share, count); i += LANES) {
+            U here = magnitude(x + i, smaller(LANES, count - i));
+            found = max(found, here & (U)(here < EXPONENT));
+        }
+        uint32_t of_share = largest_lane(found);
+        largest = of_share > largest ? of_share : largest;
+    }
+    float scale = scale_of(largest, NVFP4::MOST_OF_SCALE * 6.0f);
+    return scale > NVFP4::LEAST_OF_TENSOR ? scale : NVFP4::LEAST_OF_TENSOR;
+}
+
+// use(out) as what it holds. Minifloats under the smallest scales reach further down than bfloat16.
+template <class Format, class Use>
+INLINE void with_output(void* out, int32_t bfloat16, const Format&, Use use) {
+    if constexpr (std::is_same_v<Format, Integers>)
+        if (bfloat16) return use((uint16_t*)out);
+    use((float*)out);
+}
+
+// work(format) for every kind of elements and scales.
+template <class Work>
+INLINE void with_format(const DsqFormat& format, Work work) {
+    if (format.scale == NVFP4::SCALE)
+        work(NVFP4(format));
+    else
+        with_elements(format, work);
+}
+
 // Rows, each one box: elements code * 2^-fraction_bits, NaN throughout where one holds Inf or NaN, and factors 2^E,
 // there 1. Their product is the value.
 template <bool STOCHASTIC, class Format>
@@ -231,7 +267,7 @@ void factorize(const float* x, float* elements, float* factors, int64_t rows, in
         int64_t at = row * length;
         U exponent = exponent_of(all(largest_of(x + at, length)), format);
         bool finite = exponent[0] != NAN_EXPONENT;
-        Scale down = encode_scale(exponent, format.fraction_bits()), factor = decode_scale(exponent, 0);
+        Scale down = scale_down(exponent, format), factor = decode_scale(exponent, 0);
         Scale up{all(finite ? 1.0f : __builtin_nanf("")), power_of_two(all(-format.fraction_bits()))};
         quantize_stretch<STOCHASTIC>(x + at, elements + at, length, (uint32_t)at, down, up, format, seed);
         factors[row] = finite ? times(all(1.0f), factor)[0] : 1.0f;
@@ -240,24 +276,25 @@ void factorize(const float* x, float* elements, float* factors, int64_t rows, in
 
 }  // namespace
 
-// ---- Exported: out holds float32, or bfloat16 (uint16_t) where `bfloat16` says so
+// ---- Exported: out holds float32, or bfloat16 (uint16_t) where `bfloat16` says so, of integers
 
 EXPORT void DSQ_NAME(fake_quantize)(const float* x, void* out, int32_t bfloat16, int64_t before, int64_t length,
                                     int64_t after, const DsqFormat* format, int32_t stochastic, uint64_t seed,
                                     int32_t threads) {
     Shape shape{before, length, after};
-    with_elements(*format, [&](auto f) {
-        if (stochastic && bfloat16) return fake_quantize<true>(x, (uint16_t*)out, shape, f, seed, threads);
-        if (stochastic) return fake_quantize<true>(x, (float*)out, shape, f, seed, threads);
-        if (bfloat16) return fake_quantize<false>(x, (uint16_t*)out, shape, f, seed, threads);
-        fake_quantize<false>(x, (float*)out, shape, f, seed, threads);
+    with_format(*format, [&](auto f) {
+        with_output(out, bfloat16, f, [&](auto to) {
+            if (stochastic) return fake_quantize<true>(x, to, shape, f, seed, threads);
+            fake_quantize<false>(x, to, shape, f, seed, threads);
+        });
     });
 }
 
 EXPORT void DSQ_NAME(pack)(const float* x, uint8_t* out, int64_t before, int64_t length, int64_t after,
                            const DsqFormat* format, int32_t stochastic, uint64_t seed, int32_t threads) {
     Shape shape{before, length, after};
-    with_elements(*format, [&](auto f) {
+    with_format(*format, [&](auto f) {
+        if constexpr (std::is_same_v<decltype(f), NVFP4>) out = f.put_tensor_scale(out);
         if (stochastic) return pack<true>(x, out, shape, f, seed, threads);
         pack<false>(x, out, shape, f, seed, threads);
     });
@@ -266,10 +303,14 @@ EXPORT void DSQ_NAME(pack)(const float* x, uint8_t* out, int64_t before, int64_t
 EXPORT void DSQ_NAME(unpack)(const uint8_t* data, void* out, int32_t bfloat16, int64_t before, int64_t length,
                              int64_t after, const DsqFormat* format, int32_t threads) {
     Shape shape{before, length, after};
-    with_elements(*format, [&](auto f) {
-        if (bfloat16) return unpack(data, (uint16_t*)out, shape, f, threads);
-        unpack(data, (float*)out, shape, f, threads);
+    with_format(*format, [&](auto f) {
+        if constexpr (std::is_same_v<decltype(f), NVFP4>) data = f.get_tensor_scale(data);
+        with_output(out, bfloat16, f, [&](auto to) { unpack(data, to, shape, f, threads); });
     });
+}
+
+EXPORT float DSQ_NAME(tensor_scale)(const float* x, int64_t count, int32_t threads) {
+    return tensor_scale_of(x, count, threads);
 }
 
 EXPORT void DSQ_NAME(quantize_and_pack)(const float* x, void* operand, int32_t bfloat16, uint8_t* stash, int64_t before,
@@ -278,8 +319,8 @@ EXPORT void DSQ_NAME(quantize_and_pack)(const float* x, void* operand, int32_t b
     Shape shape{before, length, after};
     with_elements(*operand_format, [&](auto first) {
         with_elements(*stash_format, [&](auto second) {
-            if (bfloat16) return quantize_and_pack(x, (uint16_t*)operand, stash, shape, first, second, threads);
-            quantize_and_pack(x, (float*)operand, stash, shape, first, second, threads);
+            with_output(operand, bfloat16, first,
+                        [&](auto to) { quantize_and_pack(x, to, stash, shape, first, second, threads); });
         });
     });
 }

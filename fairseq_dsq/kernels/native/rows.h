@@ -24,20 +24,6 @@ struct Rows {
     INLINE void set_scale(int64_t row, float scale) const { memcpy(data + row * sizeof scale, &scale, sizeof scale); }
 };
 
-// NaN stands for a row that cannot be encoded. The largest element times the scale is finite.
-INLINE float scale_of(uint32_t largest, float largest_element) {
-    float value;
-    memcpy(&value, &largest, sizeof value);
-    if (largest >= INFINITE) return __builtin_nanf("");
-    float scale = value / largest_element;
-    if (!__builtin_isinf(scale * largest_element)) return scale;
-    uint32_t below;
-    memcpy(&below, &scale, sizeof below);
-    below--;
-    memcpy(&scale, &below, sizeof scale);
-    return scale;
-}
-
 INLINE F one_where(I condition) { return bits<F>(bits<U>(condition) & bits<U>(all(1.0f))); }
 
 // ---- int8

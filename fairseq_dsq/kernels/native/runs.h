@@ -99,7 +99,7 @@ INLINE void quantize_full(const float* x, Out* out, uint32_t index, Format forma
         }
         return;
     }
-    Scale down = encode_scale(exponent, format.fraction_bits()), up = decode_scale(exponent, format.fraction_bits());
+    Scale down = scale_down(exponent, format), up = scale_up(exponent, format);
     store(scales[0], down.first);
     store(scales[1], down.second);
     store(scales[2], up.first);
@@ -123,8 +123,8 @@ void quantize_run(const float* x, Out* out, int64_t boxes, int64_t n, uint32_t i
     Scales down, up;
     largest_of_boxes(x, boxes, n, exponents);
     exponents_of(exponents, boxes, format);
-    fill(down, exponents, boxes, format.fraction_bits(), encode_scale);
-    fill(up, exponents, boxes, format.fraction_bits(), decode_scale);
+    fill_down(down, exponents, boxes, format);
+    fill_up(up, exponents, boxes, format);
     with_box_size(n, [&](auto values) __attribute__((always_inline)) {
         for (int64_t box = 0; box < boxes; box++) {
             int64_t at = box * values();
@@ -141,7 +141,7 @@ void pack_run(const float* x, uint8_t* exponent_bytes, uint8_t* out, int64_t box
     Scales down;
     largest_of_boxes(x, boxes, n, exponents);
     exponents_of(exponents, boxes, format);
-    fill(down, exponents, boxes, format.fraction_bits(), encode_scale);
+    fill_down(down, exponents, boxes, format);
     for (int64_t box = 0; box < boxes; box++) exponent_bytes[box] = (uint8_t)exponents[box];
     if (n % 8 == 0 && n <= CHUNK) {  // boxes that end on whole bytes follow on one another without a gap
         T codes[CHUNK];
@@ -163,7 +163,7 @@ void unpack_run(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, in
     Exponents exponents;
     Scales up;
     read_exponents(exponent_bytes, boxes, exponents);
-    fill(up, exponents, boxes, format.fraction_bits(), decode_scale);
+    fill_up(up, exponents, boxes, format);
     if (n % 8 == 0 && n <= CHUNK) {
         T codes[CHUNK];
         read_bits(from, n * boxes, format.bits, codes);

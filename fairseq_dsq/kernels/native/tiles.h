@@ -109,8 +109,8 @@ INLINE void quantize_columns(const float* x, Out* out, const Tile& tile, int64_t
     }
     Scale down[V], up[V];
     for (int k = 0; k < V; k++) {
-        down[k] = encode_scale(exponents[k], format.fraction_bits());
-        up[k] = decode_scale(exponents[k], format.fraction_bits());
+        down[k] = scale_down(exponents[k], format);
+        up[k] = scale_up(exponents[k], format);
     }
     round_columns(x, out, tile, Values{tile.rows}, ahead, count, largest, [&](F value, int k)
                   __attribute__((always_inline)) { return times(encode<false>(value, down[k], format, 0, 0), up[k]); });
@@ -152,8 +152,8 @@ void quantize_wide_tile(const float* x, Out* out, Tile tile, Format format, uint
     Scales down, up;
     largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
     exponents_of(exponents, tile.columns, format);
-    fill(down, exponents, tile.columns, format.fraction_bits(), encode_scale);
-    fill(up, exponents, tile.columns, format.fraction_bits(), decode_scale);
+    fill_down(down, exponents, tile.columns, format);
+    fill_up(up, exponents, tile.columns, format);
     for_rows(tile.rows, [&](int64_t row, auto rows) __attribute__((always_inline)) {
         for_vectors(tile.columns, [&](int64_t column, int64_t count) __attribute__((always_inline)) {
             Scale down_here = down.of_columns(column), up_here = up.of_columns(column);
@@ -295,7 +295,7 @@ void pack_tile(const float* x, uint8_t* exponent_bytes, uint8_t* out, Tile tile,
     Scales down;
     largest_of_columns(x, tile.rows, tile.stride, tile.columns, exponents);
     exponents_of(exponents, tile.columns, format);
-    fill(down, exponents, tile.columns, format.fraction_bits(), encode_scale);
+    fill_down(down, exponents, tile.columns, format);
     for (int64_t column = 0; column < tile.columns; column++) exponent_bytes[column] = (uint8_t)exponents[column];
     auto packed = with_words(tile.rows, format.bits, [&](auto width, auto rows) {
         pack_words<width(), rows(), STOCHASTIC>(x, out, tile, down, format, seed);
@@ -307,7 +307,7 @@ void unpack_tile(const uint8_t* exponent_bytes, const uint8_t* from, Out* out, T
     Exponents exponents;
     Scales up;
     read_exponents(exponent_bytes, tile.columns, exponents);
-    fill(up, exponents, tile.columns, format.fraction_bits(), decode_scale);
+    fill_up(up, exponents, tile.columns, format);
     auto unpacked = with_words(tile.rows, format.bits, [&](auto width, auto rows) {
         unpack_words<width(), rows()>(from, out, tile, up, format);
     });
