@@ -17,7 +17,6 @@ from fairseq_dsq.formats.base import (
     FormatOptions,
     Group,
     KernelSpec,
-    kernel_box_size,
     register,
 )
 from fairseq_dsq.formats.float_scaled import FloatScaled, group_of, scale_for
@@ -66,18 +65,7 @@ class ScaledFP8(FloatScaled):
         return replace(self, group_size="row")
 
     def kernel_spec(self) -> KernelSpec | None:
-        largest = self.element.largest
-        return KernelSpec(
-            self.bits,
-            signed_zero=1,
-            box_size=kernel_box_size(self.group),
-            fixed_exponent=0,
-            min_code=-largest,
-            max_code=largest,
-            headroom=0,
-            exponent_bits=self.element.exponent_bits,
-            scale=FLOAT32_SCALE,
-        )
+        return self.element.kernel_spec(self.group, scale=FLOAT32_SCALE)
 
     def scale_of(self, groups: Tensor) -> Tensor:
         largest = groups.abs().amax(dim=-1, keepdim=True)

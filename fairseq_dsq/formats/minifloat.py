@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fairseq_dsq.formats.base import Group, KernelSpec, Square, kernel_box_size
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, times_power_of_two
 
 # Of a float32.
@@ -84,6 +85,27 @@ class Minifloat:
             floor = units.floor()
             units = floor.add_(noise < units.sub_(floor)).copysign_(values)
         return times_power_of_two(units, step)
+
+    def kernel_spec(self, group: Group, headroom: int = 0, **rest: int) -> KernelSpec | None:
+        """That of a format of such elements; None for squares, which no kernel runs.
+
+        Args:
+            group: the values that share a scale.
+            headroom, rest: fields of the spec that tell of the scale.
+        """
+        if isinstance(group, Square):
+            return None
+        return KernelSpec(
+            self.bits,
+            signed_zero=1,
+            box_size=kernel_box_size(group),
+            fixed_exponent=0,
+            min_code=-self.largest,
+            max_code=self.largest,
+            headroom=headroom,
+            exponent_bits=self.exponent_bits,
+            **rest,
+        )
 
     @property
     def _offset(self) -> int:

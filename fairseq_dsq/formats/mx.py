@@ -15,11 +15,9 @@ from fairseq_dsq.formats.base import (
     FormatOptions,
     Group,
     KernelSpec,
-    Square,
     box_of,
     check_bits,
     check_box_size,
-    kernel_box_size,
     register,
 )
 from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, Minifloat
@@ -149,19 +147,9 @@ class MXFloat(PowerOfTwoScaled):
         return self.element.from_codes(codes)
 
     def kernel_spec(self) -> KernelSpec | None:
-        """The kernels run every format of this kind but those of squares."""
-        if isinstance(self.group, Square):
-            return None
-        largest = self.element.largest
-        return KernelSpec(
-            self.bits,
-            signed_zero=1,
-            box_size=kernel_box_size(self.group),
-            fixed_exponent=0,
-            min_code=-largest,
-            max_code=largest,
-            headroom=self.headroom,
-            exponent_bits=self.element.exponent_bits,
+        return self.element.kernel_spec(
+            self.group,
+            self.headroom,
             element_exponent=self.element_exponent,
             least_exponent=self.least_exponent + EXPONENT_BIAS,
         )

@@ -15,11 +15,9 @@ from fairseq_dsq.formats.base import (
     FormatOptions,
     Group,
     KernelSpec,
-    Square,
     box_of,
     check_bits,
     check_box_size,
-    kernel_box_size,
     register,
 )
 from fairseq_dsq.formats.float_scaled import scale_for
@@ -86,19 +84,7 @@ class NVFP4(Format):
         return True
 
     def kernel_spec(self) -> KernelSpec | None:
-        if isinstance(self.group, Square):
-            return None
-        return KernelSpec(
-            self.bits,
-            signed_zero=1,
-            box_size=kernel_box_size(self.group),
-            fixed_exponent=0,
-            min_code=-E2M1.largest,
-            max_code=E2M1.largest,
-            headroom=0,
-            exponent_bits=E2M1.exponent_bits,
-            scale=E4M3_SCALE,
-        )
+        return E2M1.kernel_spec(self.group, scale=E4M3_SCALE)
 
     def of_tensor(self, x: Tensor) -> NVFP4:
         if x.numel() == 0:

@@ -154,10 +154,10 @@ class _Quantizer:
             squares = isinstance(plan.sides[1].fmt.group, Square)
             seed = self.seeds.forward_weight if squares else self.seeds.weight
             generator = torch.Generator().manual_seed(seed + _APART * layer)
-        elif self.weights is not None and plan.in_terms and not plan.fused[1]:
+        elif self.weights is not None and plan.in_terms and self._reads_once(weight, plan.sides[1].fmt):
             side = plan.sides[1]
-            together = self._reads_once(weight, side.fmt) and self.weights.rounded(weight, side.fmt, reduction)
-            if together is not None and together is not False:
+            together = self.weights.rounded(weight, side.fmt, reduction)
+            if together is not None:
                 return _of_terms(together, side, reduction, weight)
         return self._operand(weight, plan, 1, reduction, generator)
 
