@@ -60,7 +60,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     emulation = [*INSTRUCTION_SETS["avx512"], "-mfma"]
     AMX_FLAGS = [[*emulation, "-mamx-tile", "-mamx-bf16"], emulation]
 # Results must equal torch's bit for bit: no fused multiply-add, no fast math.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+FLAGS = ["-std=c++17", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+if " -O" not in " " + os.environ.get("CXXFLAGS", ""):
+    FLAGS.append("-O3")
 # GCC says so of the vectors' own operations, and of its own headers.
 FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
 
