@@ -1,8 +1,9 @@
 """Weights rounded together: on a GPU one launch for all that the output GEMMs read, one for all that grad_input's read.
 
 A model's hundred weights would be a hundred launches for each, of kernels that run shorter than a launch takes. Which
-weights go together is learned: those that one pass rounded by themselves do in the next. Every pass rounds them anew,
-so that nobody has to say when a weight changes. To nearest alone: each layer draws noise of its own.
+weights go together is learned: those that one pass rounded by themselves do in the next, before which the host notes
+once on the GPU where they lie. Every pass rounds them anew, so that nobody has to say when a weight changes. To nearest
+alone: each layer draws noise of its own.
 """
 
 from __future__ import annotations
