@@ -33,6 +33,7 @@ from kernels.common import (
 
 from fairseq_dsq.formats import MXFP4, BlockFloat, FixedPoint, definition, parse
 from fairseq_dsq.formats.definition import noise
+from fairseq_dsq.formats.minifloat import E4M3
 from fairseq_dsq.kernels import masks, native, ops
 from fairseq_dsq.quantized import ROUNDINGS, fake_quantize, pack, quantize_and_pack
 
@@ -114,6 +115,18 @@ def test_nvfp4_equals_the_definition(fmt):
         x = torch.randn(shape, generator=seeded(index))
         for size in (1.0, 2.0**-120, 2.0**126):
             assert_equals_definition(x * size, fmt, dim, seed)
+
+
+@needs_kernels
+def test_nvfp4_rounds_around_its_ties_in_the_order_of_the_definition():
+    # Halfway between two elements under every scale of a block, and the float32 beside it: the last bit decides.
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    scales = E4M3.from_codes(torch.arange(1, 0x7F))[:, None]
+    for size in (1.0 + torch.rand(40, generator=seeded(1))).tolist():
+        halfway = ties * scales * size
+        beside = torch.nextafter(halfway, torch.tensor(0.0))
+        x = torch.cat([6.0 * scales * size, halfway, -beside], 1)
+        assert_equals_definition(x, parse("nvfp4"), 1, None)
 
 
 def test_every_byte_of_nvfp4_unpacks_as_defined(isa):
