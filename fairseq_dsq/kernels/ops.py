@@ -40,7 +40,7 @@ def _kernel_dtype(dtype: torch.dtype, fmt: Format, kernels: Any) -> torch.dtype:
     Minifloats under the smallest scales reach further down than bfloat16.
     """
     exact = dtype is torch.bfloat16 and fmt.significand_bits <= BFLOAT16_SIGNIFICAND_BITS
-    exact = exact and fmt.spec is not None and fmt.spec.scale == formats.POWER_OF_TWO and not fmt.spec.exponent_bits
+    exact = exact and fmt.spec is not None and not fmt.spec.exponent_bits
     return dtype if exact or _is_gpu(kernels) else torch.float32
 
 
@@ -145,29 +145,20 @@ def _round_terms(x: Tensor, dim: int, fmt: str, seed: int | None) -> Tensor:
 def _factorize(x: Tensor, dim: int, fmt: str, seed: int | None) -> tuple[Tensor, Tensor]:
     checks.factorize(x, dim, seed)
     parsed = formats.parse(fmt)
-    if parsed.tensor_bytes and (kernels := _kernels_for(x, parsed)) is not None:
-        x = _values(x, kernels)
-        elements = torch.empty_like(x, dtype=torch.float32)
-        scale = kernels.quantize_elements(x, elements, _shape_around(x.shape, dim), parsed.spec, seed)
-        return elements, elements.new_full(_shape_of_rows(x, dim), scale)
-    kernels = _kernels_for(x, parsed) if isinstance(parsed.group, str) else None
-    rows = parsed.group == "row" and dim in (-1, x.dim() - 1)
-    if kernels is None or not (rows or _is_gpu(kernels)):
+    kernels, around = _kernels_for(x, parsed), _shape_around(x.shape, dim)
+    if kernels is None or not kernels.factorizes(parsed.spec, around, packed=False):
         return definition.factorize(x, parsed, dim, seed)
     x = _values(x, kernels)
     elements = torch.empty_like(x, dtype=torch.float32)
-    if not _is_gpu(kernels):
-        factors = elements.new_empty((*x.shape[:-1], 1))
-        kernels.factorize(x, elements, factors, parsed.spec, seed)
-        return elements, factors
     factors = _factors_of(elements, parsed, dim)
-    kernels.factorize(x, elements, factors, _shape_around(x.shape, dim), parsed.spec, seed)
+    kernels.factorize(x, elements, factors, around, parsed.spec, seed)
     return elements, _of_each_row(factors, elements, dim)
 
 
 def _factors_of(elements: Tensor, fmt: Format, dim: int) -> Tensor:
     """Room for a factor of each row along ``dim``, or one of the tensor."""
-    return elements.new_empty(1 if fmt.group == "tensor" else _shape_of_rows(elements, dim))
+    one = fmt.group == "tensor" or fmt.tensor_bytes
+    return elements.new_empty(1 if one else _shape_of_rows(elements, dim))
 
 
 def _of_each_row(factors: Tensor, elements: Tensor, dim: int) -> Tensor:
@@ -224,16 +215,12 @@ def _unpack_terms(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> Ten
 def _unpack_factors(data: Tensor, shape: Sequence[int], dim: int, fmt: str) -> tuple[Tensor, Tensor]:
     parsed = formats.parse(fmt)
     checks.packed(data, shape, dim, parsed, torch.float32)
-    if parsed.tensor_bytes and (kernels := _kernels_for(data, parsed)) is not None:
-        elements = data.new_empty(shape, dtype=torch.float32)
-        scale = kernels.unpack_elements(data.contiguous(), elements, _shape_around(shape, dim), parsed.spec)
-        return elements, elements.new_full(_shape_of_rows(elements, dim), scale)
-    kernels = _kernels_for(data, parsed) if isinstance(parsed.group, str) else None
-    if kernels is None or not _is_gpu(kernels):
+    kernels, around = _kernels_for(data, parsed), _shape_around(shape, dim)
+    if kernels is None or not kernels.factorizes(parsed.spec, around, packed=True):
         return definition.unpack_factors(data, shape, parsed, dim)
     elements = data.new_empty(shape, dtype=torch.float32)
     factors = _factors_of(elements, parsed, dim)
-    kernels.unpack_factors(data.contiguous(), elements, factors, _shape_around(shape, dim), parsed.spec)
+    kernels.unpack_factors(data.contiguous(), elements, factors, around, parsed.spec)
     return elements, _of_each_row(factors, elements, dim)
 
 

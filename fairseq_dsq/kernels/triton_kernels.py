@@ -706,16 +706,19 @@ def covers(spec: KernelSpec) -> bool:
 
 
 def packs_with(operand: KernelSpec, stash: KernelSpec) -> bool:
-    """Whether one kernel gives an operand and its stash: :func:`quantize_both` does."""
+    """Whether one more kernel than :func:`quantize_both` gives an operand and its stash: none does."""
     return False
+
+
+def factorizes(spec: KernelSpec, shape: Shape, packed: bool) -> bool:
+    """Whether :func:`factorize`, or :func:`unpack_factors`, knows the format: one scale for a row or the tensor."""
+    return spec.box_size in (0, ALL_OF_A_ROW)
 
 
 def reads_once(spec: KernelSpec) -> bool:
     """Whether :func:`quantize_both` knows the format: sign-magnitude integers in boxes of 16."""
     symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
-    plain = (
-        not (spec.exponent_bits or spec.element_exponent) and spec.scale == POWER_OF_TWO and spec.least_exponent == 1
-    )
+    plain = not (spec.exponent_bits or spec.element_exponent) and spec.least_exponent == 1
     return symmetric and plain and spec.scale == POWER_OF_TWO and spec.box_size == BOTH_BOX
 
 
@@ -805,15 +808,8 @@ def _round(
 
     def prepare() -> Any:
         numbers, tile = _tile(shape, spec, out.numel())
-        rest = {
-            **numbers,
-            "headroom": spec.headroom,
-            "plane": x.numel(),
-            **_codes(spec),
-            **tile,
-            **_mode(spec, shape, seed),
-        }
-        rest |= {"FACTORS": factors is not None, "TERMS": terms}
+        rest = {**numbers, "headroom": spec.headroom, "plane": x.numel(), **_codes(spec), **tile}
+        rest |= {**_mode(spec, shape, seed), "FACTORS": factors is not None, "TERMS": terms}
         return _fake_quantize, _grid(numbers, tile), _ordered(_fake_quantize, rest)
 
     key = ("round", shape, spec, seed is None, x.dtype, out.dtype, factors is None, terms)

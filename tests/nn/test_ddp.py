@@ -1,7 +1,6 @@
 """torch's DistributedDataParallel around DSQ layers: what fairseq's pytorch_ddp is on GPUs, here on CPUs with gloo."""
 
 import contextlib
-import socket
 
 import torch
 from command import together
@@ -10,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from fairseq_dsq.nn import DSQContext, GemmConfig, convert
 from fairseq_dsq.precision import parse_levels
+from scripts.distributed import free_port
 
 VOCABULARY, WIDTH, RANKS, ACCUMULATED = 50, 32, 2, 2
 
@@ -64,7 +64,4 @@ def worker(rank, port):
 
 
 def test_gradients_of_two_workers_add_up_to_one_s():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together(worker, (port,), RANKS)
+    together(worker, (free_port(),), RANKS)

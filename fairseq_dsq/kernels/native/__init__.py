@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import E4M3_SCALE, FLOAT32_SCALE, POWER_OF_TWO, Format, KernelSpec
+from fairseq_dsq.formats import E4M3_SCALE, FLOAT32_SCALE, MAX_BOX_SIZE, POWER_OF_TWO, Format, KernelSpec
 from fairseq_dsq.kernels import memory
 
 ISAS = ("amx", "avx512", "avx2", "baseline")
@@ -307,12 +307,6 @@ class Kernels:
         """Write the rounded values of ``x`` to ``out``, which may be ``x``."""
         self._round(x, out, shape, self._format_for(x, spec), seed)
 
-    def quantize_elements(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> float:
-        """Write the rounded values without the scale of the tensor, which is returned; of a format that has one."""
-        fmt = self._format_for(x, spec, elements=True)
-        self._round(x, out, shape, fmt, seed)
-        return float(fmt.contents.tensor_scale)
-
     def _round(self, x: Tensor, out: Tensor, shape: Shape, fmt: Any, seed: int | None) -> None:
         stochastic, threads = seed is not None, self._threads(x)
         self._fake_quantize(
@@ -328,10 +322,10 @@ class Kernels:
         """Write the values of packed bytes to ``out``."""
         self._unpack_to(data, out, shape, _format(spec))
 
-    def unpack_elements(self, data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> float:
-        """Write the values without the scale of the tensor, which is returned; of a format that has one."""
-        self._unpack_to(data, out, shape, _format(spec, elements=True))
-        return ctypes.c_float.from_address(data.data_ptr()).value
+    def unpack_factors(self, data: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec) -> None:
+        """Write what :meth:`factorize` gave of what was packed."""
+        self._unpack_to(data, elements, shape, _format(spec, elements=True))
+        factors.fill_(ctypes.c_float.from_address(data.data_ptr()).value)
 
     def _unpack_to(self, data: Tensor, out: Tensor, shape: Shape, fmt: Any) -> None:
         bfloat16 = _is_bfloat16(out, fmt)
@@ -353,10 +347,23 @@ class Kernels:
             *(fmt, _format(stash_spec), self._threads(x)),
         )
 
-    def factorize(self, x: Tensor, elements: Tensor, factors: Tensor, spec: KernelSpec, seed: int | None) -> None:
-        """Write the elements of ``x``, whose rows (its last dimension) are one group each, and a factor for each."""
-        length, stochastic = x.shape[-1], seed is not None
-        rows, threads = x.numel() // length, self._threads(x)
+    def factorizes(self, spec: KernelSpec, shape: Shape, packed: bool) -> bool:
+        """Whether :meth:`factorize`, or :meth:`unpack_factors`, knows the format: a number for the tensor over scales
+        of boxes; one scale for each row in one piece, but not packed."""
+        rows = spec.scale == POWER_OF_TWO and spec.box_size == MAX_BOX_SIZE and shape[2] == 1
+        return spec.scale == E4M3_SCALE or (rows and not packed)
+
+    def factorize(
+        self, x: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec, seed: int | None
+    ) -> None:
+        """Write the elements of ``x``, and the factor of each row, or of the tensor."""
+        if spec.scale == E4M3_SCALE:
+            fmt = self._format_for(x, spec, elements=True)
+            self._round(x, elements, shape, fmt, seed)
+            factors.fill_(fmt.contents.tensor_scale)
+            return
+        rows, length, _ = shape
+        stochastic, threads = seed is not None, self._threads(x)
         self._factorize(
             *(x.data_ptr(), elements.data_ptr(), factors.data_ptr(), rows, length),
             *(_format(spec), stochastic, seed or 0, threads),
