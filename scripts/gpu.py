@@ -142,7 +142,8 @@ def bits(check: Check) -> Iterator[dict[str, Any]]:
             ok &= same(ops.pack(there, dim, text, seed), data)
             ok &= same(ops.unpack(data.to(check.device), shape, dim, text, dtype), expected)
         yield {"what": f"{text} {str(dtype)[6:]}", "ok": ok}
-    for texts in (("bfp2", "bfp16", "bfp2"), ("bfp16", "bfp9", "bfp16"), ("bfp8", "bfp24", "bfp5")):
+    three = [("bfp2", "bfp16", "bfp2"), ("bfp16", "bfp9", "bfp16"), ("bfp8", "bfp24", "bfp5")]
+    for texts in (*three, ("fixed16", "fixed9", "fixed4")):
         ok = True
         for shape in shapes:
             x = awkward(shape, torch.float32, 5)
@@ -158,14 +159,14 @@ def bits(check: Check) -> Iterator[dict[str, Any]]:
         "what": "three matrices where they lie",
         "ok": all(same(got, wanted.cpu()) for got, wanted in zip(apart, stacked, strict=True)),
     }
-    for dtype, dim in itertools.product(dtypes, (-1, -2)):
+    for dtype, dim, text in itertools.product(dtypes, (-1, -2), ("bfp16", "fixed16")):
         xs = [awkward(shape, dtype, 8).to(check.device) for shape in ((512, 512), (37, 50), (1, 1), (2048, 130))]
-        if not ops.reads_once(xs[0], [parse("bfp16")]):
+        if not ops.reads_once(xs[0], [parse(text)]):
             continue
-        made = zip(ops.Matrices(xs, dim, parse("bfp16")).quantize(), xs, strict=True)
+        made = zip(ops.Matrices(xs, dim, parse(text)).quantize(), xs, strict=True)
         alone = ops.round_terms if dtype is torch.float32 else functools.partial(ops.fake_quantize, dtype=dtype)
-        ok = all(same(got, alone(x, dim, "bfp16", None).cpu()) for got, x in made)
-        yield {"what": f"many matrices {str(dtype)[6:]} {dim}", "ok": ok}
+        ok = all(same(got, alone(x, dim, text, None).cpu()) for got, x in made)
+        yield {"what": f"many matrices {text} {str(dtype)[6:]} {dim}", "ok": ok}
     for dtype in dtypes:
         x = awkward((130, 257), dtype, 6)
         ones = masks.pack_positive(x)

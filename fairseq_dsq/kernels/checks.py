@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats import MIN_BITS, Format
+from fairseq_dsq.formats import MIN_BITS, Format, parse
 from fairseq_dsq.kernels import masks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -122,16 +122,19 @@ def quantize_both(
     if in_terms and dtype is not torch.float32:
         raise ValueError(f"in_terms: got True with {dtype}, expected torch.float32, of which terms are the sum")
     for fmt in (first, second, stash):
-        if fmt is not None and not isinstance(fmt.group, int):
-            raise ValueError(f"quantize_both: got {fmt}, expected formats with a box size")
+        if fmt is not None and not isinstance(fmt.group, int) and fmt.group != "tensor":
+            raise ValueError(f"quantize_both: got {fmt}, expected formats with a box size or one scale for the tensor")
 
 
-def alike(xs: Sequence[Tensor]) -> None:
-    """Refuse tensors that cannot be stacked.
+def stacked(xs: Sequence[Tensor], fmts: Sequence[str]) -> None:
+    """Refuse tensors that cannot be stacked, and what rounds a stack otherwise than each of them.
 
     Raises:
-        ValueError: one line names the tensors.
+        ValueError: one line names the tensors, or the format.
     """
+    for fmt in filter(None, fmts):
+        if len(xs) > 1 and parse(fmt).mixes:
+            raise ValueError(f"quantize_both: got {fmt} for {len(xs)} tensors, expected one, which shares its scale")
     kinds = dict.fromkeys((tuple(x.shape), x.dtype, x.device) for x in xs)
     if len(kinds) != 1:
         got = ", ".join(f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds) or "none"

@@ -244,7 +244,7 @@ def _quantize_both(
     xs: list[Tensor], along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if len(xs) != 1:
-        checks.alike(xs)
+        checks.stacked(xs, (along, across, stash))
     x = xs[0]
     kernels = _kernels(x.device)
     once = _once(kernels, _stacked(xs), x.dtype, (along, across, stash), dtype, in_terms)
@@ -323,9 +323,10 @@ def _once(
 
 @lru_cache(maxsize=4096)
 def _reads_once(kernels: Any, shape: torch.Size, fmts: tuple[Format, ...]) -> bool:
-    if not _is_gpu(kernels) or shape.numel() == 0 or not kernels.fits_both(_shape_around(shape, -2)):
+    specs = [fmt.spec for fmt in fmts]
+    if not _is_gpu(kernels) or shape.numel() == 0 or None in specs:
         return False
-    return all(fmt.spec is not None and kernels.reads_once(fmt.spec) for fmt in fmts)
+    return kernels.reads_once(specs, _shape_around(shape, -2))  # type: ignore[no-any-return]
 
 
 def reads_once(x: Tensor, fmts: Sequence[Format]) -> bool:
@@ -367,7 +368,8 @@ class Matrices:
         """The values of each matrix; of a float32 one its bfloat16 terms, stacked in front."""
         dtype = torch.bfloat16 if self._terms else self._dtype
         out = torch.empty(sum(self._sizes), dtype=dtype, device=self._device)
-        self._kernels.quantize_many(self._table, out, self._dtype, self._along, self._fmt.spec, self._terms)
+        of_all = out, self._dtype, self._along, self._fmt.spec, self._terms
+        self._kernels.quantize_many(self._table, len(self._shapes), *of_all)
         pieces = zip(out.split(self._sizes), self._shapes, strict=True)
         return [piece[: math.prod(shape)].view(shape) for piece, shape in pieces]
 
@@ -537,7 +539,7 @@ def _quantize_and_pack_fake(x: Tensor, operand: str, stash: str, dtype: torch.dt
 def _quantize_both_fake(
     xs: list[Tensor], along: str, across: str, stash: str, dtype: torch.dtype, in_terms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.alike(xs)
+    checks.stacked(xs, (along, across, stash))
     x = xs[0].new_empty(_stacked(xs))
     along_fmt, across_fmt, stash_fmt = (formats.parse(fmt) if fmt else None for fmt in (along, across, stash))
     checks.quantize_both(x, along_fmt, across_fmt, stash_fmt, dtype, in_terms)

@@ -3,7 +3,7 @@ of two or a float32.
 
 One program takes a tile of boxes, a row each, wherever the boxes lie in memory: nothing is transposed. Full boxes and
 the short last ones go in one launch. What shares a scale and fits no tile goes in chunks, in the place of boxes, after
-a pass that finds its largest magnitude, which stays on the device. Floats are added and multiplied as on a CPU:
+torch has found its largest magnitude, which stays on the device. Floats are added and multiplied as on a CPU:
 nothing is fused (it would not show: products by powers of two are exact) and subnormal numbers are kept, but by
 Triton's ``floor``. There it does not show: a code just below zero comes out as zero either way, rounded down to -0 or
 down to -1 and up again.
@@ -322,22 +322,19 @@ def _store_terms(pointers, plane, value, mask, TERMS: tl.constexpr):
         value = value - upper.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _round_to(
+    x, exponent, pointers, plane, inside, BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, MIN_CODE: tl.constexpr,
+    MAX_CODE: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Store integers under biased exponents, rounded to nearest."""
+    magnitude = _magnitudes(x, exponent, 0, 0, 0, BITS, 0, MIN_CODE, MAX_CODE, False, False)
+    sign = x.to(tl.uint32, bitcast=True) >> 31
+    _store_terms(pointers, plane, _values(magnitude, sign, exponent, BITS, 0, SIGNED_ZERO, False), inside, TERMS)
+
+
 # The kernels. Shapes are (before, length, after); ``total`` full boxes and ``shorts`` short ones, of chunks: fibres;
 # ``all_boxes`` of both; ``low`` and ``high`` are the halves of the seed; ``largest`` is read where GROUPED.
-
-
-@triton.jit(do_not_specialize=["all_boxes", "boxes"])
-def _largest(
-    x_ptr, largest_ptr, all_boxes, length, boxes, after,
-    BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The bits of the largest magnitude of each fibre; the order in which chunks come does not matter."""
-    box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
-    along = tl.arange(0, BOX).to(base.dtype)[None, :]
-    exists = box < all_boxes
-    x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length))
-    found = tl.max(_magnitude_bits(x), axis=1)[:, None]
-    tl.atomic_max(largest_ptr + fibre * after + column, found, mask=exists)
 
 
 @triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom"])
@@ -371,15 +368,17 @@ def _fake_quantize(
     _store_terms(out_ptr + index, plane, value, inside, TERMS)
 
 
-@triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom", "full", "shorts"])
+@triton.jit(do_not_specialize=["low", "high", "all_boxes", "boxes", "headroom", "full", "shorts", "o_headroom"])
 def _pack(
-    x_ptr, data_ptr, largest_ptr, low, high, all_boxes, length, boxes, after, headroom, total, full, shorts,
-    BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr,
+    x_ptr, data_ptr, largest_ptr, out_ptr, low, high, all_boxes, length, boxes, after, headroom, total, full, shorts,
+    o_headroom, BITS: tl.constexpr, EXPONENT_BITS: tl.constexpr, SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr,
     ELEMENT: tl.constexpr, LEAST: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
     BOX_SIZE: tl.constexpr, BOX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr,
     GROUPED: tl.constexpr, RAGGED: tl.constexpr, BYTES: tl.constexpr, TOUCHED: tl.constexpr,
-    FLOAT_SCALE: tl.constexpr,
+    FLOAT_SCALE: tl.constexpr, O_BITS: tl.constexpr, O_SIGNED_ZERO: tl.constexpr, O_FIXED: tl.constexpr,
+    O_MIN: tl.constexpr, O_MAX: tl.constexpr, O_TERMS: tl.constexpr,
 ):  # fmt: skip
+    """The bytes; with O_BITS, of one scale for the tensor, also its values in another such format of integers."""
     box, fibre, place, column, base = _boxes(length, boxes, after, BOX_SIZE, BLOCK, WIDE)
     exists = box < all_boxes
     begins = place * BOX_SIZE
@@ -396,6 +395,12 @@ def _pack(
     for byte in tl.static_range(4 if FLOAT_SCALE else 1):
         piece = ((scale >> (8 * byte)) & 0xFF).to(tl.uint8)
         tl.store(data_ptr + scale_at + byte, piece, mask=exists & (place == 0) if GROUPED else exists)
+    if O_BITS > 0:
+        along = tl.arange(0, BOX).to(base.dtype)[None, :]
+        inside = exists & (along < BOX_SIZE) & (begins + along < length)
+        x = _load(x_ptr + base + along, inside)
+        exponent = _exponent(largest, o_headroom, O_FIXED, 0, 1)
+        _round_to(x, exponent, out_ptr + base + along, length, inside, O_BITS, O_SIGNED_ZERO, O_MIN, O_MAX, O_TERMS)
     # Each byte encodes the TOUCHED codes that may lie in it anew, from values now in the cache: no lane asks another.
     byte = tl.arange(0, BYTES).to(base.dtype)[None, :]
     packed = tl.zeros([BLOCK, BYTES], tl.uint32)
@@ -493,18 +498,6 @@ def _spread(of_boxes, ALONG: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr
     return tl.reshape(each, [SIDE, SIDE])
 
 
-@triton.jit
-def _round_tile(
-    x, largest, headroom, pointers, plane, inside, ALONG: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
-    TERMS: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr,
-):  # fmt: skip
-    """Store a square tile of sign-magnitude integers, rounded to nearest in boxes of these largest magnitudes."""
-    exponent = _spread(_exponent(largest, headroom, 0, 0, 1), ALONG, SIDE, BOX)
-    magnitude = _magnitudes(x, exponent, 0, 0, 0, BITS, 0, -MAX_CODE, MAX_CODE, False, False)
-    sign = x.to(tl.uint32, bitcast=True) >> 31
-    _store_terms(pointers, plane, _values(magnitude, sign, exponent, BITS, 0, True, False), inside, TERMS)
-
-
 @triton.jit(do_not_specialize=["n_headroom", "m_headroom", "s_headroom", "full", "rest"])
 def _both(
     x_ptr, x1_ptr, x2_ptr, n_ptr, m_ptr, stash_ptr, n_headroom, m_headroom, s_headroom, M, N, plane, total, full, rest,
@@ -536,12 +529,13 @@ def _both(
         x = _load(x_ptr + index, inside)
     bits = _magnitude_bits(x)
     if N_BITS > 0:
-        largest = _largest_of_boxes(bits, True, SIDE, BOX)
-        _round_tile(x, largest, n_headroom, n_ptr + index, plane, inside, True, N_BITS, N_MAX, N_TERMS, SIDE, BOX)
+        exponent = _spread(_exponent(_largest_of_boxes(bits, True, SIDE, BOX), n_headroom, 0, 0, 1), True, SIDE, BOX)
+        _round_to(x, exponent, n_ptr + index, plane, inside, N_BITS, True, -N_MAX, N_MAX, N_TERMS)
     if M_BITS + S_BITS > 0:
         largest = _largest_of_boxes(bits, False, SIDE, BOX)
     if M_BITS > 0:
-        _round_tile(x, largest, m_headroom, m_ptr + index, plane, inside, False, M_BITS, M_MAX, M_TERMS, SIDE, BOX)
+        exponent = _spread(_exponent(largest, m_headroom, 0, 0, 1), False, SIDE, BOX)
+        _round_to(x, exponent, m_ptr + index, plane, inside, M_BITS, True, -M_MAX, M_MAX, M_TERMS)
     if S_BITS > 0:
         scale = _exponent(largest, s_headroom, 0, 0, 1)
         exponent = _spread(scale, False, SIDE, BOX)
@@ -573,22 +567,42 @@ def _both(
             tl.store(stash_ptr + code_at[:, :, None] + 8 * word + byte, data, mask=mask)
 
 
-@triton.jit(do_not_specialize=["headroom"])
-def _many(
-    table_ptr, out_ptr, headroom, DTYPE: tl.constexpr, ALONG: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
-    TERMS: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr,
-):  # fmt: skip
-    """Square tiles of many matrices, rounded in boxes along their rows or down their columns; see :func:`table_of`."""
-    line = table_ptr + tl.program_id(0) * 6
+@triton.jit
+def _tile_of_many(table_ptr, DTYPE: tl.constexpr, SIDE: tl.constexpr):
+    """This program's square tile of a table's matrices (:func:`table_of`): its line, values, and where these lie."""
+    line = table_ptr + tl.program_id(0) * 7
     x_ptr = tl.load(line).to(tl.pointer_type(DTYPE))
     M, N = tl.load(line + 2), tl.load(line + 3)
     row = tl.load(line + 4) * SIDE + tl.arange(0, SIDE)[:, None]
     column = tl.load(line + 5) * SIDE + tl.arange(0, SIDE)[None, :]
     inside = (row < M) & (column < N)
-    x = _load(x_ptr + row * N + column, inside)
-    largest = _largest_of_boxes(_magnitude_bits(x), ALONG, SIDE, BOX)
-    pointers = out_ptr + tl.load(line + 1) + row * N + column
-    _round_tile(x, largest, headroom, pointers, M * N, inside, ALONG, BITS, MAX_CODE, TERMS, SIDE, BOX)
+    index = row * N + column
+    return line, _load(x_ptr + index, inside), index, M * N, inside
+
+
+@triton.jit
+def _largest_of_many(table_ptr, largest_ptr, DTYPE: tl.constexpr, SIDE: tl.constexpr):
+    """The bits of the largest magnitude of each matrix."""
+    line, x, _index, _plane, _inside = _tile_of_many(table_ptr, DTYPE, SIDE)
+    tl.atomic_max(largest_ptr + tl.load(line + 6), tl.max(_magnitude_bits(x)))
+
+
+@triton.jit(do_not_specialize=["headroom"])
+def _many(
+    table_ptr, out_ptr, largest_ptr, headroom, DTYPE: tl.constexpr, ALONG: tl.constexpr, BITS: tl.constexpr,
+    SIGNED_ZERO: tl.constexpr, FIXED: tl.constexpr, MIN_CODE: tl.constexpr, MAX_CODE: tl.constexpr,
+    TERMS: tl.constexpr, SIDE: tl.constexpr, BOX: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Square tiles of many matrices, rounded under one scale each, or in boxes along their rows or their columns."""
+    line, x, index, plane, inside = _tile_of_many(table_ptr, DTYPE, SIDE)
+    if GROUPED:
+        largest = tl.zeros([1, 1], tl.int32) + tl.load(largest_ptr + tl.load(line + 6))
+        exponent = _exponent(largest, headroom, FIXED, 0, 1)
+    else:
+        largest = _largest_of_boxes(_magnitude_bits(x), ALONG, SIDE, BOX)
+        exponent = _spread(_exponent(largest, headroom, FIXED, 0, 1), ALONG, SIDE, BOX)
+    pointers = out_ptr + tl.load(line + 1) + index
+    _round_to(x, exponent, pointers, plane, inside, BITS, SIGNED_ZERO, MIN_CODE, MAX_CODE, TERMS)
 
 
 @triton.jit(do_not_specialize=["low", "high"])
@@ -715,16 +729,26 @@ def factorizes(spec: KernelSpec, shape: Shape, packed: bool) -> bool:
     return spec.box_size in (0, ALL_OF_A_ROW)
 
 
-def reads_once(spec: KernelSpec) -> bool:
-    """Whether :func:`quantize_both` knows the format: sign-magnitude integers in boxes of 16."""
-    symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
+def reads_once(specs: Sequence[KernelSpec], shape: Shape) -> bool:
+    """Whether :func:`quantize_both` knows the formats: integers in boxes of 16 all, or of one scale for the tensor."""
+    if all(map(_is_whole, specs)):
+        return True
+    # CUDA counts programs in 16 bits but for one axis.
+    return all(map(_is_in_boxes, specs)) and shape[0] < 1 << 16 and shape[1] <= SIDE << 15
+
+
+def _has_integers(spec: KernelSpec) -> bool:
     plain = not (spec.exponent_bits or spec.element_exponent) and spec.least_exponent == 1
-    return symmetric and plain and spec.scale == POWER_OF_TWO and spec.box_size == BOTH_BOX
+    return plain and spec.scale == POWER_OF_TWO
 
 
-def fits_both(shape: Shape) -> bool:
-    """Whether matrices go in one launch of :func:`quantize_both`: CUDA counts programs in 16 bits but for one axis."""
-    return shape[0] < 1 << 16 and shape[1] <= SIDE << 15
+def _is_in_boxes(spec: KernelSpec) -> bool:
+    symmetric = bool(spec.signed_zero) and spec.min_code == -spec.max_code and not spec.fixed_exponent
+    return symmetric and _has_integers(spec) and spec.box_size == BOTH_BOX
+
+
+def _is_whole(spec: KernelSpec) -> bool:
+    return spec.box_size == 0 and _has_integers(spec)
 
 
 def check(device: torch.device) -> None:
@@ -770,12 +794,13 @@ def _check(device: torch.device) -> None:
         pack(x, packed, shape, spec, seed)
         unpack(data, unpacked, shape, spec)
         pairs += [(rounded, expected), (packed, data), (unpacked, expected)]
-    boxes, spec = BlockFloat(5), _spec_of(BlockFloat(5))
-    along, across = (torch.empty_like(x) for _ in range(2))
-    stash = torch.empty(boxes.nbytes(x.shape, 0), dtype=torch.uint8, device=device)
-    quantize_both([x], shape, (along, spec, 0), (across, spec, 0), (stash, spec))
-    pairs += [(out, definition.fake_quantize(x, boxes, dim, None, x.dtype)) for out, dim in ((along, 1), (across, 0))]
-    pairs.append((stash, definition.pack(x, boxes, 0, None)))
+    for fmt in (BlockFloat(5), FixedPoint(5)):
+        spec = _spec_of(fmt)
+        along, across = (torch.empty_like(x) for _ in range(2))
+        stash = torch.empty(fmt.nbytes(x.shape, 0), dtype=torch.uint8, device=device)
+        quantize_both([x], shape, (along, spec, 0), (across, spec, 0), (stash, spec))
+        pairs += [(out, definition.fake_quantize(x, fmt, dim, None, x.dtype)) for out, dim in ((along, 1), (across, 0))]
+        pairs.append((stash, definition.pack(x, fmt, 0, None)))
     ones = torch.empty(masks.nbytes(x.numel()), dtype=torch.uint8, device=device)
     dropped, masked = torch.empty_like(x), torch.empty_like(x)
     pack_positive(x, ones)
@@ -787,24 +812,34 @@ def _check(device: torch.device) -> None:
         raise DifferentResult("the result is not that of the definition")
 
 
+# A tensor, what it is rounded to, and the bfloat16 terms in front of it; 0 for values as they are.
+Rounded = tuple[Tensor, KernelSpec, int]
+
 # All tensors below are contiguous, on one CUDA device and not empty: values float32, bfloat16 or float16, packed bytes
 # uint8; seen as ``shape`` (before, length, after) with the groups along ``length``. ``seed`` None rounds to nearest.
 
 
 def fake_quantize(x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None, terms: int = 0) -> None:
     """Write the rounded values of ``x`` to ``out``, as so many bfloat16 terms if any; ``covers(spec)`` holds."""
-    _round(x, out, None, shape, spec, seed, terms)
+    _round(x, out, None, shape, spec, seed, terms, _largest_of(x, shape, spec))
 
 
 def factorize(x: Tensor, elements: Tensor, factors: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
     """Write float32 elements of ``x`` and the factor of each row, or of the tensor; of a format with such scales."""
-    _round(x, elements, factors, shape, spec, seed, 0)
+    _round(x, elements, factors, shape, spec, seed, 0, _largest_of(x, shape, spec))
 
 
 def _round(
-    x: Tensor, out: Tensor, factors: Tensor | None, shape: Shape, spec: KernelSpec, seed: int | None, terms: int
+    x: Tensor,
+    out: Tensor,
+    factors: Tensor | None,
+    shape: Shape,
+    spec: KernelSpec,
+    seed: int | None,
+    terms: int,
+    largest: Tensor,
 ) -> None:
-    shape, largest = _groups(x, shape, spec)
+    shape = _shape_of_groups(shape, spec)
 
     def prepare() -> Any:
         numbers, tile = _tile(shape, spec, out.numel())
@@ -818,21 +853,39 @@ def _round(
 
 def pack(x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
     """Write the packed bytes of ``x`` to ``data``; as for :func:`fake_quantize`."""
-    shape, largest = _groups(x, shape, spec)
+    _pack_and_round(x, data, shape, spec, seed, _largest_of(x, shape, spec), None)
+
+
+def _pack_and_round(
+    x: Tensor,
+    data: Tensor,
+    shape: Shape,
+    spec: KernelSpec,
+    seed: int | None,
+    largest: Tensor,
+    rounded: Rounded | None,
+) -> None:
+    """:func:`pack`, and what is to be rounded to nearest beside it, where all of ``x`` has one scale."""
+    shape = _shape_of_groups(shape, spec)
 
     def prepare() -> Any:
         bits = spec.bits
-        numbers, tile = _tile(shape, spec, max(x.numel(), data.numel()))
+        numbers, tile = _tile(shape, spec, max(x.numel() * max(1, rounded[2] if rounded else 0), data.numel()))
         box_bytes = -(-min(tile["BOX_SIZE"], shape[1]) * bits // 8)
+        beside = rounded[1] if rounded else spec
         rest = {
             **numbers, **_layout(shape, spec, tile), "headroom": spec.headroom, **_codes(spec), **tile,
             **_mode(spec, shape, seed), "BYTES": _power_of_two_above(box_bytes),
             "TOUCHED": max((8 * byte + 7) // bits - 8 * byte // bits + 1 for byte in range(bits)),
+            "o_headroom": beside.headroom, "O_BITS": beside.bits if rounded else 0,
+            "O_SIGNED_ZERO": bool(beside.signed_zero), "O_FIXED": beside.fixed_exponent, "O_MIN": beside.min_code,
+            "O_MAX": beside.max_code, "O_TERMS": rounded[2] if rounded else 0,
         }  # fmt: skip
         return _pack, _grid(numbers, tile), _ordered(_pack, rest)
 
-    key = ("pack", shape, spec, seed is None, x.dtype)
-    _start(key, (x, data, largest), _seed_halves(seed), prepare)
+    out = rounded[0] if rounded else data
+    key = ("pack", shape, spec, seed is None, x.dtype, rounded and (rounded[1], rounded[2], out.dtype))
+    _start(key, (x, data, largest, out), _seed_halves(seed), prepare)
 
 
 def unpack(data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, terms: int = 0) -> None:
@@ -862,10 +915,6 @@ def _unpack_to(data: Tensor, out: Tensor, factors: Tensor | None, shape: Shape, 
     _start(key, (data, out, out if factors is None else factors), (), prepare)
 
 
-# A tensor, what it is rounded to, and the bfloat16 terms in front of it; 0 for values as they are.
-Rounded = tuple[Tensor, KernelSpec, int]
-
-
 def quantize_both(
     xs: Sequence[Tensor],
     shape: Shape,
@@ -875,12 +924,20 @@ def quantize_both(
 ) -> None:
     """Round matrices to nearest in boxes along their rows and across them, and pack them across, reading them once.
 
+    In formats of one scale for the tensor, of which there is one, after a pass that finds the largest magnitude.
+
     Args:
         xs: ``shape`` (matrices, M, N) in one tensor, or each matrix by itself, MOST_APART at most.
         along: what is rounded in boxes along N.
         across: along M.
         stash: packed in boxes along M.
     """
+    specs = [part[1] for part in (along, across, stash) if part]
+    if all(map(_is_whole, specs)):
+        _quantize_whole(
+            xs[0], shape, _largest_of(xs[0], shape, specs[0]), [part for part in (along, across) if part], stash
+        )
+        return
     batch, m, n = shape
 
     def prepare() -> Any:
@@ -909,6 +966,16 @@ def quantize_both(
     _start(key, (*apart, *outs), (), prepare)
 
 
+def _quantize_whole(
+    x: Tensor, shape: Shape, largest: Tensor, rounded: list[Rounded], stash: tuple[Tensor, KernelSpec] | None
+) -> None:
+    if stash:
+        data, spec = stash
+        _pack_and_round(x, data, shape, spec, None, largest, rounded.pop() if rounded else None)
+    for out, spec, terms in rounded:
+        _round(x, out, None, shape, spec, None, terms, largest)
+
+
 # Of a pointer in a table.
 _FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -916,33 +983,40 @@ _FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 def table_of(matrices: Sequence[Tensor], begins: Sequence[int]) -> Tensor:
     """Where :func:`quantize_many` reads and writes, on the device of the matrices.
 
-    A line for each square tile: the matrix's address, the first element of what is made of it, its M and N, and which
-    tile down and along it is.
+    A line for each square tile: the matrix's address, the first element of what is made of it, its M and N, which tile
+    down and along it is, and the matrix's number.
     """
     lines = []
-    for x, begin in zip(matrices, begins, strict=True):
+    for number, (x, begin) in enumerate(zip(matrices, begins, strict=True)):
         m, n = x.shape
         tiles = torch.cartesian_prod(torch.arange(-(-m // SIDE)), torch.arange(-(-n // SIDE)))
         of_matrix = torch.tensor([x.data_ptr(), begin, m, n]).expand(len(tiles), 4)
-        lines.append(torch.cat([of_matrix, tiles], 1))
+        lines.append(torch.cat([of_matrix, tiles, torch.full((len(tiles), 1), number)], 1))
     return torch.cat(lines).to(matrices[0].device)
 
 
-def quantize_many(table: Tensor, out: Tensor, dtype: torch.dtype, along: bool, spec: KernelSpec, terms: int) -> None:
-    """Round the matrices of a table, of ``dtype``, to nearest in boxes along their rows, or across them.
+def quantize_many(
+    table: Tensor, count: int, out: Tensor, dtype: torch.dtype, along: bool, spec: KernelSpec, terms: int
+) -> None:
+    """Round the ``count`` matrices of a table, of ``dtype``, to nearest: in boxes along their rows, or across them.
+
+    In a format of one scale for the tensor after a pass that finds the largest magnitudes.
 
     Args:
         out: of each matrix the values, or so many bfloat16 terms if any, from where the table says.
     """
+    whole, largest, of_tile = _is_whole(spec), table, {"DTYPE": _FLOATS[dtype], "SIDE": SIDE}
+    if whole:
+        largest = torch.zeros(count, dtype=torch.int32, device=table.device)
+        launch = _largest_of_many, (len(table),), _ordered(_largest_of_many, of_tile)
+        _start(("largest of many", len(table), dtype), (table, largest), (), lambda: launch)
 
     def prepare() -> Any:
-        rest = {
-            "headroom": spec.headroom, "DTYPE": _FLOATS[dtype], "ALONG": along, "BITS": spec.bits,
-            "MAX_CODE": spec.max_code, "TERMS": terms, "SIDE": SIDE, "BOX": BOTH_BOX,
-        }  # fmt: skip
-        return _many, (len(table),), _ordered(_many, rest)
+        codes = {name: _codes(spec)[name] for name in ("BITS", "SIGNED_ZERO", "FIXED", "MIN_CODE", "MAX_CODE")}
+        rest = {"headroom": spec.headroom, "ALONG": along, **codes, "TERMS": terms, "BOX": BOTH_BOX, "GROUPED": whole}
+        return _many, (len(table),), _ordered(_many, rest | of_tile)
 
-    _start(("many", len(table), dtype, out.dtype, along, spec, terms), (table, out), (), prepare)
+    _start(("many", len(table), dtype, out.dtype, along, spec, terms), (table, out, largest), (), prepare)
 
 
 def dropout(x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
@@ -981,19 +1055,13 @@ def _shape_of_groups(shape: Shape, spec: KernelSpec) -> Shape:
     return (1, math.prod(shape), 1) if spec.box_size == 0 else shape
 
 
-def _groups(x: Tensor, shape: Shape, spec: KernelSpec) -> tuple[Shape, Tensor]:
-    """The shape in which groups are fibres, and the bits of the largest magnitude of each, where chunks need them."""
+def _largest_of(x: Tensor, shape: Shape, spec: KernelSpec) -> Tensor:
+    """The bits of the largest magnitude of each group, where they go in chunks; else ``x``, which nothing reads."""
     if not _grouped(spec, shape):
-        return shape, x
-    shape = _shape_of_groups(shape, spec)
-    largest = torch.zeros(shape[0] * shape[2], dtype=torch.int32, device=x.device)
-
-    def prepare() -> Any:
-        numbers, tile = _tile(shape, spec, x.numel())
-        return _largest, _grid(numbers, tile), _ordered(_largest, {**numbers, **tile})
-
-    _start(("largest", shape, spec.box_size, x.dtype), (x, largest), (), prepare)
-    return shape, largest
+        return x
+    groups = x.view(_shape_of_groups(shape, spec))
+    largest: Tensor = torch.linalg.vector_norm(groups, math.inf, 1, dtype=torch.float32)
+    return largest.view(torch.int32)
 
 
 def _tile(shape: Shape, spec: KernelSpec, elements: int) -> tuple[dict[str, int], dict[str, Any]]:

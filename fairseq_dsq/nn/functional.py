@@ -209,25 +209,30 @@ class _Quantizer:
             ledger.record_stash(role, tuple(packed.shape), packed.dim, self.config.precision, packed.nbytes)
 
     def operand_and_stash(
-        self, x: Tensor, plan: Plan, which: int, stash: StashRole | None, ledger: Ledger | None
+        self, x: Tensor, plan: Plan, which: int, reduction: int, stash: StashRole | None, ledger: Ledger | None
     ) -> tuple[Operand, QuantizedTensor | None]:
-        """A GEMM's operand (..., M, K), and what is kept of it in groups along M, if anything; read together."""
-        side = plan.sides[which]
+        """The operand of a GEMM that sums over ``reduction`` of it, -1 or -2, and what is kept of it, if anything.
+
+        Its groups lie along the other dimension. Read together.
+        """
+        side, kept_along = plan.sides[which], -3 - reduction
         if stash is None:
-            return self.operand(x, plan, which, -1), None
+            return self.operand(x, plan, which, reduction), None
         stash_fmt = self.config.precision.stash(stash)
         left_to_engine = plan.fused[which] and self.generator is None
         alone = left_to_engine or isinstance(side.fmt, Float32) or side.factored or self.config.rotates(_READER[stash])
+        # Kernels pack along M; where all of a tensor has one scale it is all the same.
+        alone = alone or (reduction != -1 and not side.fmt.group == stash_fmt.group == "tensor")
         if alone or self.generator is not None:
-            return self.operand(x, plan, which, -1), self.pack(x, stash, -2, ledger)
+            return self.operand(x, plan, which, reduction), self.pack(x, stash, kept_along, ledger)
         if plan.in_terms and self._reads_once(x, side.fmt, stash_fmt):
             rounded, _, data = self._round_once([x], side.fmt, None, stash_fmt, True)
-            packed = QuantizedTensor(data, x.shape, x.dtype, stash_fmt, -2)
-            operand = _of_terms(rounded, side, -1, x)
+            packed = QuantizedTensor(data, x.shape, x.dtype, stash_fmt, kept_along)
+            operand = _of_terms(rounded, side, reduction, x)
         else:
-            dims = self.config.dim(-1), self.config.dim(-2)
+            dims = self.config.dim(reduction), self.config.dim(kept_along)
             rounded, packed = quantize_and_pack(x, side.fmt, stash_fmt, *dims)
-            operand = Operand(rounded, side, -1)
+            operand = Operand(rounded, side, reduction)
         self.record(packed, stash, ledger)
         return operand, packed
 
@@ -291,10 +296,14 @@ class _Quantizer:
     def _read_together(
         self, grads: list[Tensor], needs: Sequence[tuple[bool, bool]], plans: dict[GemmKind, Plan]
     ) -> list[tuple[Operand, Operand]]:
-        """:meth:`grad_outputs` of gradients (M, N) that one kernel reads once; empty where none does."""
+        """:meth:`grad_outputs` of gradients (M, N) that one kernel reads once; empty where none does.
+
+        What has one scale is rounded alike in both directions: once will do, and each gradient has its own.
+        """
         input_plan, weight_plan = plans["grad_input"], plans["grad_weight"]
         side_n, side_m, first = input_plan.sides[0], weight_plan.sides[0], grads[0]
         planned = input_plan.in_terms and weight_plan.in_terms and all(map(all, needs))
+        planned = planned and not (side_n.fmt.mixes or side_m.fmt.mixes)
         rotated = self.config.rotates("grad_input") or self.config.rotates("grad_weight")
         if rotated or not (planned and self._reads_once(first, side_n.fmt, side_m.fmt)):
             return []
@@ -389,7 +398,7 @@ class _Linear(torch.autograd.Function):
         quantizer, plans = _Quantizer(config, seeds, together), _plans(config, x, -2)
         output = plans["output"]
         kept_as: StashRole | None = "input" if any(needs_weight) else None
-        operand, stash = quantizer.operand_and_stash(rows, output, 0, kept_as, ledger)
+        operand, stash = quantizer.operand_and_stash(rows, output, 0, -1, kept_as, ledger)
         outputs = []
         for layer, weight, bias, needs in zip(layers, weights, biases, needs_weight, strict=True):
             assert weight is not None
@@ -624,7 +633,6 @@ class Product:
         seeds = _draw_seeds(config)
         quantizer, plans = _Quantizer(config, seeds), _plans(config, a, n_dim)
         output, keeps_a, keeps_b = plans["output"], *kept
-        stash_b = None
         if a_comes_again:
             quantizer.skip_stash()
         # output: MxK @ KxN => MxN
@@ -632,15 +640,13 @@ class Product:
         if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
             operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
             stash_a = quantizer.pack(a, "input", -2, ledger) if keeps_a else None
+            stash_b = quantizer.pack(b, "weight", -1, ledger) if keeps_b else None
         else:
-            operand_a, stash_a = quantizer.operand_and_stash(a, output, 0, "input" if keeps_a else None, ledger)
-            if transpose_b:
-                operand_b, stash_b = quantizer.operand_and_stash(b, output, 1, "weight" if keeps_b else None, ledger)
-            else:
-                operand_b = quantizer.operand(b, output, 1, -2)
+            operand_a, stash_a = quantizer.operand_and_stash(a, output, 0, -1, "input" if keeps_a else None, ledger)
+            b_reduction = -1 if transpose_b else -2
+            kept_as: StashRole | None = "weight" if keeps_b else None
+            operand_b, stash_b = quantizer.operand_and_stash(b, output, 1, b_reduction, kept_as, ledger)
         y = output.multiply(operand_a, operand_b).to(a.dtype)
-        if keeps_b and not transpose_b:
-            stash_b = quantizer.pack(b, "weight", -1, ledger)
         specs = [None if stash is None else stash.spec for stash in (stash_a, stash_b)]
         sizes = (*a.shape[1:], y.shape[2], len(a))
         product = cls(config, ledger, ledger.scope if ledger else "", seeds, plans, transpose_b, specs, sizes)

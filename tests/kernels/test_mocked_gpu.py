@@ -16,8 +16,9 @@ LEVEL, FIXED = "--dsq-levels [2,2,2,16]", "--dsq-format fixed --dsq-levels [16,4
 
 
 # As many as the code makes: who changes it says by how many. The whole step had 877, 1306 where boxes were short,
-# and in fixed point some 24,000 of torch's; 683, 862 and 1373 when each weight was rounded by itself.
-@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 443), (f"{LEVEL} --dsq-stash-scope all", 622), (FIXED, 1373)])
+# and in fixed point some 24,000 of torch's; 683, 862 and 1373 when each weight was rounded by itself. In fixed point
+# torch finds 272 largest magnitudes beside, which were 605 of the 1373.
+@pytest.mark.parametrize(("flags", "most"), [(LEVEL, 443), (f"{LEVEL} --dsq-stash-scope all", 622), (FIXED, 439)])
 def test_a_step_launches_as_many_kernels_whether_boxes_are_full_or_short(flags, most):
     aligned, ragged = (python.launches(flags, length) for length in (ALIGNED, RAGGED))
     assert aligned == ragged

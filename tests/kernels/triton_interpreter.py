@@ -129,7 +129,7 @@ MINIFLOATS = ["mxfp4/16", "mxfp6e3m2/5-ceil", "mxfp8e4m3-even", "mxfp8e5m2/row",
 @pytest.mark.parametrize(("text", "seed"), [(text, SEEDS[place % 2]) for place, text in enumerate(MINIFLOATS)])
 def test_minifloats(text, seed):
     fmt = parse(text)
-    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once(fmt.spec)
+    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once([fmt.spec], (1, 2, 3))
     assert_equals_definition(awkward_tensor((35, 3), seed=1), fmt, 0, seed)
     x = torch.randn(3, 70, generator=seeded(2)) * torch.tensor([[1.0], [2.0**-125], [2.0**-140]])
     assert_equals_definition(x, fmt, 1, None if seed else SEEDS[1])
@@ -176,7 +176,7 @@ FLOAT_SCALED += ["fp8e4m3/tensor", "fp8e5m2/row", "fp8e4m3/32", "fp8e5m2/tensor"
 @pytest.mark.parametrize(("text", "seed"), [(text, SEEDS[place % 2]) for place, text in enumerate(FLOAT_SCALED)])
 def test_a_float_scale(text, seed):
     fmt = parse(text)
-    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once(fmt.spec)
+    assert triton_kernels.covers(fmt.spec) and not triton_kernels.reads_once([fmt.spec], (1, 2, 3))
     for index, (shape, dim) in enumerate([((2, 1030), 1), ((35, 6), 0), ((2, 19, 3), 1), ((3, 32), 1)]):
         x = awkward_tensor(shape, seed=index, finite=index > 1 or fmt.group == "tensor")
         x[..., 0] *= 2.0**-100
@@ -202,19 +202,24 @@ def test_half_precision_in_and_out(dtype):
 
 
 BOTH = [("bfp2", "bfp16", "bfp2"), ("bfp16", "bfp9", "bfp16"), ("bfp8-fit", "bfp3-fit", "bfp7"), ("bfp25", "bfp24", "")]
-BOTH += [("", "", "bfp5-fit"), ("", "bfp17", "bfp3"), ("bfp32", "bfp32", "bfp32")]
+BOTH += [("", "", "bfp5-fit"), ("", "bfp17", "bfp3"), ("bfp32", "bfp32", "bfp32"), ("fixed16", "", "fixed4")]
+BOTH += [("fixed9-fit", "fixed8.4", "fixed12"), ("fixed17", "fixed3", ""), ("", "", "fixed5-fit")]
+BOTH += [("fixed32", "", "fixed2"), ("fixed7-fit", "", "fixed12"), ("fixed12.3", "", "fixed7")]
 
 
-SHAPES = [(64, 32), (2, 33, 70), (5, 9), (2, 1, 20, 40)]
+SHAPES = [(64, 32), (2, 33, 70), (5, 9), (2, 1, 20, 40), (37, 31)]
 
 
-@pytest.mark.parametrize(("formats", "shape"), [(each, SHAPES[place % 4]) for place, each in enumerate(BOTH)], ids=str)
+@pytest.mark.parametrize(("formats", "shape"), [(each, SHAPES[place % 5]) for place, each in enumerate(BOTH)], ids=str)
 def test_one_read_for_both_directions_and_the_stash(formats, shape, monkeypatch):
     passes = []
     launch = triton_kernels.quantize_both
     monkeypatch.setattr(triton_kernels, "quantize_both", lambda *args: passes.append(1) or launch(*args))
+    fixed = any("fixed" in text for text in formats)
     for dtype, in_terms in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        x = awkward_tensor(shape, dtype=dtype, seed=len(shape))
+        x = awkward_tensor(shape, dtype=dtype, seed=len(shape), finite=fixed and dtype is torch.float32)
+        if fixed and dtype is torch.float32:  # so large that a scale that fits is another
+            x.view(-1)[3] = torch.ldexp(torch.tensor(1.999), torch.frexp(x.abs().max())[1])
         *rounded, stash = ops.quantize_both([x], *formats, dtype, in_terms)
         for got, text, dim in zip(rounded, formats, (-1, -2), strict=False):
             if not text:
@@ -250,6 +255,8 @@ def test_matrices_that_lie_apart_are_as_if_they_had_been_stacked(count, dtype, m
         for got, wanted in zip(rounded, expected, strict=False):
             assert_equal_bits(got, wanted)
         assert passes == [count if count <= triton_kernels.MOST_APART else 1]
+    with pytest.raises(ValueError, match=r"^quantize_both: got fixed16 for \d tensors, expected one, which shares its"):
+        ops.quantize_both(xs, "fixed16", "", "fixed4", dtype, False)
     with pytest.raises(ValueError, match=r"^xs: got \[33, 70\] of .*, \[33, 5\] of .*, expected tensors of one shape"):
         ops.quantize_both([xs[0], xs[0][:, :5]], *arguments)
 
@@ -258,7 +265,8 @@ def test_matrices_that_lie_apart_are_as_if_they_had_been_stacked(count, dtype, m
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_many_matrices_in_one_launch(dim, dtype):
     xs = [awkward_tensor(shape, dtype=dtype, seed=4) for shape in [(64, 128), (5, 9), (33, 70), (1, 1)]]
-    for text in ("bfp2", "bfp12", "bfp16-fit"):
+    xs[2] = xs[2].nan_to_num(0.5, 9.0, -7.0)
+    for text in ("bfp2", "bfp12", "bfp16-fit", "fixed16", "fixed5-fit", "fixed9.4"):
         fmt = parse(text)
         matrices = ops.Matrices(xs, dim, fmt)
         for _ in range(2):
@@ -468,6 +476,7 @@ def attention_step(text, fmt, rounding, dtype):
         ("[16,16,16,16]", "bfp", "nearest", torch.float32),
         ("[16,4,4,16]", "bfp", "stochastic", torch.float32),
         ("[16,4,4,16]", "fixed", "nearest", torch.float32),
+        ("[16,4,4,16]", "fixed", "stochastic", torch.float32),
         ("[8,8,8,8]", "bfp", "nearest", torch.bfloat16),
     ],
 )
