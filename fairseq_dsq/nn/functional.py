@@ -33,9 +33,17 @@ from fairseq_dsq.ledger import Gemm, Ledger
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.nn.rotation import rotate
-from fairseq_dsq.nn.together import Pass
+from fairseq_dsq.nn.together import Pass, Together
 from fairseq_dsq.precision import GemmKind, StashRole
-from fairseq_dsq.quantized import QuantizedTensor, factorize, fake_quantize, pack, quantize_and_pack, round_terms
+from fairseq_dsq.quantized import (
+    QuantizedTensor,
+    factorize,
+    fake_quantize,
+    noise_seed,
+    pack,
+    quantize_and_pack,
+    round_terms,
+)
 
 # What is added to a call's seed for those who draw beside the forward's operands; ranks and layers lie further apart.
 _BACKWARD, _STASH, _APART = 1, 2, 4
@@ -61,12 +69,16 @@ class _Seeds(NamedTuple):
         return _Seeds(self.values + _BACKWARD, self.weight + _BACKWARD, self.forward_weight)
 
 
-def _draw_seeds(config: GemmConfig) -> _Seeds | None:
+def _draw_seeds(config: GemmConfig, number: int = 0) -> _Seeds | None:
     """One draw from torch's default generator per call, whatever the call will round; None where nothing is drawn.
 
     Reentrant checkpointing runs a forward without grad, which stashes nothing, and repeats it from the same generator
     state: the second must draw what the first did. The generators of replicas part as soon as one has a longer batch
-    to drop out of; the seed that all of them were given (by fairseq, anew for every update) does not.
+    to drop out of; the seed that all of them were given (by fairseq, anew for every update) does not, nor does the
+    number of passes since.
+
+    Args:
+        number: of the model's pass, see :class:`~fairseq_dsq.nn.together.Together`.
     """
     if config.rounding != "stochastic":
         return None
@@ -76,7 +88,7 @@ def _draw_seeds(config: GemmConfig) -> _Seeds | None:
         weight = drawn + _STASH + _BACKWARD
     else:
         drawn += _APART * torch.distributed.get_rank()
-        weight = torch.initial_seed() % 2**62
+        weight = noise_seed(torch.initial_seed() % 2**64, number)
     return _Seeds(drawn, weight, weight)
 
 
@@ -384,7 +396,7 @@ class _Linear(torch.autograd.Function):
         grad_enabled: bool,
         layers: Sequence[int],
         coded: Sequence[CodedWeight | None],
-        together: Pass | None,
+        together: Together | None,
         x: Tensor,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -394,8 +406,9 @@ class _Linear(torch.autograd.Function):
         rows = _rows(x)
         needs_x = grad_enabled and ctx.needs_input_grad[6]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[7::2]]
-        seeds = _draw_seeds(config)
-        quantizer, plans = _Quantizer(config, seeds, together), _plans(config, x, -2)
+        seeds = _draw_seeds(config, together.number if together else 0)
+        running = together.current if together else None
+        quantizer, plans = _Quantizer(config, seeds, running), _plans(config, x, -2)
         output = plans["output"]
         kept_as: StashRole | None = "input" if any(needs_weight) else None
         operand, stash = quantizer.operand_and_stash(rows, output, 0, -1, kept_as, ledger)
@@ -408,7 +421,7 @@ class _Linear(torch.autograd.Function):
             if ledger is not None:
                 record_linear(ledger, config, len(rows), weight.shape, needs_x or needs)
         ctx.config, ctx.seeds, ctx.plans, ctx.layers, ctx.x_shape = config, seeds, plans, layers, x.shape
-        ctx.together = together
+        ctx.together = running
         ctx.ledger, ctx.scope = ledger, ledger and ledger.scope
         ctx.set_materialize_grads(False)
         # The packed bytes go through save_for_backward, so that checkpointing and saved-tensor hooks see them.
@@ -501,7 +514,7 @@ def linear_group(
     ledger: Ledger | None = None,
     layers: Sequence[int] | None = None,
     coded: Sequence[CodedWeight | None] | None = None,
-    together: Pass | None = None,
+    together: Together | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers to one input; all share one quantized input and one packed stash.
 
@@ -513,7 +526,8 @@ def linear_group(
         layers: a number of each layer, that tells the rounding noise of its weight from the others'; None counts
             these from 0.
         coded: the weights that are held as codes; the parameter in such a one's place is only given a gradient.
-        together: the model's pass, which may round its weights together.
+        together: of the model: rounds weights together, and numbers passes. Without it data-parallel replicas round a
+            weight by the same noise until torch is given another seed.
 
     Returns:
         One (..., N) tensor per layer.
@@ -579,9 +593,17 @@ def _record_float_product(
         y.register_hook(record)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: GemmConfig, ledger: Ledger | None = None) -> Tensor:
-    """``x @ weight^T + bias`` with the three GEMMs of this module's legend; shapes as :func:`linear_group`."""
-    return linear_group(x, [(weight, bias)], config, ledger)[0]
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: GemmConfig,
+    ledger: Ledger | None = None,
+    layer: int = 0,
+    together: Together | None = None,
+) -> Tensor:
+    """``x @ weight^T + bias`` with the three GEMMs of this module's legend; arguments as :func:`linear_group`."""
+    return linear_group(x, [(weight, bias)], config, ledger, [layer], together=together)[0]
 
 
 @dataclass(frozen=True)

@@ -150,5 +150,5 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
         return [layer._infer(operand, output, config).to(x.dtype) for layer in layers]
     params = [(layer.matrix, layer.bias) for layer in layers]
     numbers, coded = [layer.number for layer in layers], [layer.coded for layer in layers]
-    together = first.context.together.current
-    return list(linear_group(x, params, config, first.context.ledger, numbers, coded, together))
+    context = first.context
+    return list(linear_group(x, params, config, context.ledger, numbers, coded, context.together))

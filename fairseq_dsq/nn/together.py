@@ -1,4 +1,6 @@
-"""Weights rounded together: on a GPU one launch for all that the output GEMMs read, one for all that grad_input's read.
+"""What a pass of a model shares: weights that are rounded together, and the number that their noise follows from.
+
+On a GPU one launch rounds all weights that the output GEMMs read, one all that grad_input's read.
 
 A model's hundred weights would be a hundred launches for each, of kernels that run shorter than a launch takes. Which
 weights go together is learned: those that one pass rounded by themselves do in the next, before which the host notes
@@ -74,10 +76,14 @@ class Together:
 
     Attributes:
         current: the forward pass that runs; None between them and in evaluation.
+        number: of the last training pass since torch was seeded, from 0: data-parallel replicas count alike, and what
+            a backward pass computes again counts with its own pass.
     """
 
     def __init__(self) -> None:
         self.current: Pass | None = None
+        self.number = 0
+        self._seed: int | None = None
         self._weights: dict[_Key, dict[int, weakref.ref[Tensor]]] = {}
         self._matrices: dict[_Key, ops.Matrices] = {}
 
@@ -91,8 +97,14 @@ class Together:
         model.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        if self.current is None or self.current.owner is module:
-            self.current = Pass(self, module) if module.training and torch.is_grad_enabled() else None
+        if self.current is not None and self.current.owner is not module:
+            return
+        if not (module.training and torch.is_grad_enabled()):
+            self.current = None
+            return
+        self.current = Pass(self, module)
+        seed = torch.initial_seed()
+        self.number, self._seed = self.number + 1 if seed == self._seed else 0, seed
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if self.current is not None and self.current.owner is module:

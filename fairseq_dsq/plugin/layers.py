@@ -37,7 +37,8 @@ class DSQRobertaLMHead(RobertaLMHead):
             features = features[masked_tokens, :]
         x = self.layer_norm(self.activation_fn(self.dense(features)))
         context = self.dense.context
-        return linear(x, self.weight, self.bias, context.for_mode(self.training), context.ledger)
+        config = context.for_mode(self.training)
+        return linear(x, self.weight, self.bias, config, context.ledger, self.number, context.together)
 
 
 def convert_heads(model: nn.Module) -> None:
@@ -51,5 +52,6 @@ def convert_heads(model: nn.Module) -> None:
             continue
         if type(module) is RobertaLMHead:
             module.__class__ = DSQRobertaLMHead
+            module.number = module.dense.context.number_layer()
         if is_known_activation(module.activation_fn):
             module.activation_fn = Activation(module.activation_fn, module.dense.context)

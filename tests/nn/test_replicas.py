@@ -3,9 +3,10 @@
 import torch
 from command import together
 from nn.common import normal
-from torch import distributed
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
 
-from fairseq_dsq.nn import DSQContext, DSQLinear, GemmConfig
+from fairseq_dsq.nn import DSQContext, DSQLinear, GemmConfig, convert
 from fairseq_dsq.precision import PrecisionConfig
 
 ROWS = 48
@@ -31,17 +32,52 @@ def replica(rank, store, folder):
                 y.backward(torch.eye(ROWS) if name == "weight" else normal(ROWS, ROWS, seed=3))
                 rounded[name, number, update] = y.detach()
                 rounded[f"{name}'s gradient", number, update] = x.grad.clone()
+    rounded |= passes()
     torch.save(rounded, folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+class Repeated(nn.Module):
+    """A layer whose forward pass the backward pass repeats, or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.repeats = nn.Linear(ROWS, ROWS, bias=False), False
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=True) if self.repeats else self.layer(x)
+
+
+def passes():
+    """What a loop that seeds torch once rounds a weight to, by pass; the gradient of a pass, and of a repeated one."""
+    model = Repeated()
+    model.layer.weight.data.copy_(normal(ROWS, ROWS))
+    convert(model, DSQContext(GemmConfig(PrecisionConfig((3, 3, 3, 3)), "stochastic")))
+    torch.manual_seed(5)
+    found = {("weight of pass", number): model(torch.eye(ROWS)).detach() for number in range(3)}
+    for model.repeats in (False, True):
+        torch.manual_seed(6)
+        for _ in range(2):
+            model.layer.weight.grad = None
+            model(normal(ROWS, ROWS).requires_grad_()).square().sum().backward()
+        found["gradient", model.repeats] = model.layer.weight.grad
+        torch.manual_seed(5)
+        model(torch.eye(ROWS))
+    return found
 
 
 def test_replicas_round_weights_alike_and_what_they_hold_alone_apart(tmp_path):
     together(replica, (tmp_path / "store", tmp_path), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for key, value in first.items():
-        shared = key[0] in ("weight", "weight's gradient")  # dx = dy @ W rounds the weight, where dy is the identity
+        # dx = dy @ W rounds the weight, where dy is the identity.
+        shared = key[0] in ("weight", "weight's gradient", "weight of pass")
         assert torch.equal(value, second[key]) == shared, key
     for name in ("weight", "input"):
         # Each layer and each update has noise of its own.
         different = [first[name, number, update] for number in (0, 1) for update in (0, 1)]
         assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i]), name
+    of_passes = [first["weight of pass", number] for number in range(3)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(of_passes) for b in of_passes[:i])
+    for of_rank in (first, second):
+        assert torch.equal(of_rank["gradient", True], of_rank["gradient", False])
