@@ -82,9 +82,20 @@ def _say_without_kernels(device: torch.device, error: Exception, remedy: str) ->
     )
 
 
+@cache
+def _say_without_native_kernels() -> None:
+    if os.environ.get(native.VARIABLE) != native.NO_KERNELS:
+        warnings.warn(
+            f"cpu: no kernels, quantization runs in plain torch, about ten times slower: {native.unavailable}",
+            stacklevel=3,
+        )
+
+
 def _kernels(device: torch.device) -> Any:
     """The kernels of a device; None for one that has none."""
     if device.type == "cpu":
+        if native.kernels is None:
+            _say_without_native_kernels()
         return native.kernels
     return _triton_kernels(device) if device.type == "cuda" else None
 

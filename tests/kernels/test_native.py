@@ -619,10 +619,23 @@ def test_without_kernels_the_definition_runs(monkeypatch):
     x = torch.randn(20, 40, generator=seeded(0))
     operand, stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
     monkeypatch.setattr(native, "kernels", None)
-    again, again_stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
+    monkeypatch.setattr(native, "unavailable", "the kernels were not built")
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    ops._say_without_native_kernels.cache_clear()
+    with pytest.warns(UserWarning, match=r"^cpu: no kernels, .*, about ten times slower: the kernels were not built$"):
+        again, again_stash = quantize_and_pack(x, BlockFloat(4), BlockFloat(2))
     assert_equal_bits(again, operand)
     assert torch.equal(again_stash.data, stash.data)
     assert_equal_bits(again_stash.dequantize(), stash.dequantize())
+
+
+def test_who_asks_for_plain_torch_is_not_told(monkeypatch, recwarn):
+    monkeypatch.setattr(native, "kernels", None)
+    monkeypatch.setenv(native.VARIABLE, "torch")
+    ops._say_without_native_kernels.cache_clear()
+    pack(torch.ones(20), BlockFloat(4))
+    ops._say_without_native_kernels.cache_clear()
+    assert not recwarn
 
 
 # Choosing an instruction set
