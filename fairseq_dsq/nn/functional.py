@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -253,13 +255,15 @@ class _Quantizer:
 
         ``value_boxes`` says how. ``row``: each row of b has one scale, which goes over to the column of a that it
         meets, so that b is integers and groups lie along the reduction: a @ b = (a * scale^T) @ (b / scale).
-        ``feature``: the groups of b lie along N.
+        ``feature``: the groups of b lie along N; so too in float16, and of formats that have no scale for a row.
         """
         side_a, side_b = output.sides
         rounding, generator = self.config.rounding, self.generator
         per_row = side_b.fmt.by_row()
-        # The exponents of float16 do not reach so far.
+        # A row's scale times a probability may lie below all exponents of float16.
         if self.config.value_boxes == "feature" or per_row is None or b.dtype is torch.float16 or not b.numel():
+            if self.config.value_boxes != "feature" and b.numel():
+                _say_in_features("float16" if per_row else side_b.fmt.text)
             b = fake_quantize(b, side_b.fmt, -1, rounding, generator)
             across = side_b._replace(along=False)
             output = plan(side_a, across, a.device, a.dtype, self.config.gemm)
@@ -341,6 +345,15 @@ class _Quantizer:
         if isinstance(plan.sides[1].fmt, Float32):
             return Operand(self.rotated(stash.dequantize(), _READER[role], reduction), plan.sides[1], reduction)
         return _unpacked(stash, plan, 1, reduction)
+
+
+@cache
+def _say_in_features(what: str) -> None:
+    warnings.warn(
+        f"value boxes: got row, which {what} has not: attention's values are quantized along the features, as feature "
+        "has it",
+        stacklevel=2,
+    )
 
 
 def _unpacked(packed: QuantizedTensor, plan: Plan, which: int, reduction: int) -> Operand:

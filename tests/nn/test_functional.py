@@ -39,11 +39,12 @@ from fairseq_dsq.nn import (
     LedgerKey,
     StashKey,
     convert,
+    functional,
     linear,
     linear_group,
     matmul,
 )
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.precision import PrecisionConfig, parse_q
 
 # M, K, N: whole boxes; short last boxes along each; less than a box; single rows and columns.
 SHAPES = [(32, 16, 48), (37, 21, 18), (1, 5, 3), (17, 33, 1), (16, 1, 7)]
@@ -682,6 +683,19 @@ def test_an_in_place_activation_follows_a_converted_layer():
     twin.zero_grad()
     twin[0].context.set_precision(BFP_MIXED)
     assert all(value.isfinite().all() for value in step(twin))
+
+
+@pytest.mark.parametrize(("fmt", "dtype", "what"), [("bfp4", torch.float16, "float16"), ("nvfp4", None, "nvfp4")])
+def test_what_has_no_scale_for_a_row_of_values_says_so(fmt, dtype, what):
+    how = {
+        boxes: GemmConfig(PrecisionConfig(parse_q(f"[{fmt},{fmt},{fmt},bfp16]")), value_boxes=boxes)
+        for boxes in ("row", "feature")
+    }
+    a, b = normal(2, 5, 32).to(dtype), normal(2, 32, 20, seed=1).to(dtype)
+    functional._say_in_features.cache_clear()
+    with pytest.warns(UserWarning, match=f"^value boxes: got row, which {what} has not: .* along the features"):
+        product = matmul(a, b, how["row"], apart=True)
+    assert torch.equal(product, matmul(a, b, how["feature"], apart=True))
 
 
 @pytest.mark.parametrize("value_boxes", ["row", "feature"])
