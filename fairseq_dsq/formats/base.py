@@ -262,6 +262,18 @@ class Format(ABC):
         return -(-values * self.bits // 8)
 
 
+def rounded(x: Tensor, noise: Tensor | None) -> Tensor:
+    """Integers beside float32 ``x``, which may be overwritten: the nearest, of two the even one; zeros keep the sign.
+
+    With ``noise``, uniform in [0, 1), stochastically: the one below, or above where ``noise`` is below the fraction.
+    That is exact at any magnitude, and noise comes in multiples of 2^-24: no bias.
+    """
+    if noise is None:
+        return x.round_()
+    floor = x.floor()
+    return floor.add_(noise < x - floor).copysign_(x)  # lost where a negative number rounds to zero
+
+
 def parts(length: int, size: int) -> list[int]:
     """The lengths that boxes of ``size`` have along ``length``."""
     return [size] * (length // size) + [length % size] * (length % size > 0)
@@ -374,6 +386,10 @@ class FormatOptions:
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
         return q + 1 if self.sign_bit_extra else q
+
+    def group(self, default: Group) -> Group:
+        """The values that share a scale, of a format that has ``default``."""
+        return default if self.box_size is None else self.box_size
 
 
 Make = Callable[[int, FormatOptions], Format]

@@ -62,9 +62,7 @@ class BlockFloat(ScaledInteger):
 
 
 def _make(q: int, options: FormatOptions) -> BlockFloat:
-    return BlockFloat(
-        options.bits(q), DEFAULT_BOX_SIZE if options.box_size is None else options.box_size, options.scale
-    )
+    return BlockFloat(options.bits(q), options.group(DEFAULT_BOX_SIZE), options.scale)
 
 
 def _parse(text: str) -> BlockFloat | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -51,6 +51,13 @@ class FloatScaled(Format):
     @property
     def group(self) -> Group:
         return self.group_size
+
+    @property
+    def outer_scale(self) -> bool:
+        return isinstance(self.group_size, str)
+
+    def by_row(self) -> Self:
+        return replace(self, group_size="row")
 
     def decode(self, elements: Tensor, scale: Tensor) -> Tensor:
         return elements.mul_(scale)

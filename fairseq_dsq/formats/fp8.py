@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from fairseq_dsq.formats.base import (
     register,
 )
 from fairseq_dsq.formats.float_scaled import FloatScaled, group_of, scale_for
-from fairseq_dsq.formats.minifloat import E4M3, E5M2, Minifloat
+from fairseq_dsq.formats.minifloat import E4M3, E5M2, MinifloatElements
 
 
 @dataclass(frozen=True)
-class ScaledFP8(FloatScaled):
+class ScaledFP8(MinifloatElements, FloatScaled):
     """OFP8 under a float32 scale: ``fp8e4m3/tensor``, ``fp8e5m2/row``, ``fp8e4m3/128``.
 
     scale = largest magnitude / the largest element, 448 or 57,344; element = x / scale, rounded to nearest even, or
@@ -45,8 +45,6 @@ class ScaledFP8(FloatScaled):
     bits: int = 8
     group_size: Group = "tensor"
 
-    element: ClassVar[Minifloat]
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bits != self.element.bits:
@@ -56,13 +54,6 @@ class ScaledFP8(FloatScaled):
     def significand_bits(self) -> int:
         """Those of an element where the scale factors out, else those of a float32."""
         return self.element.significand_bits if self.outer_scale else SIGNIFICAND_BITS
-
-    @property
-    def outer_scale(self) -> bool:
-        return isinstance(self.group_size, str)
-
-    def by_row(self) -> ScaledFP8:
-        return replace(self, group_size="row")
 
     def kernel_spec(self) -> KernelSpec | None:
         return self.element.kernel_spec(self.group, scale=FLOAT32_SCALE)
@@ -75,12 +66,6 @@ class ScaledFP8(FloatScaled):
         # A scale of 0: all values are 0, or too small for one.
         values = torch.where(scale > 0, groups / scale, groups * 0.0)
         return self.element.round(values, noise).clamp_(-self.element.largest, self.element.largest)
-
-    def to_codes(self, elements: Tensor) -> Tensor:
-        return self.element.to_codes(elements)
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        return self.element.from_codes(codes)
 
     def __str__(self) -> str:
         return f"{self.family}/{self.group_size}"
@@ -104,7 +89,7 @@ class ScaledE5M2(ScaledFP8):
 
 def _register(kind: Any) -> None:
     def make(q: int, options: FormatOptions) -> Format:
-        return kind(options.bits(q), "tensor" if options.box_size is None else options.box_size)  # type: ignore[no-any-return]
+        return kind(options.bits(q), options.group("tensor"))  # type: ignore[no-any-return]
 
     def parse(text: str) -> Format | None:
         match = re.fullmatch(rf"{kind.family}/([0-9]+|row|tensor)", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fairseq_dsq.formats.base import (
     RowKernel,
     kernel_box_size,
     register,
+    rounded,
 )
 from fairseq_dsq.formats.float_scaled import FloatScaled, scale_for
 
@@ -44,13 +45,6 @@ class Integer(FloatScaled):
         return self.bits - 1 if self.outer_scale else SIGNIFICAND_BITS
 
     @property
-    def outer_scale(self) -> bool:
-        return isinstance(self.group_size, str)
-
-    def by_row(self) -> Integer:
-        return replace(self, group_size="row")
-
-    @property
     def integer_elements(self) -> bool:
         return True
 
@@ -76,12 +70,7 @@ class Integer(FloatScaled):
 
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         codes = torch.where(scale > 0, groups / scale, 0.0)  # a scale of 0: all values are 0, or too small for one
-        if noise is None:
-            codes.round_()
-        else:
-            floor = codes.floor()
-            codes = floor.add_(noise < codes.sub_(floor))
-        return codes.clamp_(-self.max_code, self.max_code).add_(0.0)  # -0 + 0 = +0
+        return rounded(codes, noise).clamp_(-self.max_code, self.max_code).add_(0.0)  # -0 + 0 = +0
 
     def to_codes(self, elements: Tensor) -> Tensor:
         """Two's complement."""
@@ -93,7 +82,7 @@ class Integer(FloatScaled):
 
 
 def _make(q: int, options: FormatOptions) -> Integer:
-    return Integer(options.bits(q), "row" if options.box_size is None else options.box_size)
+    return Integer(options.bits(q), options.group("row"))
 
 
 register("int", _make, Integer.parsed, "int8/row, int8/tensor, int4/128")

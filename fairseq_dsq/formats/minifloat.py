@@ -6,13 +6,14 @@ With M mantissa bits a value of exponent e is a multiple of 2^(e - M); below the
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fairseq_dsq.formats.base import Group, KernelSpec, Square, kernel_box_size
+from fairseq_dsq.formats.base import Group, KernelSpec, Square, kernel_box_size, rounded
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, times_power_of_two
 
 # Of a float32.
@@ -79,12 +80,7 @@ class Minifloat:
         exponent = (values.view(torch.int32) >> _MANTISSA_BITS & 0xFF) - EXPONENT_BIAS
         step = exponent.clamp_(self.least_exponent, self.largest_exponent).sub_(self.mantissa_bits)
         units = times_power_of_two(values, -step)
-        if noise is None:
-            units.round_()
-        else:
-            floor = units.floor()
-            units = floor.add_(noise < units.sub_(floor)).copysign_(values)
-        return times_power_of_two(units, step)
+        return times_power_of_two(rounded(units, noise), step)
 
     def kernel_spec(self, group: Group, headroom: int = 0, **rest: int) -> KernelSpec | None:
         """That of a format of such elements; None for squares, which no kernel runs.
@@ -142,3 +138,18 @@ class Minifloat:
 # for NaN and none for Inf, those of 4 and 6 bits neither; E5M2 is IEEE 754's at 8 bits.
 E2M1, E2M3, E3M2 = Minifloat(2, 1, 6.0), Minifloat(2, 3, 7.5), Minifloat(3, 2, 28.0)
 E4M3, E5M2 = Minifloat(4, 3, 448.0), Minifloat(5, 2)
+
+
+class MinifloatElements:
+    """What a format is, whose elements lie on a minifloat's grid; beside :class:`Format`, in front of it."""
+
+    @property
+    @abstractmethod
+    def element(self) -> Minifloat:
+        """The grid."""
+
+    def to_codes(self, elements: Tensor) -> Tensor:
+        return self.element.to_codes(elements)
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        return self.element.from_codes(codes)

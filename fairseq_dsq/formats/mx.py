@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from fairseq_dsq.formats.base import (
     check_box_size,
     register,
 )
-from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, Minifloat
+from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, MinifloatElements
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, NEXT_EXPONENT, PowerOfTwoScaled, descaled, scaled
 from fairseq_dsq.formats.scaled_integer import ScaledInteger
 
@@ -66,7 +66,7 @@ def _text(fmt: Any) -> str:
 
 
 @dataclass(frozen=True)
-class MXFloat(PowerOfTwoScaled):
+class MXFloat(MinifloatElements, PowerOfTwoScaled):
     """Minifloats under a power of two: ``mxfp4``, ``mxfp8e4m3/16``, ``mxfp6e2m3/row``, ``mxfp4/32x32``,
     ``mxfp4-rceil``.
 
@@ -99,8 +99,6 @@ class MXFloat(PowerOfTwoScaled):
     bits: int
     box_size: Group = BLOCK_SIZE
     scale: MXRule = "floor"
-
-    element: ClassVar[Minifloat]
 
     def __post_init__(self) -> None:
         _check(self, self.element.bits)
@@ -139,12 +137,6 @@ class MXFloat(PowerOfTwoScaled):
 
     def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return elements, scaled(scale.new_ones(scale.shape, dtype=elements.dtype), scale)
-
-    def to_codes(self, elements: Tensor) -> Tensor:
-        return self.element.to_codes(elements)
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        return self.element.from_codes(codes)
 
     def kernel_spec(self) -> KernelSpec | None:
         return self.element.kernel_spec(
@@ -243,8 +235,7 @@ class MXInt8(ScaledInteger):
 
 def _register(kind: Any) -> None:
     def make(q: int, options: FormatOptions) -> Format:
-        box_size = BLOCK_SIZE if options.box_size is None else options.box_size
-        return kind(options.bits(q), box_size, _RULES[options.scale])  # type: ignore[no-any-return]
+        return kind(options.bits(q), options.group(BLOCK_SIZE), _RULES[options.scale])  # type: ignore[no-any-return]
 
     def parse(text: str) -> Format | None:
         match = re.fullmatch(rf"{kind.family}{BOXES}(?:-(?P<rule>ceil|even|rceil))?", text)

@@ -21,7 +21,7 @@ from fairseq_dsq.formats.base import (
     register,
 )
 from fairseq_dsq.formats.float_scaled import scale_for
-from fairseq_dsq.formats.minifloat import E2M1, E4M3
+from fairseq_dsq.formats.minifloat import E2M1, E4M3, MinifloatElements
 
 BLOCK_SIZE = 16
 # The smallest scale of a tensor: its reciprocal over the smallest scale of a block is a normal float32.
@@ -30,7 +30,7 @@ _NAN_CODE = 0x7F
 
 
 @dataclass(frozen=True)
-class NVFP4(Format):
+class NVFP4(MinifloatElements, Format):
     """E2M1 under two scales: ``nvfp4``, ``nvfp4/32``, ``nvfp4/16x16``.
 
     value = element * block scale * tensor scale, with
@@ -62,6 +62,7 @@ class NVFP4(Format):
     tensor_scale: Tensor | None = field(default=None, compare=False, repr=False)
 
     family = "nvfp4"
+    element = E2M1
     tensor_bytes = 4
 
     def __post_init__(self) -> None:
@@ -124,18 +125,12 @@ class NVFP4(Format):
         """Elements times the scales of their blocks, and the scale of the tensor."""
         return elements.mul_(E4M3.from_codes(scale)), self._tensor_scale
 
-    def to_codes(self, elements: Tensor) -> Tensor:
-        return E2M1.to_codes(elements)
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        return E2M1.from_codes(codes)
-
     def __str__(self) -> str:
         return "nvfp4" if self.box_size == BLOCK_SIZE else f"nvfp4/{self.box_size}"
 
 
 def _make(q: int, options: FormatOptions) -> NVFP4:
-    return NVFP4(options.bits(q), BLOCK_SIZE if options.box_size is None else options.box_size)
+    return NVFP4(options.bits(q), options.group(BLOCK_SIZE))
 
 
 def _parse(text: str) -> NVFP4 | None:

@@ -19,6 +19,7 @@ from fairseq_dsq.formats.base import (
     Square,
     check_bits,
     kernel_box_size,
+    rounded,
 )
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, PowerOfTwoScaled, descaled, scaled
 
@@ -86,16 +87,7 @@ class ScaledInteger(PowerOfTwoScaled):
 
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         """Integers, as float32."""
-        codes = descaled(groups, scale, self.bits - 2)
-        if noise is None:
-            codes.round_()
-        else:
-            # The fraction of a float32 is exact at any magnitude; noise comes in multiples of 2^-24: no bias either.
-            floor = codes.floor()
-            codes = floor.add_(noise < codes.sub_(floor))
-            if self.signed_zero:
-                codes.copysign_(groups)  # lost where a negative number rounds to zero
-        codes = codes.clamp_(self.min_code, self.max_code)
+        codes = rounded(descaled(groups, scale, self.bits - 2), noise).clamp_(self.min_code, self.max_code)
         return codes if self.signed_zero else codes.add_(0.0)  # -0 + 0 = +0
 
     def decode(self, elements: Tensor, scale: Tensor) -> Tensor:

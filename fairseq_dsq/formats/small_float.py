@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq_dsq.formats.base import Format, Group, check_bits, register
-from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, Minifloat
+from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, Minifloat, MinifloatElements
 
 MOST_BITS = 16
 _NAMES = {(8, 7): "bf16", (5, 10): "fp16"}
@@ -20,7 +20,7 @@ _WITHOUT_NAN = {(kind.exponent_bits, kind.mantissa_bits): kind for kind in (E2M1
 
 
 @dataclass(frozen=True)
-class SmallFloat(Format):
+class SmallFloat(MinifloatElements, Format):
     """Floats as they are: ``bf16``, ``fp16``, ``e5m2``, ``e4m3``, ``e6m9``; nothing is shared.
 
     IEEE 754 at any width: subnormals, Inf and NaN, which stay what they are; nearest even; what rounds past the largest
@@ -96,12 +96,6 @@ class SmallFloat(Format):
 
     def factorize(self, elements: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return elements, elements.new_ones(*elements.shape[:-1], 1)
-
-    def to_codes(self, elements: Tensor) -> Tensor:
-        return self.element.to_codes(elements)
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        return self.element.from_codes(codes)
 
     def __str__(self) -> str:
         key = self.exponent_bits, self.mantissa_bits

@@ -52,7 +52,7 @@ class Ternary(Integer):
 
 
 def _make(q: int, options: FormatOptions) -> Ternary:
-    return Ternary(options.bits(q), "tensor" if options.box_size is None else options.box_size)
+    return Ternary(options.bits(q), options.group("tensor"))
 
 
 def _parse(text: str) -> Ternary | None:
