@@ -15,11 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_dsq import gemm
-from fairseq_dsq.gemm import plan
 from fairseq_dsq.kernels import ops
+from fairseq_dsq.plugin import probe
 
 
 class _Driver:
@@ -78,14 +77,9 @@ def engines_of_a_gpu(multiplies: bool = True) -> Iterator[None]:
         stack.enter_context(mock.patch.object(gemm.cuda, "has_tensor_cores", lambda device: True))
         for engine in (gemm.NativeEngine, gemm.Int8Engine):
             stack.enter_context(mock.patch.object(engine, "accepts", lambda *_: False))
-        stack.callback(_forget)
-        _forget()
+        stack.callback(gemm.base.forget_plans)  # that models hold: they are of another machine
+        gemm.base.forget_plans()
         yield
-
-
-def _forget() -> None:
-    plan.cache_clear()
-    gemm.base.generation += 1  # plans that models hold are of another machine
 
 
 @contextlib.contextmanager
@@ -126,19 +120,17 @@ def mocked_gpu(meta: bool = False) -> Iterator[Counter[str]]:
         yield launches
 
 
-class Waits(TorchDispatchMode):
-    """Counts how often the host waits for the device, here the meta device; answers with zeros.
+class Waits(probe.NoData):
+    """Counts how often the host waits for the device, here the meta device.
 
     Attributes:
         count: reads of a value, copies between host and device, and operators whose result has as many elements as the
             values say.
-        kernels: operators that compute or move data.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.count: int = 0
-        self.kernels: int = 0
 
     def __enter__(self) -> Any:
         self.uploads = _Uploads(self)
@@ -154,7 +146,6 @@ class Waits(TorchDispatchMode):
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             self.count += 1
-            return 0
         indexes = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
         masked = indexes and any(index is not None and index.dtype is torch.bool for index in args[1])
         if masked or func in (aten.nonzero.default, aten.masked_select.default):
@@ -162,13 +153,9 @@ class Waits(TorchDispatchMode):
         if func is aten._to_copy.default:
             device = torch.device(kwargs.get("device") or args[0].device)
             self.count += args[0].is_meta != (device.type == "meta")
-            if args[0].is_meta:
-                kwargs = {**kwargs, "device": torch.device("meta")}
         if func is aten.copy_.default:
             self.count += args[0].is_meta != args[1].is_meta
-        result = func(*args, **kwargs)
-        self.kernels += _computes(func, result)
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Uploads(TorchFunctionMode):
@@ -183,13 +170,3 @@ class _Uploads(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) and result.is_meta:
             self.waits.count += 1
         return result
-
-
-_ALLOCATES = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
-_ALLOCATES |= {"aten::detach", "aten::_unsafe_view", "aten::_local_scalar_dense", "aten::lift_fresh"}
-
-
-def _computes(func: Any, result: Any) -> bool:
-    name = func._schema.name
-    on_device = not isinstance(result, Tensor) or result.is_meta
-    return on_device and name.startswith("aten::") and not func.is_view and name not in _ALLOCATES

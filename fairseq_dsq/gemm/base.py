@@ -183,16 +183,17 @@ def register(engine: Engine, first: bool = False) -> None:
     if engine.name in names():
         raise ValueError(f"engine {engine.name!r} is registered already")
     _ENGINES.insert(0 if first else len(_ENGINES), engine)
-    _forget_plans()
+    forget_plans()
 
 
 def unregister(name: str) -> None:
     """Undo :func:`register`."""
     _ENGINES[:] = [engine for engine in _ENGINES if engine.name != name]
-    _forget_plans()
+    forget_plans()
 
 
-def _forget_plans() -> None:
+def forget_plans() -> None:
+    """Have products planned again: the engines are others, or accept others."""
     global generation
     generation += 1
     plan.cache_clear()
