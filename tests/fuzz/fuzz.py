@@ -314,7 +314,7 @@ LOGS = [
 ]  # fmt: skip
 SCORES = (
     '{"name": "BLEU", "score": 35.4, "signature": "nrefs:1"}', '[{"name": "BLEU", "score": 12}]',
-    '{"name": "glue", "scores": {"accuracy": 88.1, "f1": 1.5, "matthews": 3, "accuracy_mm": 10}}',
+    '{"name": "GLUE", "scores": {"accuracy": 88.1, "f1": 1.5, "matthews": 3, "accuracy_mm": 10}}',
     "BLEU = 35.44 60.1/40.2/30.1/20.2 (BP = 1.000)", "BLEU|nrefs:1|case:mixed = 12.5 60/40/30/20",
 )  # fmt: skip
 TABLES = {
@@ -338,7 +338,7 @@ BAD_YAML = [
 
 
 def options(rng: random.Random) -> FormatOptions:
-    return FormatOptions(rng.random() < 0.3, rng.random() < 0.3)
+    return FormatOptions(rng.random() < 0.3, rng.choice(formats.FIXED_SCALES))
 
 
 def levels(rng: random.Random) -> tuple[str, str, FormatOptions]:
