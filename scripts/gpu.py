@@ -30,7 +30,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 25, 32)
-LEVELS = ("[2,2,2,16]", "[16,4,4,16]", "[8,8,8,8]")
 MODES = {
     "float32": ("--dsq-format", "float32"),
     "[2,2,2,16]": (),
@@ -221,10 +220,9 @@ def products(check: Check) -> Iterator[dict[str, Any]]:
 
     pairs = [("bfp4", "bfp4"), ("bfp16", "bfp4"), ("bfp4", "bfp16"), ("bfp16", "bfp16"), ("bfp24", "bfp4")]
     pairs += [("bfp24", "bfp16"), ("fixed8", "fixed16")]
-    for (a_text, b_text), tf32, batched in itertools.product(pairs, (False, True), (False, True)):
+    for (a_text, b_text), allowed, batched in itertools.product(pairs, (False, True), (False, True)):
         sides = [Side(parse(text), True) for text in (a_text, b_text)]
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        try:
+        with tf32(allowed):
             multiply = plan(*sides, check.device, torch.float32)
             m, k, n, batch = 67, 130, 49, (3,) if batched else ()
             ok = True
@@ -240,14 +238,13 @@ def products(check: Check) -> Iterator[dict[str, Any]]:
                 )
                 operands = [Operand(x.to(check.device), side, -1) for x, side in zip(tensors, sides, strict=True)]
                 ok &= bool(((multiply.multiply(operands[0], operands[1]).double().cpu() - exact).abs() <= bound).all())
-        finally:
-            torch.set_float32_matmul_precision("highest")
-        name = f"{a_text} x {b_text}{', TF32 allowed' if tf32 else ''}{', batched' if batched else ''}"
+        name = f"{a_text} x {b_text}{', TF32 allowed' if allowed else ''}{', batched' if batched else ''}"
         yield {"what": name, "ok": ok, "engine": multiply.engines[0].name}
 
 
 def layers(check: Check) -> Iterator[dict[str, Any]]:
     """A layer and attention: the first stash equals the CPU's bytes, the results are near the CPU's."""
+    from fairseq_dsq.bench.timing import LEVELS
     from fairseq_dsq.nn import DSQAttention, DSQContext, DSQLinear, GemmConfig
     from fairseq_dsq.precision import PrecisionConfig, parse_q
 
@@ -437,7 +434,7 @@ def _in(context: Callable[[], Any], run: Callable[[], object]) -> Callable[[], o
 
 def steps(check: Check) -> Iterator[dict[str, Any]]:
     """A training step at three levels beside float32, TF32 and autocast to bfloat16; its peak of memory."""
-    from fairseq_dsq.bench.timing import Place
+    from fairseq_dsq.bench.timing import LEVELS, Place
     from fairseq_dsq.bench.train_step import training_step
 
     shapes = [("transformer_iwslt_de_en", 4096, 32), ("transformer_vaswani_wmt_en_de_big", 16384, 32)]
@@ -447,7 +444,7 @@ def steps(check: Check) -> Iterator[dict[str, Any]]:
         place, half = Place(check.device.type), Place(check.device.type, torch.bfloat16)
 
         def step(flags: str | None, place: Place, arch: str = arch, tokens: int = tokens, length: int = length) -> Any:
-            return training_step(flags, tokens, place=place, arch=arch, length=length)[0]
+            return training_step(flags, tokens, place=place, arch=arch, length=length)
 
         plain = step(None, place)
         runs = {"float32": _in(lambda: tf32(False), plain), "TF32": _in(lambda: tf32(True), plain)}
@@ -480,9 +477,9 @@ def memory(check: Check) -> Iterator[dict[str, Any]]:
 
     def peak(flags: str | None, dtype: torch.dtype, tokens: int, length: int) -> float:
         """GiB of a step; on the CPU what autograd keeps."""
-        step, model = training_step(flags, tokens, place=Place(check.device.type, dtype), arch=arch, length=length)
+        step = training_step(flags, tokens, place=Place(check.device.type, dtype), arch=arch, length=length)
         if not check.gpu:
-            return saved_bytes(step, model) / 2**30
+            return saved_bytes(step, step.model) / 2**30
         torch.cuda.empty_cache()
         step()
         torch.cuda.reset_peak_memory_stats()

@@ -63,10 +63,9 @@ WEIGHED_WHOLE = _ours(LEVEL, "all")
 
 def _step(variant: Variant, arch: str, tokens: int, device: str) -> train_step.TrainingStep:
     place = Place(device, torch.bfloat16 if variant.autocast else torch.float32)
-    step, _ = training_step(
+    return training_step(
         variant.flags, tokens, place=place, arch=arch, length=LENGTH, fairseq_flags=variant.fairseq_flags
     )
-    return step
 
 
 def _peak(variant: Variant, arch: str, tokens: int, device: str, threads: int) -> int:

@@ -47,8 +47,7 @@ def _in_codes(parameters: Sequence[Tensor]) -> list[Tensor]:
 def run(settings: Settings) -> Found:
     """Whole updates are float32's but for the optimizer."""
     rounds = settings.rounds
-    _, model = training_step(None, TOKENS)
-    parameters = list(model.parameters())
+    parameters = list(training_step(None, TOKENS).model.parameters())
     torch.manual_seed(0)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -59,7 +58,7 @@ def run(settings: Settings) -> Found:
     rows = interleave(steps, Adam(parameters, lr=1e-6).step, "fairseq's Adam", rounds, CPU.clock)
     for row, optimizer in zip(rows, optimizers.values(), strict=True):
         row["state_bytes"] = optimizer.state_nbytes if isinstance(optimizer, LowBitAdam) else None
-    update, _ = training_step(None, TOKENS, LowBitAdam)
-    baseline, _ = training_step(None, TOKENS, Adam)
+    update = training_step(None, TOKENS, LowBitAdam)
+    baseline = training_step(None, TOKENS, Adam)
     whole = interleave({f"update {' '.join(PAIRS[0])}": update}, baseline, "fairseq's Adam", rounds, CPU.clock)
     return Found([*rows, {**whole[0], "state_bytes": rows[0]["state_bytes"]}])

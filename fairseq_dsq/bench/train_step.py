@@ -66,8 +66,8 @@ def training_step(
     arch: str | None = None,
     length: int = 32,
     fairseq_flags: str = "",
-) -> tuple[TrainingStep, nn.Module]:
-    """A training step of the model, and the model; float32 without flags.
+) -> TrainingStep:
+    """A training step of the model; float32 without flags.
 
     Args:
         fairseq_flags: of the model, float or not.
@@ -80,7 +80,7 @@ def training_step(
     model = probe.build(spec, "cpu").to(place.device)
     sample = probe.sample(model, spec)
     criterion = criterion_of(f"{prefix}label_smoothed_cross_entropy", label_smoothing=0.1)
-    return TrainingStep(model, sample, criterion, make_optimizer(model.parameters(), lr=1e-6), place), model
+    return TrainingStep(model, sample, criterion, make_optimizer(model.parameters(), lr=1e-6), place)
 
 
 def _by_rival(step: TrainingStep, rival: Rival) -> Callable[[], object]:
@@ -100,8 +100,8 @@ def run(settings: Settings) -> Found:
         for text in LEVELS:
             name = text if scope == "gemm" else f"{text} scope all"
             flags = f"--dsq-levels {text} --dsq-stash-scope {scope}"
-            runs[name] = training_step(flags, TOKENS, place=place)[0]
-    baseline = training_step(None, TOKENS, place=place)[0]
+            runs[name] = training_step(flags, TOKENS, place=place)
+    baseline = training_step(None, TOKENS, place=place)
     at_hand, notes = rivals(settings)
     runs |= {rival.name: _by_rival(baseline, rival) for rival in at_hand}  # on the baseline's own model
     rows = interleave(runs, baseline, str(place.dtype).removeprefix("torch."), settings.rounds, place.clock)

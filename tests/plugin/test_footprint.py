@@ -79,9 +79,9 @@ def test_what_autograd_keeps_is_what_bench_memory_measures(monkeypatch, scope):
     monkeypatch.setattr(attention, "_order", lambda mask: None)
     step = Step(spec) if scope is None else Step(quantized(spec, scope), LEVEL)
     held = step.held(spec.batch)
-    run, model = train_step.training_step(flags, spec.tokens)
+    run = train_step.training_step(flags, spec.tokens)
     with sdpa_kernel(SDPBackend.MATH):  # a CPU's fused attention keeps less
-        assert held.stash + held.saved == saved_bytes(run, model)
+        assert held.stash + held.saved == saved_bytes(run, run.model)
     assert (held.stash > 0) == (scope is not None)
 
 
