@@ -71,7 +71,7 @@ class Moments:
             if isinstance(fmt.group, Square):
                 raise ValueError(f"{name}: got {fmt}, expected no squares, which are a weight's boxes")
         if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding: got {self.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+            raise ValueError(f"moment_rounding: got {self.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
 
     @property
     def of_ratio(self) -> bool:
@@ -151,7 +151,14 @@ def _check(name: str, held: Tensor, fmt: Format, shape: torch.Size) -> None:
 
 @cache
 def _moments(first: str, second: str, rounding: Rounding) -> Moments:
-    return Moments(formats.parse(first), formats.parse(second), rounding)
+    return Moments(_parsed("moment1", first), _parsed("moment2", second), rounding)
+
+
+def _parsed(name: str, text: str) -> Format:
+    try:
+        return formats.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _moments_of(group: Mapping[str, Any]) -> Moments:

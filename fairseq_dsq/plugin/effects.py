@@ -139,9 +139,7 @@ def _plateau_warnings(
         yield f"--disable-validation: no validation is scored, so the precision never rises from level {state.level}"
     elif batches is not None and (count := flags.validations(epoch, batches, done, needed)) < needed:
         limits = ("max_epoch", "max_update", "validate_interval", "validate_interval_updates", "validate_after_updates")
-        given = ", ".join(
-            f"--{name.replace('_', '-')} {value}" for name in limits if (value := getattr(flags, name)) > 0
-        )
+        given = ", ".join(f"{option(name)} {value}" for name in limits if (value := getattr(flags, name)) > 0)
         yield f"{given}: {count} validations will count, fewer than {takes}; the precision stays at level {state.level}"
     if not schedule.raise_on_divergence and 0 < flags.patience <= schedule.patience * rises - state.bad_validations:
         yield (

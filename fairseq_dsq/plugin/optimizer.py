@@ -12,12 +12,11 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from omegaconf import II
 
-from fairseq_dsq import formats
-from fairseq_dsq.adam import HELD, RESIDUALS, LowBitAdam
+from fairseq_dsq.adam import HELD, LowBitAdam
 from fairseq_dsq.cost.metrics import STATE_BYTES
 from fairseq_dsq.errors import DSQError, flag_error
-from fairseq_dsq.plugin.config import DSQOptimizerConfig
-from fairseq_dsq.quantized import ROUNDINGS
+from fairseq_dsq.plugin.config import DSQOptimizerConfig, option
+from fairseq_dsq.plugin.state import refuse_field
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +42,11 @@ class DSQAdam(FairseqAdam):
         FairseqOptimizer.__init__(self, cfg)
         for name in ("use_old_adam", "fp16_adam_stats"):
             if getattr(cfg, name, False):
-                flag_error("--" + name.replace("_", "-"), "got it beside --optimizer dsq_adam, expected it without")
-        _check(cfg)
+                flag_error(option(name), "got it beside --optimizer dsq_adam, expected it without")
         try:
             self._optimizer = LowBitAdam(params, **self.optimizer_config)
         except ValueError as error:
-            flag_error("--dsq-residual", str(error).removeprefix("residual: "))
+            refuse_field(error)
         coded = any(hasattr(p, "dsq_codes") for group in self._optimizer.param_groups for p in group["params"])
         if cfg.dsq_residual != "none" and not coded:
             logger.warning(f"--dsq-residual {cfg.dsq_residual}: has no effect without --dsq-weights direct")
@@ -71,29 +69,6 @@ class DSQAdam(FairseqAdam):
 
     def average_params(self) -> None:
         flag_error("--use-bmuf", "got it beside --optimizer dsq_adam, expected none: it averages float states")
-
-
-def _check(cfg: Any) -> None:
-    """Refuse formats and roundings that are none.
-
-    Raises:
-        DSQError: names the flag.
-    """
-    for flag, text in (("--dsq-moment1", cfg.dsq_moment1), ("--dsq-moment2", cfg.dsq_moment2)):
-        try:
-            fmt = formats.parse(str(text))
-        except ValueError as error:
-            flag_error(flag, str(error))
-        if flag == "--dsq-moment1" and not fmt.signed:
-            flag_error(flag, f"got {fmt}, expected a format with negative values, such as int8/row")
-        if isinstance(fmt.group, formats.Square):
-            flag_error(flag, f"got {fmt}, expected no squares, which are a weight's boxes")
-    for flag, got, known in (
-        ("--dsq-moment-rounding", cfg.dsq_moment_rounding, ROUNDINGS),
-        ("--dsq-residual", cfg.dsq_residual, RESIDUALS),
-    ):
-        if got not in known:
-            flag_error(flag, f"got {got!r}, expected one of {', '.join(known)}")
 
 
 def refuse_foreign_states(optimizer: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fairseq_dsq.cost import CostProfile
 from fairseq_dsq.errors import flag_error
 from fairseq_dsq.nn import DSQContext, weight_bytes
+from fairseq_dsq.plugin.config import option
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
 from fairseq_dsq.schedules import Policy, State
 
@@ -262,13 +263,13 @@ class DSQState(nn.Module):
 
 
 def refuse_field(error: ValueError) -> NoReturn:
-    """Refuse a policy's flag; the error's message begins with the field's name.
+    """Refuse a flag; the error's message begins with its name, as a policy or an optimizer has it.
 
     Raises:
         DSQError: always.
     """
     name, _, message = str(error).partition(": ")
-    flag_error(f"--dsq-{name.replace('_', '-')}", message)
+    flag_error(option(f"dsq_{name}"), message)
 
 
 def _say_where_it_ended(trained_at: list[int], levels: Sequence[PrecisionConfig]) -> None:
