@@ -13,6 +13,7 @@ import os
 import zlib
 from functools import cache, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -188,6 +189,8 @@ _GEMM_ARGUMENTS = (
     *(_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32),
     *(_INT64, _INT64, _INT64, _INT64, _INT32),
 )
+# DSQ_NO_MEMORY of gemm.h.
+_NO_MEMORY = 1
 # A GEMM of fewer MACs is not worth waking a thread for.
 MACS_PER_THREAD = 1 << 21
 
@@ -224,30 +227,14 @@ class Kernels:
             raise Unavailable(f"{isa}: this CPU does not run it")
         self.isa = isa
         self.threaded = _openmp_is_torchs(library)
+        self._library = SimpleNamespace(gemm=getattr(library, f"dsq_{isa}_gemm"))
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"dsq_{vectors}_{name}")
             function.argtypes, function.restype = arguments, _RESULTS.get(name)
-            setattr(self, f"_{name}", function)
+            setattr(self._library, name, function)
         self.has_gemm = bool(gemm_runs())
         self.gemm_takes_values = bool(getattr(library, f"dsq_{isa}_gemm_takes_values")())
-        self._gemm = getattr(library, f"dsq_{isa}_gemm")
-        self._gemm.argtypes, self._gemm.restype = _GEMM_ARGUMENTS, _INT32
-
-    _fake_quantize: Any
-    _pack: Any
-    _unpack: Any
-    _quantize_and_pack: Any
-    _factorize: Any
-    _pack_int8: Any
-    _pack_log8: Any
-    _unpack_bytes: Any
-    _adam: Any
-    _adam_of_codes: Any
-    _subtract: Any
-    _dropout: Any
-    _pack_positive: Any
-    _mask: Any
-    _tensor_scale: Any
+        self._library.gemm.argtypes, self._library.gemm.restype = _GEMM_ARGUMENTS, _INT32
 
     def _threads(self, x: Tensor) -> int:
         return self._threads_for(x.numel() // VALUES_PER_THREAD)
@@ -277,16 +264,18 @@ class Kernels:
 
         Raises:
             MemoryError: no room for the packed operands.
+            RuntimeError: operands that this CPU's kernel does not take.
         """
         batch, m, k = a.shape
         n = b.shape[1]
-        code = self._gemm(
+        code = self._library.gemm(
             *(_operand(a, bits[0], terms[0]), _operand(b, bits[1], terms[1])),
             *(out.data_ptr(), out.stride(1), out.stride(0), None if bias is None else bias.data_ptr(), accumulate),
             *(batch, m, n, k, self._threads_for(batch * m * n * k // MACS_PER_THREAD)),
         )
         if code:
-            raise MemoryError(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
+            kind = MemoryError if code == _NO_MEMORY else RuntimeError
+            raise kind(f"gemm of {batch} x {m} x {k} and {n} columns: error {code}")
 
     def covers(self, spec: KernelSpec) -> bool:
         """Whether the kernels run a format: but for those of float32 scales."""
@@ -300,7 +289,7 @@ class Kernels:
         """The format of one tensor of float32 values."""
         if spec.scale != E4M3_SCALE:
             return _format(spec)
-        scale = self._tensor_scale(x.data_ptr(), x.numel(), self._threads(x))
+        scale = self._library.tensor_scale(x.data_ptr(), x.numel(), self._threads(x))
         return ctypes.pointer(_Format(*spec, tensor_scale=scale, elements=elements))
 
     def fake_quantize(self, x: Tensor, out: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
@@ -309,14 +298,14 @@ class Kernels:
 
     def _round(self, x: Tensor, out: Tensor, shape: Shape, fmt: Any, seed: int | None) -> None:
         stochastic, threads = seed is not None, self._threads(x)
-        self._fake_quantize(
+        self._library.fake_quantize(
             *(x.data_ptr(), out.data_ptr(), _is_bfloat16(out, fmt), *shape, fmt, stochastic, seed or 0, threads),
         )
 
     def pack(self, x: Tensor, data: Tensor, shape: Shape, spec: KernelSpec, seed: int | None) -> None:
         """Write the packed bytes of ``x`` to ``data``."""
         fmt, stochastic, threads = self._format_for(x, spec), seed is not None, self._threads(x)
-        self._pack(x.data_ptr(), data.data_ptr(), *shape, fmt, stochastic, seed or 0, threads)
+        self._library.pack(x.data_ptr(), data.data_ptr(), *shape, fmt, stochastic, seed or 0, threads)
 
     def unpack(self, data: Tensor, out: Tensor, shape: Shape, spec: KernelSpec) -> None:
         """Write the values of packed bytes to ``out``."""
@@ -329,7 +318,7 @@ class Kernels:
 
     def _unpack_to(self, data: Tensor, out: Tensor, shape: Shape, fmt: Any) -> None:
         bfloat16 = _is_bfloat16(out, fmt)
-        self._unpack(data.data_ptr(), out.data_ptr(), bfloat16, *shape, fmt, self._threads(out))
+        self._library.unpack(data.data_ptr(), out.data_ptr(), bfloat16, *shape, fmt, self._threads(out))
 
     def quantize_and_pack(
         self,
@@ -342,7 +331,7 @@ class Kernels:
     ) -> None:
         """Read ``x`` once for ``operand``, boxed along ``after``, and the packed ``stash``, boxed along ``length``."""
         fmt = _format(operand_spec)
-        self._quantize_and_pack(
+        self._library.quantize_and_pack(
             *(x.data_ptr(), operand.data_ptr(), _is_bfloat16(operand, fmt), stash.data_ptr(), *shape),
             *(fmt, _format(stash_spec), self._threads(x)),
         )
@@ -364,7 +353,7 @@ class Kernels:
             return
         rows, length, _ = shape
         stochastic, threads = seed is not None, self._threads(x)
-        self._factorize(
+        self._library.factorize(
             *(x.data_ptr(), elements.data_ptr(), factors.data_ptr(), rows, length),
             *(_format(spec), stochastic, seed or 0, threads),
         )
@@ -375,14 +364,14 @@ class Kernels:
         memory = x.data_ptr(), data.data_ptr(), x.numel() // length, length
         rounding = seed is not None, seed or 0, self._threads(x)
         if fmt.row_kernel == "int8":
-            self._pack_int8(*memory, *rounding)
+            self._library.pack_int8(*memory, *rounding)
         else:
-            self._pack_log8(*memory, _log8(fmt).data_ptr(), *rounding)
+            self._library.pack_log8(*memory, _log8(fmt).data_ptr(), *rounding)
 
     def unpack_rows(self, data: Tensor, out: Tensor, fmt: Format) -> None:
         """Write the values of such bytes to ``out``."""
         length = out.shape[-1]
-        self._unpack_bytes(
+        self._library.unpack_bytes(
             *(data.data_ptr(), out.data_ptr(), out.numel() // length, length, _elements(fmt).data_ptr()),
             self._threads(out),
         )
@@ -391,7 +380,7 @@ class Kernels:
         """Update ``values`` and ``moments``; ``fused`` rounds once where a product is added to a number."""
         rows, length, threads = self._cut(values)
         held, _scratch = _held(moments, length, threads)
-        self._adam(_adam_step(step), fused, values.data_ptr(), grad.data_ptr(), held, rows, length, threads)
+        self._library.adam(_adam_step(step), fused, values.data_ptr(), grad.data_ptr(), held, rows, length, threads)
 
     def adam_of_codes(
         self, step: AdamStep, fused: bool, weight: Codes, seed: int, grad: Tensor, moments: AdamMoments
@@ -400,13 +389,15 @@ class Kernels:
         rows, length, threads = self._cut(weight.codes)
         held, _scratch = _held(moments, length, threads)
         codes = _codes(weight, seed)
-        self._adam_of_codes(_adam_step(step), fused, ctypes.byref(codes), grad.data_ptr(), held, rows, length, threads)
+        self._library.adam_of_codes(
+            _adam_step(step), fused, ctypes.byref(codes), grad.data_ptr(), held, rows, length, threads
+        )
         return int(codes.changed)
 
     def subtract(self, weight: Codes, step: Tensor, seed: int, leave_rest: bool) -> int:
         """Subtract ``step`` from a weight; leave in it what rounding left undone; gives how many codes changed."""
         codes = _codes(weight, seed)
-        self._subtract(ctypes.byref(codes), step.data_ptr(), leave_rest, *self._cut(step))
+        self._library.subtract(ctypes.byref(codes), step.data_ptr(), leave_rest, *self._cut(step))
         return int(codes.changed)
 
     def _cut(self, x: Tensor) -> tuple[int, int, int]:
@@ -417,15 +408,15 @@ class Kernels:
 
     def dropout(self, x: Tensor, out: Tensor, p: float, scale: float, seed: int) -> None:
         """Write ``x * scale`` where the noise of ``seed`` is at least ``p``, else 0, to ``out``."""
-        self._dropout(x.data_ptr(), out.data_ptr(), x.numel(), p, scale, seed, self._threads(x))
+        self._library.dropout(x.data_ptr(), out.data_ptr(), x.numel(), p, scale, seed, self._threads(x))
 
     def pack_positive(self, x: Tensor, data: Tensor) -> None:
         """Write a bit per value to ``data``: 0 where ``x <= 0``."""
-        self._pack_positive(x.data_ptr(), data.data_ptr(), x.numel(), self._threads(x))
+        self._library.pack_positive(x.data_ptr(), data.data_ptr(), x.numel(), self._threads(x))
 
     def mask(self, x: Tensor, data: Tensor, out: Tensor) -> None:
         """Write ``x`` to ``out``, or 0 where its bit in ``data`` is 0."""
-        self._mask(x.data_ptr(), data.data_ptr(), out.data_ptr(), x.numel(), self._threads(x))
+        self._library.mask(x.data_ptr(), data.data_ptr(), out.data_ptr(), x.numel(), self._threads(x))
 
 
 def _held(moments: AdamMoments, length: int, threads: int) -> tuple[Any, Tensor]:
