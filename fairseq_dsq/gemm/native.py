@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fairseq_dsq.formats import DEFAULT_BOX_SIZE, BlockFloat, Format
 from fairseq_dsq.gemm.base import Engine, Operand, Side
-from fairseq_dsq.kernels import native, ops
+from fairseq_dsq.kernels import checks, native, ops
 
-# Of the kernels: bfloat16 terms of an operand, bits of the codes that they round to.
-MOST_TERMS, MOST_FUSED_BITS = 2, 16
+# Of the kernels: bfloat16 terms of an operand.
+MOST_TERMS = 2
 
 
 class NativeEngine(Engine):
@@ -39,7 +39,7 @@ class NativeEngine(Engine):
 
     def fuses_rounding(self, fmt: Format) -> bool:
         spec = fmt.spec
-        if spec is None or spec.bits > MOST_FUSED_BITS or spec.box_size != DEFAULT_BOX_SIZE:
+        if spec is None or spec.bits > checks.GEMM_BITS or spec.box_size != DEFAULT_BOX_SIZE:
             return False
         return spec == BlockFloat(spec.bits).spec
 

@@ -12,11 +12,10 @@ from fairseq import checkpoint_utils
 from torch import Tensor
 
 from fairseq_dsq import artefact, schedules
+from fairseq_dsq.plugin.checkpoints import PREFIX, without_schedule
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.effects import levels_of
 from fairseq_dsq.plugin.state import SavedSchedule
-
-PREFIX = "dsq."
 
 
 def average(output: Path, checkpoints: Sequence[Path]) -> SavedSchedule | None:
@@ -30,14 +29,15 @@ def average(output: Path, checkpoints: Sequence[Path]) -> SavedSchedule | None:
         raise OSError(f"{output}: its folder does not exist")
     first, *others = checkpoints
     document = _read(first)
-    record, parameters = _record(first, document), _parameters(document)
+    record, parameters = _record(first, document), without_schedule(document["model"])
     sums = {name: value.double() if value.is_floating_point() else value for name, value in parameters.items()}
     for path in others:
         state = _read(path)
         _compare_flags(path, first, state["cfg"]["model"], document["cfg"]["model"])
         record = _join(path, first, _record(path, state), record)
-        _compare_parameters(path, first, _parameters(state), parameters)
-        for name, value in _parameters(state).items():
+        own = without_schedule(state["model"])
+        _compare_parameters(path, first, own, parameters)
+        for name, value in own.items():
             if value.is_floating_point():
                 sums[name] += value.double()
             elif not torch.equal(value, sums[name]):
@@ -56,11 +56,6 @@ def average(output: Path, checkpoints: Sequence[Path]) -> SavedSchedule | None:
     with artefact.atomic(output) as partial:
         torch.save(document, partial)
     return record
-
-
-def _parameters(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's entries but the schedule's."""
-    return {name: value for name, value in state["model"].items() if not name.startswith(PREFIX)}
 
 
 def _read(path: Path) -> dict[str, Any]:

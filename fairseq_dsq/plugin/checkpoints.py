@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 Shape = tuple[int, ...] | None
+# Of the entries of the schedule in a model's state.
+PREFIX = "dsq."
 
 
 def shape_to_str(shape: Shape) -> str:
@@ -14,12 +17,17 @@ def shape_to_str(shape: Shape) -> str:
     return "none" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
+def without_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's entries but for those of its schedule."""
+    return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+
+
 def misfit(own: Mapping[str, Tensor], checkpoint: Mapping[str, Tensor]) -> tuple[str, Shape, Shape] | None:
     """(name, shape in the checkpoint, shape in the model) of the first tensor that differs; those that both have first.
 
     The schedule's entries fit whatever they are, see :class:`fairseq_dsq.plugin.state.SavedSchedule`.
     """
-    names = [name for name in dict.fromkeys([*own, *checkpoint]) if not name.startswith("dsq.")]
+    names = without_schedule({**own, **checkpoint})
     for name in sorted(names, key=lambda name: name not in own or name not in checkpoint):
         has, expected = (tuple(state[name].shape) if name in state else None for state in (checkpoint, own))
         if has != expected:

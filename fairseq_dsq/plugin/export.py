@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from fairseq_dsq import artefact
 from fairseq_dsq.nn import decoded
+from fairseq_dsq.plugin.checkpoints import without_schedule
 from fairseq_dsq.plugin.config import CRITERION_PREFIX, DSQConfig, DSQCriterionConfig, option
 from fairseq_dsq.plugin.twins import SUFFIX, base_dataclass
 from fairseq_dsq.text import quoted
@@ -88,8 +89,7 @@ def export_float(checkpoint: Path, output: Path) -> str:
     criterion = state["cfg"]["criterion"]
     criterion["_name"] = str(criterion["_name"]).removeprefix(CRITERION_PREFIX)
     state["args"] = None  # of a checkpoint that had no cfg yet; fairseq has made that of it
-    tensors = {key: value for key, value in state["model"].items() if not key.startswith("dsq.")}
-    state["model"] = decoded(tensors)
+    state["model"] = decoded(without_schedule(state["model"]))
     with artefact.atomic(output) as partial:
         torch.save(state, partial)
     return str(model["arch"])
