@@ -39,7 +39,8 @@ class DSQLinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.context = context
         self.number = context.number_layer()
-        self._frozen = False
+        # Whether the weight is declared final.
+        self.frozen = False
         # Of a frozen layer: what the weight was quantized for, the weight, and its quantized values.
         self._held: tuple[GemmConfig, Tensor, Operand] | None = None
 
@@ -75,7 +76,7 @@ class DSQLinear(nn.Linear):
         Nothing notices a write to a weight that is declared final. ``train()`` takes the declaration back, and no copy
         inherits it; a load, a cast or move, another weight and another precision have the values computed anew.
         """
-        self._frozen = True
+        self.frozen = True
 
     def make_generation_fast_(self, **options: Any) -> None:
         """fairseq's commands that only generate or evaluate call this once the model is loaded."""
@@ -83,7 +84,7 @@ class DSQLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> Self:
         self._held = None
-        self._frozen = self._frozen and not mode
+        self.frozen = self.frozen and not mode
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -95,12 +96,7 @@ class DSQLinear(nn.Linear):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frozen": False, "_held": None}
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the weight is declared final."""
-        return self._frozen
+        return {**self.__dict__, "frozen": False, "_held": None}
 
     def _held_weight(self, config: GemmConfig, output: Plan) -> Operand:
         """The output GEMM's weight operand, held between the steps of a decoder."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -332,19 +332,22 @@ def is_known_activation(function: Any) -> TypeGuard[Callable[[Tensor], Tensor]]:
     return function in (*_RELU, *_ELEMENTWISE)
 
 
-class DSQLayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` (same parameters, same names) that keeps its normalized input at 8 bits."""
-
+class _Norm(nn.Module):
     context: DSQContext
 
     @classmethod
-    def from_float(cls, module: nn.LayerNorm, context: DSQContext) -> DSQLayerNorm:
+    def from_float(cls, module: Any, context: DSQContext) -> Self:
         """The twin of ``module``, holding its very parameters."""
         twin = cls(module.normalized_shape, module.eps, elementwise_affine=False)
         twin.elementwise_affine = module.elementwise_affine
-        twin.weight, twin.bias = module.weight, module.bias
+        for name in twin._parameters:
+            setattr(twin, name, getattr(module, name))
         twin.context = context
         return twin.train(module.training)
+
+
+class DSQLayerNorm(_Norm, nn.LayerNorm):
+    """``nn.LayerNorm`` (same parameters, same names) that keeps its normalized input at 8 bits."""
 
     def forward(self, input: Tensor) -> Tensor:
         tensors = input, self.weight, self.bias
@@ -355,19 +358,8 @@ class DSQLayerNorm(nn.LayerNorm):
         return _LayerNorm.apply(self.normalized_shape, self.eps, *tensors)  # type: ignore[no-any-return]
 
 
-class DSQRMSNorm(nn.RMSNorm):
+class DSQRMSNorm(_Norm, nn.RMSNorm):
     """``nn.RMSNorm`` (same parameter, same name) that keeps its normalized input at 8 bits."""
-
-    context: DSQContext
-
-    @classmethod
-    def from_float(cls, module: nn.RMSNorm, context: DSQContext) -> DSQRMSNorm:
-        """The twin of ``module``, holding its very parameter."""
-        twin = cls(module.normalized_shape, module.eps, elementwise_affine=False)
-        twin.elementwise_affine = module.elementwise_affine
-        twin.weight = module.weight
-        twin.context = context
-        return twin.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(autocast_device(x)) or not keeps_less(self.context, x, self.weight):
