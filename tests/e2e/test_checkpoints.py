@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from e2e.states import load
 
 from fairseq_dsq.cli import main
 from fairseq_dsq.errors import DSQError
@@ -19,10 +20,6 @@ def runs(cli, tmp_path_factory):
     cli.train(folder / "float", "--max-epoch", 1, **FLOAT)
     log = cli.train(folder / "dsq", "--max-epoch", 2, "--restore-file", folder / "float/checkpoint_last.pt")
     return folder, log
-
-
-def load(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def last_line(cli, *command):
@@ -42,7 +39,7 @@ def test_dsq_goes_on_from_a_float_checkpoint_with_its_optimizer(runs):
     folder, log = runs
     epochs = [json.loads(line[line.index("{") :]) for line in log.splitlines() if "| train |" in line]
     assert [epoch["epoch"] for epoch in epochs] == [2]
-    updates = load(folder / "float/checkpoint_last.pt")["optimizer_history"][-1]["num_updates"]
+    updates = load(folder / "float")["optimizer_history"][-1]["num_updates"]
     assert int(epochs[0]["train_num_updates"]) == 2 * updates
     state = load(folder / "dsq/checkpoint_last.pt")
     assert {entry["criterion_name"] for entry in state["optimizer_history"]} == {"LabelSmoothedCrossEntropyCriterion"}

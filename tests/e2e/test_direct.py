@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from e2e.states import assert_equal_states, load_model
 
-import fairseq_dsq  # noqa: F401  (lets torch read fairseq checkpoints)
 from fairseq_dsq.errors import DSQError
 
 # Minutes of fairseq's commands: scripts/readme.sh runs them.
@@ -99,16 +99,12 @@ def trained(cli, user_dir, tmp_path_factory):
     return run, log
 
 
-def model_of(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
 def test_codes_train_and_what_they_take_and_do_is_logged(trained):
     run, log = trained
     first, last = lines(log, "train_loss")
     assert float(last["train_loss"]) < float(first["train_loss"])
     assert 0 < float(last["train_dsq_flips"]) < 1
-    state = model_of(run / "checkpoint_last.pt")
+    state = load_model(run / "checkpoint_last.pt")
     codes = [name for name in state if name.endswith("weight_codes")]
     assert len(codes) == 16 and "decoder.output_projection.weight_codes" not in state
     assert not any(name.removesuffix("_codes") in state for name in codes)
@@ -125,9 +121,9 @@ def test_codes_train_and_what_they_take_and_do_is_logged(trained):
 def test_a_resumed_training_is_the_uninterrupted_one(cli, user_dir, trained, tmp_path):
     cli.train(tmp_path / "run", *flags(user_dir, "--max-epoch", 1, "--update-epoch-batch-itr", True))
     cli.train(tmp_path / "run", *flags(user_dir, "--max-epoch", 2, "--update-epoch-batch-itr", True))
-    resumed, whole = (model_of(Path(run) / "checkpoint_last.pt") for run in (tmp_path / "run", trained[0]))
+    resumed, whole = load_model(tmp_path / "run"), load_model(trained[0])
     assert list(resumed) == list(whole)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_equal_states(resumed, whole)
 
 
 def test_codes_generate_and_go_back_to_float(cli, user_dir, trained, tmp_path):
@@ -136,7 +132,7 @@ def test_codes_generate_and_go_back_to_float(cli, user_dir, trained, tmp_path):
     search = ("--beam", 2, "--max-len-b", 10)
     cli.run("fairseq-generate", cli.data, "--path", best, "--user-dir", user_dir, *search)
     cli.run("fairseq-dsq", "export-float", best, plain)
-    state, codes = model_of(plain), model_of(best)
+    state, codes = load_model(plain), load_model(best)
     name = "encoder.layers.0.fc1.weight"
     values = codes[f"{name}_codes"].view(torch.int8).float() * codes[f"{name}_scale"]
     assert torch.equal(state[name], values) and not any("_codes" in key or "_columns" in key for key in state)
@@ -147,7 +143,7 @@ def test_codes_generate_and_go_back_to_float(cli, user_dir, trained, tmp_path):
         tmp_path / "again", *flags(user_dir, "--finetune-from-model", plain, "--max-update", 1, "--lr", "0")
     )
     assert "done training" in log
-    again = model_of(tmp_path / "again/checkpoint_last.pt")
+    again = load_model(tmp_path / "again/checkpoint_last.pt")
     requantized = again[f"{name}_codes"].view(torch.int8).float() * again[f"{name}_scale"]
     assert ((requantized - values).abs() <= 0.501 * again[f"{name}_scale"]).all()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from e2e.states import assert_equal_trainings, load, load_model
 
 import fairseq_dsq  # noqa: F401  (registers the names that checkpoints refer to)
 from scripts.distributed import distributed_flags, free_port, interface_to
@@ -57,21 +57,6 @@ def supervised(cli, ranks, folder, *flags, **environment):
     return out, err
 
 
-def load(folder):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))
-
-
-def assert_equal_trainings(a, b):
-    """Equal parameters, state of the schedule and state of the optimizer."""
-    assert a["model"].keys() == b["model"].keys()
-    for name, value in a["model"].items():
-        assert torch.equal(value, b["model"][name]), name
-    moments = [state["last_optimizer_state"]["state"] for state in (a, b)]
-    for index, moment in moments[0].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(moment[name], moments[1][index][name]), (index, name)
-
-
 def records(log, split="train"):
     lines = [line for line in log.splitlines() if f'"{split}_loss"' in line]
     return [json.loads(line[line.index("{") :]) for line in lines]
@@ -97,7 +82,7 @@ def test_two_workers_are_one_that_accumulates_two_batches(cli, two, tmp_path):
     one_log = cli.train(tmp_path / "one", *FLAGS, "--max-epoch", 2, "--update-freq", 2)
     for split in ("train", "valid"):
         assert costs(log, split) == costs(one_log, split) and "0" not in costs(log)[0][1:]
-    assert load(folder / "run")["model"]["dsq.level"] == 1
+    assert load_model(folder / "run")["dsq.level"] == 1
     assert_equal_trainings(load(folder / "run"), load(tmp_path / "one"))
 
 
@@ -131,7 +116,7 @@ def test_four_workers_and_a_batch_that_some_have_not(cli, tmp_path):
     assert records(log)[0]["train_num_updates"] == "2"
     for split in ("train", "valid"):
         assert costs(log, split) == costs(one_log, split)
-    four, one = (load(tmp_path / name)["model"] for name in ("four", "one"))
+    four, one = (load_model(tmp_path / name) for name in ("four", "one"))
     for name, value in one.items():  # gradients are summed in another order
         assert torch.allclose(value, four[name], rtol=1e-3, atol=1e-4), name
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from fairseq import checkpoint_utils, options
+from e2e.states import assert_equal_states, load, load_model
+from fairseq import options
 from fairseq_cli import preprocess
 from fairseq_cli.train import cli_main
 from plugin.encoders import masked_lm
@@ -71,10 +72,6 @@ def train_here(monkeypatch):
     return train
 
 
-def state_of(path):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
-
-
 def test_half_and_a_resume_equal_all_in_one_go_and_the_result_is_evaluated(cli, train_here, glue, tmp_path):
     exact = (
         *(*TWO_LEVELS, "--update-epoch-batch-itr", "True"),
@@ -83,12 +80,11 @@ def test_half_and_a_resume_equal_all_in_one_go_and_the_result_is_evaluated(cli, 
     log = "".join(cli.run(*train_command(glue, tmp_path / "whole", *exact, *RESET, "--max-epoch", 3)))
     train_here(train_command(glue, tmp_path / "halves", *exact, *RESET, "--max-epoch", 2))
     train_here(train_command(glue, tmp_path / "halves", *exact, "--max-epoch", 3, restore=None))
-    whole, halves = (state_of(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "halves"))
-    assert whole.keys() == halves.keys()
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    whole, halves = (load_model(tmp_path / name) for name in ("whole", "halves"))
+    assert_equal_states(whole, halves)
     # The second validation is no better by 100: the level rises.
     assert (whole["dsq.level"], whole["dsq.bad_validations"]) == (1, 1)
-    start = state_of(glue / "encoder/model.pt")
+    start = load_model(glue / "encoder/model.pt")
     assert "classification_heads.pooler.dense.weight" in start
     assert {name for name in whole if "classification_heads" in name} == {
         f"classification_heads.sentence_classification_head.{layer}.{kind}"
@@ -115,7 +111,7 @@ def test_the_official_layout_and_the_pooler_are_where_training_starts(train_here
     """A learning rate of zero leaves what was loaded as it is."""
     frozen = ("--lr", 0, "--max-epoch", 1)
     train_here(train_command(glue, tmp_path / "bert", *frozen, *RESET, "--head-from-pooler"))
-    before, after = state_of(glue / "encoder/model.pt"), state_of(tmp_path / "bert/checkpoint_last.pt")
+    before, after = load_model(glue / "encoder/model.pt"), load_model(tmp_path / "bert/checkpoint_last.pt")
     for name, value in before.items():
         name = name.replace(".pooler.dense", ".sentence_classification_head.dense")
         if ".pooler." not in name:
@@ -124,7 +120,7 @@ def test_the_official_layout_and_the_pooler_are_where_training_starts(train_here
     size = len(before["encoder.sentence_encoder.embed_tokens.weight"])
     own = masked_lm(arch="roberta", words=size - 5)
     history = {"criterion_name": "MaskedLmLoss", "optimizer_name": "FairseqAdam", "num_updates": 7}
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(glue / "encoder/model.pt"))
+    state = load(glue / "encoder/model.pt")
     state["model"] = official_layout(own.state_dict())
     state["optimizer_history"] = [{**history, "lr_scheduler_state": {"best": 1.0}}]
     state["last_optimizer_state"] = {"state": {}, "param_groups": []}
@@ -132,7 +128,7 @@ def test_the_official_layout_and_the_pooler_are_where_training_starts(train_here
     arch = ("--arch", "roberta_dsq", "--encoder-layers", 2, "--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 48)
     arch += ("--encoder-attention-heads", 4, "--max-positions", 24)
     train_here(train_command(glue, tmp_path / "roberta", *frozen, *RESET, arch=arch, restore=tmp_path / "official.pt"))
-    after = state_of(tmp_path / "roberta/checkpoint_last.pt")
+    after = load_model(tmp_path / "roberta/checkpoint_last.pt")
     for name, value in own.state_dict().items():
         if not name.endswith("version"):
             assert torch.equal(after[name], value), name

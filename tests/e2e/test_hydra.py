@@ -1,7 +1,7 @@
 """fairseq-hydra-train on configs/hydra/: a YAML means what the command line means, and is refused in the same lines."""
 
-import torch
 from e2e.conftest import ROOT
+from e2e.states import assert_equal_states, load_model
 
 from fairseq_dsq import record
 
@@ -19,16 +19,6 @@ def hydra(name, data, save_dir, *overrides):
         f"checkpoint.save_dir={save_dir}", "common.cpu=true", *TINY[name], "dataset.max_tokens=512",
         "optimization.lr=[0.005]", "lr_scheduler.warmup_updates=10", "optimization.max_epoch=1", *overrides,
     )  # fmt: skip
-
-
-def parameters(folder):
-    return torch.load(folder / "checkpoint_last.pt", map_location="cpu", weights_only=True)["model"]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def flags(save_dir, *more):
@@ -57,7 +47,7 @@ def test_a_translation_trains_to_the_bits_of_the_command_line(cli, tmp_path):
         "--label-smoothing", 0.1, "--weight-decay", 0.0001, *flags(tmp_path / "flags"), "--dsq-levels", "[4,4,4,16]",
         "--dsq-attention-matmul", "off", "--dsq-rounding", "stochastic",
     )  # fmt: skip
-    assert_equal(parameters(tmp_path / "yaml"), parameters(tmp_path / "flags"))
+    assert_equal_states(load_model(tmp_path / "yaml"), load_model(tmp_path / "flags"))
     starts, points = zip(*(record.read(tmp_path / name / record.NAME) for name in ("yaml", "flags")), strict=True)
     assert (starts[0].arch, starts[0].criterion) == (starts[1].arch, starts[1].criterion)
     assert (points[0].train, points[0].valid) == (points[1].train, points[1].valid)
@@ -74,7 +64,7 @@ def test_a_language_model_trains_to_the_bits_of_the_command_line_and_is_scored(c
         "--criterion", "dsq_cross_entropy", "--weight-decay", 0.01, *flags(tmp_path / "flags"),
         "--required-batch-size-multiple", 1,
     )  # fmt: skip
-    assert_equal(parameters(tmp_path / "yaml"), parameters(tmp_path / "flags"))
+    assert_equal_states(load_model(tmp_path / "yaml"), load_model(tmp_path / "flags"))
     out, err = cli.run(
         "fairseq-eval-lm", lm_data, "--user-dir", "fairseq_dsq", "--path", tmp_path / "yaml/checkpoint_best.pt",
         "--gen-subset", "valid", "--tokens-per-sample", 32, "--max-tokens", 256,
@@ -89,7 +79,7 @@ def test_a_llama_trains_to_the_bits_of_the_command_line(cli, lm_data, tmp_path):
         *shape("decoder"), "--criterion", "dsq_cross_entropy", "--weight-decay", 0.1, *flags(tmp_path / "flags"),
         "--adam-betas", "(0.9, 0.95)", "--required-batch-size-multiple", 1, "--rotary-base", 500,
     )  # fmt: skip
-    assert_equal(parameters(tmp_path / "yaml"), parameters(tmp_path / "flags"))
+    assert_equal_states(load_model(tmp_path / "yaml"), load_model(tmp_path / "flags"))
 
 
 def test_a_value_or_a_name_that_is_no_flag_s_is_refused_in_one_line(cli, lm_data, tmp_path):

@@ -1,7 +1,7 @@
 """llama_dsq on fairseq's command lines: it trains, is evaluated, resumes, generates, and goes back to llama."""
 
 import pytest
-import torch
+from e2e.states import assert_equal_states, load_model
 from e2e.test_twins import BATCHES, TRAINING, evaluate, evaluated, generate, logged
 
 # Minutes of fairseq's commands: scripts/readme.sh runs them.
@@ -28,10 +28,6 @@ def trained(cli, lm_data):
     return folder, out + err
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
 def test_it_trains_quantized_and_is_evaluated_to_its_validation_loss(cli, trained):
     folder, log = trained
     assert logged(log, "train", "train_dsq_arithmetic_relative") < 0.3
@@ -45,8 +41,8 @@ def test_it_resumes_to_the_same_bits(cli, trained, tmp_path):
     flags = ("--dsq-levels", "[4,4,4,16]", "--dsq-stash-scope", "all")
     cli.run(*train(cli, tmp_path, *flags))
     cli.run(*train(cli, tmp_path, *flags, "--max-epoch", 2))
-    whole, resumed = (weights(path / "checkpoint_last.pt") for path in (folder, tmp_path))
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    whole, resumed = (load_model(path) for path in (folder, tmp_path))
+    assert_equal_states(whole, resumed)
 
 
 def test_it_generates(cli, trained):
@@ -69,8 +65,7 @@ def test_recomputing_its_layers_in_backward_changes_no_bit(cli, trained, tmp_pat
     folder, _ = trained
     flags = ("--dsq-levels", "[4,4,4,16]", "--dsq-stash-scope", "all", "--max-epoch", 2)
     cli.run(*train(cli, tmp_path, *flags, "--checkpoint-activations"))
-    kept, again = (weights(path / "checkpoint_last.pt") for path in (folder, tmp_path))
-    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+    assert_equal_states(load_model(folder), load_model(tmp_path))
 
 
 def test_heads_that_do_not_fit_are_refused_in_one_line(cli, lm_data, tmp_path):

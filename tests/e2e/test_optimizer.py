@@ -2,16 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from e2e.conftest import ROOT
+from e2e.states import assert_equal_trainings, load, load_model
 from e2e.test_distributed import train as train_ranks
 from e2e.test_hydra import hydra
-from fairseq import checkpoint_utils
 
-import fairseq_dsq  # noqa: F401  (registers the names that checkpoints refer to)
 from fairseq_dsq import record
 from fairseq_dsq.adam import Moments
 from fairseq_dsq.errors import DSQError
@@ -29,23 +27,12 @@ WIDE = (
 ADAM = ("--optimizer", "dsq_adam", *WIDE)
 
 
-def load(folder: Path):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))
-
-
 def moments(state):
     return {
         (index, name): held
         for index, entry in state["last_optimizer_state"]["state"].items()
         for name, held in entry.items()
     }
-
-
-def assert_equal_trainings(a, b):
-    for one, other in ((a["model"], b["model"]), (moments(a), moments(b))):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])), name
 
 
 def nbytes(state):
@@ -173,10 +160,7 @@ def test_weights_that_are_codes_take_their_steps_in_integers_and_resume(cli, tmp
     assert float(records[-1]["train_dsq_state_bytes"]) > 0
     for epochs in (1, 3):
         cli.train(tmp_path / "parts", *flags, "--max-epoch", epochs, "--update-epoch-batch-itr", True)
-    first, second = (
-        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / name / "checkpoint_last.pt"))["model"]
-        for name in ("whole", "parts")
-    )
+    first, second = (load_model(tmp_path / name) for name in ("whole", "parts"))
     assert first.keys() == second.keys() and any(name.endswith("weight_codes") for name in first)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 

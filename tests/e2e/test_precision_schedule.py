@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from e2e.states import assert_equal_states, load_model
 from fairseq import checkpoint_utils
 
 import fairseq_dsq
@@ -21,10 +22,6 @@ EXACT_RESUME = ("--update-epoch-batch-itr", "True")
 FROZEN = ("--lr", 0, "--dropout", 0)
 
 
-def load(path):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(path))["model"]
-
-
 def model_of(path, **overrides):
     models, _ = checkpoint_utils.load_model_ensemble([str(path)], arg_overrides=overrides)
     return models[0].eval()
@@ -32,11 +29,6 @@ def model_of(path, **overrides):
 
 def precision_of(model):
     return model.decoder.layers[0].fc1.context.config.precision.q
-
-
-def assert_equal_states(a, b):
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def logged(log, key):
@@ -60,7 +52,7 @@ def test_an_average_of_the_weights_in_training_is_at_the_training_s_level(train,
     model = model_of(tmp_path / "ema.pt")
     assert precision_of(model) == (16, 4, 4, 16)
     assert model.dsq.state.level == 1
-    weights = load(tmp_path / "run/checkpoint_last.pt")["decoder.embed_tokens.weight"]
+    weights = load_model(tmp_path / "run")["decoder.embed_tokens.weight"]
     assert 0 < (weights - model.decoder.embed_tokens.weight).abs().max() < 0.1
 
 
@@ -115,7 +107,7 @@ STOPS = [
 def undisturbed(cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     cli.train(folder, *LEVELS, "--dsq-patience", 2, "--dsq-min-delta", 100, *EXACT_RESUME, "--max-epoch", 4)
-    return load(folder / "checkpoint_last.pt")
+    return load_model(folder)
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=lambda stop: " ".join(map(str, stop)))
@@ -124,37 +116,37 @@ def test_a_stop_within_an_epoch_and_a_resume_equal_all_in_one_go(train, undistur
     assert (undisturbed["dsq.level"], undisturbed["dsq.bad_validations"]) == (1, 1)
     log = train(tmp_path, *flags, *stop)
     assert "does not count in the precision schedule" in log
-    stopped = load(tmp_path / "checkpoint_last.pt")
+    stopped = load_model(tmp_path)
     assert (stopped["dsq.level"], stopped["dsq.bad_validations"], stopped["dsq.best_loss"]) == (0, 0, torch.inf)
     train(tmp_path, *flags)
-    assert_equal_states(undisturbed, load(tmp_path / "checkpoint_last.pt"))
+    assert_equal_states(undisturbed, load_model(tmp_path))
 
 
 def test_saves_within_epochs_change_nothing(train, undisturbed, tmp_path):
     flags = (*LEVELS, "--dsq-patience", 2, "--dsq-min-delta", 100, *EXACT_RESUME, "--max-epoch", 4)
     train(tmp_path, *flags, "--save-interval-updates", 2, "--keep-interval-updates", 1)
-    assert_equal_states(undisturbed, load(tmp_path / "checkpoint_last.pt"))
+    assert_equal_states(undisturbed, load_model(tmp_path))
 
 
 def test_a_validation_at_an_interval_of_updates_counts_once_where_a_stop_coincides(train, tmp_path):
     flags = (*RISES_AT_ONCE, *EXACT_RESUME, "--validate-interval-updates", 2, "--validate-interval", 99)
     train(tmp_path / "whole", *flags, "--max-update", 6, "--dsq-patience", 2)
     train(tmp_path / "halves", *flags, "--max-update", 4, "--dsq-patience", 2)
-    half = load(tmp_path / "halves/checkpoint_last.pt")
+    half = load_model(tmp_path / "halves")
     assert (half["dsq.level"], half["dsq.bad_validations"]) == (0, 1)
     train(tmp_path / "halves", *flags, "--max-update", 6, "--dsq-patience", 2)
-    whole = load(tmp_path / "whole/checkpoint_last.pt")
+    whole = load_model(tmp_path / "whole")
     assert (whole["dsq.level"], whole["dsq.bad_validations"]) == (1, 0)
-    assert_equal_states(whole, load(tmp_path / "halves/checkpoint_last.pt"))
+    assert_equal_states(whole, load_model(tmp_path / "halves"))
 
 
 def test_a_stop_at_the_end_of_an_epoch_without_validation_does_not_count(train, tmp_path):
     log = train(tmp_path, *RISES_AT_ONCE, "--validate-interval", 2, "--max-epoch", 3)
     (updates,) = {int(value) for value in logged(log, "train_num_updates")[:1]}
-    assert load(tmp_path / "checkpoint_last.pt")["dsq.counted_update"] == 2 * updates
+    assert load_model(tmp_path)["dsq.counted_update"] == 2 * updates
     log = train(tmp_path / "stopped", *RISES_AT_ONCE, "--validate-interval", 2, "--max-update", updates)
     assert "does not count" in log
-    assert load(tmp_path / "stopped/checkpoint_last.pt")["dsq.counted_update"] == -1
+    assert load_model(tmp_path / "stopped")["dsq.counted_update"] == -1
 
 
 @pytest.mark.parametrize(
@@ -235,11 +227,11 @@ def test_checkpoints_of_two_levels_are_averaged_at_the_higher_and_fairseq_s_scri
         tmp_path / "4/checkpoint_last.pt",
     )
     with pytest.raises(KeyError, match="expected list of params"):
-        fairseq_average(load(low), load(high[0]))
+        fairseq_average(load_model(low), load_model(high[0]))
 
     # Among checkpoints of one level it works, and `fairseq-dsq average` agrees.
     document = checkpoint_utils.load_checkpoint_to_cpu(str(high[0]))
-    document["model"] = fairseq_average(*map(load, high))
+    document["model"] = fairseq_average(*map(load_model, high))
     torch.save(document, tmp_path / "script.pt")
     assert main(["average", str(tmp_path / "same.pt"), *map(str, high)]) == 0
     script, same = model_of(tmp_path / "script.pt"), model_of(tmp_path / "same.pt")
@@ -251,7 +243,7 @@ def test_checkpoints_of_two_levels_are_averaged_at_the_higher_and_fairseq_s_scri
     assert "the average of 2 checkpoints, at precision level 1, [bfp16,bfp4,bfp4,bfp16]" in capsys.readouterr().out
     mixed = model_of(tmp_path / "mixed.pt")
     assert precision_of(mixed) == (16, 4, 4, 16)
-    weights = [load(path)["decoder.embed_tokens.weight"] for path in (low, high[0])]
+    weights = [load_model(path)["decoder.embed_tokens.weight"] for path in (low, high[0])]
     assert torch.allclose(mixed.decoder.embed_tokens.weight, sum(weights) / 2, rtol=0, atol=1e-7)
     assert sorted(path.name for path in tmp_path.glob("*.p*")) == ["mixed.pt", "same.pt", "script.pt"]
 
@@ -262,6 +254,7 @@ def test_what_has_no_average_is_refused_in_one_line(train, risen, tmp_path, caps
     train(tmp_path / "shapes", *LEVELS, "--encoder-ffn-embed-dim", 40, "--max-update", 1)
     train(tmp_path / "boxes", *LEVELS, "--dsq-box-dim", "last", "--max-update", 1)
     (tmp_path / "text.pt").write_text("none")
+    capsys.readouterr()  # of the trainings
     for other, expected in (
         ("levels/checkpoint_last.pt", "got the levels [bfp2,bfp2,bfp2,bfp16] [bfp4,bfp4,bfp4,bfp16], expected"),
         ("shapes/checkpoint_last.pt", "encoder.layers.0.fc1.weight: got (40, 32), expected (48, 32)"),

@@ -1,7 +1,7 @@
 """Policies through fairseq-train: levels at the right updates, stopped, resumed, and on two workers."""
 
 import pytest
-import torch
+from e2e.states import assert_equal_states, load_model
 from e2e.test_distributed import train as train_ranks
 from fairseq import checkpoint_utils
 
@@ -31,19 +31,10 @@ def rule(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
 
 
-def load(folder):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(folder / "checkpoint_last.pt"))["model"]
-
-
 def levels(folder):
     """Of each update."""
     lines = [line for line in record.read(folder / record.NAME) if isinstance(line, record.Point)]
     return [line.level for line in lines if line.valid]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name]) and not a[name].isnan().all()] == []
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -62,7 +53,7 @@ def test_levels_come_at_their_updates_whatever_stops_a_training(train, tmp_path,
         train(tmp_path / "parts", *flags, "--max-epoch", 2, "--max-update", stop, "--save-interval-updates", 2)
     train(tmp_path / "parts", *flags, "--max-epoch", 2)
     assert levels(tmp_path / "parts") == whole
-    assert_equal(load(tmp_path / "parts"), load(tmp_path / "whole"))
+    assert_equal_states(load_model(tmp_path / "parts"), load_model(tmp_path / "whole"))
     # What was scored at an update is what its checkpoint loads at: the next level begins with the next update.
     models, _ = checkpoint_utils.load_model_ensemble([str(tmp_path / "parts/checkpoint_1_4.pt")])
     assert models[0].dsq.level_in_force == whole[3]
@@ -73,7 +64,7 @@ def test_a_training_without_validations_resumes_to_the_same_levels(train, tmp_pa
     log = train(tmp_path / "whole", *flags, "--max-epoch", 2)
     for epoch in (1, 2):
         train(tmp_path / "parts", *flags, "--max-epoch", epoch)
-    assert_equal(load(tmp_path / "parts"), load(tmp_path / "whole"))
+    assert_equal_states(load_model(tmp_path / "parts"), load_model(tmp_path / "whole"))
     assert "precision rises" in log
 
 
@@ -91,13 +82,13 @@ def test_two_workers_are_at_one_level(cli, tmp_path):
     cli.train(tmp_path / "one", *flags, *EVERY_UPDATE, "--update-freq", 2)
     whole = levels(tmp_path / "two")
     assert whole == levels(tmp_path / "one") == [update % 3 for update in range(len(whole))] and len(whole) > 4
-    assert_equal(load(tmp_path / "two"), load(tmp_path / "one"))
+    assert_equal_states(load_model(tmp_path / "two"), load_model(tmp_path / "one"))
 
 
 def test_a_training_that_diverges_rises_early_and_resumes(train, tmp_path):
     flags = (*THREE, *EXACT_RESUME, "--lr", 0, "--dropout", 0, "--dsq-raise-on-divergence")
     log = train(tmp_path, *flags, "--max-epoch", 2)
-    assert load(tmp_path)["dsq.only_first"] == 1
+    assert load_model(tmp_path)["dsq.only_first"] == 1
     log = train(tmp_path, *flags, "--max-epoch", 4)
     assert "precision rises from [2,2,2,16] to [4,4,4,16] where training diverges (best loss " in log
     assert "validations will count" not in log
@@ -106,10 +97,10 @@ def test_a_training_that_diverges_rises_early_and_resumes(train, tmp_path):
 
 def test_another_policy_goes_on_from_a_checkpoint_s_level(train, tmp_path):
     train(tmp_path, *THREE, *POLICIES["cyclic"][0], "--max-update", 5)
-    assert load(tmp_path)["dsq.level"] == 2
+    assert load_model(tmp_path)["dsq.level"] == 2
     log = train(tmp_path, *THREE, "--dsq-patience", 9, "--max-epoch", 2)
     assert "precision level in force: 2, [16,4,4,16]" in log
-    assert list(load(tmp_path))[-5:-1] == [
+    assert list(load_model(tmp_path))[-5:-1] == [
         f"dsq.{n}" for n in ("level", "best_loss", "bad_validations", "counted_update")
     ]
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from e2e.states import assert_equal_states, load, load_model
 from fairseq import checkpoint_utils
 
 import fairseq_dsq
@@ -15,23 +16,13 @@ EXACT_RESUME = ("--update-epoch-batch-itr", "True")
 TWO_LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", 1, "--dsq-min-delta", 100)
 
 
-def load(path):
-    return checkpoint_utils.load_checkpoint_to_cpu(str(path))
-
-
-def assert_equal_states(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 def test_half_the_epochs_and_a_resume_equal_all_in_one_go(cli, tmp_path):
     cli.train(tmp_path / "whole", *TWO_LEVELS, *EXACT_RESUME, "--max-epoch", 4)
     cli.train(tmp_path / "halves", *TWO_LEVELS, *EXACT_RESUME, "--max-epoch", 2)
-    half = load(tmp_path / "halves/checkpoint_last.pt")["model"]
+    half = load_model(tmp_path / "halves")
     cli.train(tmp_path / "halves", *TWO_LEVELS, *EXACT_RESUME, "--max-epoch", 4)
-    whole = load(tmp_path / "whole/checkpoint_last.pt")
-    resumed = load(tmp_path / "halves/checkpoint_last.pt")
+    whole = load(tmp_path / "whole")
+    resumed = load(tmp_path / "halves")
     assert not torch.equal(half["decoder.embed_tokens.weight"], whole["model"]["decoder.embed_tokens.weight"])
     assert_equal_states(whole["model"], resumed["model"])
     # The first validation sets the best, the second is no better by 100: the level rises, then two more count.
@@ -45,7 +36,7 @@ def test_stochastic_rounding_resumes_to_equal_parameters(cli, tmp_path):
     cli.train(tmp_path / "whole", *flags, "--max-epoch", 2)
     cli.train(tmp_path / "halves", *flags, "--max-epoch", 1)
     cli.train(tmp_path / "halves", *flags, "--max-epoch", 2)
-    whole, halves = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("whole", "halves"))
+    whole, halves = (load_model(tmp_path / name) for name in ("whole", "halves"))
     assert_equal_states(whole, halves)
 
 
@@ -124,14 +115,14 @@ RESET = ("--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-l
 )
 def test_the_schedule_starts_anew_where_fairseq_s_best_does(cli, trained, tmp_path, flags, level):
     checkpoint = trained / "run/checkpoint_last.pt"
-    former = load(checkpoint)["model"]
+    former = load_model(checkpoint)
     assert former["dsq.level"] == 1
     flags = [flag.format(checkpoint=checkpoint) for flag in flags]
     # Nothing is learnt and dropped, so that the loss alone tells whose best it is.
     log = cli.train(tmp_path / "run", *TWO_LEVELS, "--max-epoch", 1, "--lr", 0, "--dropout", 0, *flags)
     assert f'"train_dsq_level": "{level}"' in log
     assert ("starts anew; the checkpoint was at level 1" in log) == (level == 0)
-    after = load(tmp_path / "run/checkpoint_last.pt")["model"]
+    after = load_model(tmp_path / "run")
     assert (after["dsq.level"], after["dsq.bad_validations"]) == (level, 0 if level == 0 else 2)
     assert (after["dsq.best_loss"] == former["dsq.best_loss"]) == (level == 1)
 
@@ -141,21 +132,21 @@ def test_fine_tuning_may_have_fewer_levels_than_the_checkpoint_s_training(cli, t
     log = cli.train(tmp_path / "run", *flags, 1)
     assert '"train_dsq_level": "0"' in log and "starts anew; the checkpoint was at level 1" in log
     cli.train(tmp_path / "run", *TWO_LEVELS, "--dsq-levels", "[4,4,4,16] [16,4,4,16]", *flags[2:], 3)
-    assert load(tmp_path / "run/checkpoint_last.pt")["model"]["dsq.level"] == 1
+    assert load_model(tmp_path / "run")["dsq.level"] == 1
     _, error = cli.run(*cli.train_command(tmp_path / "run", *flags, 4), code=1)
     assert "argument --dsq-levels: got '[4,4,4,16]', expected the more than 1 levels" in error.splitlines()[-1]
 
 
 def test_a_float_checkpoint_loads_into_dsq_and_an_exported_one_back(cli, tmp_path):
     cli.train(tmp_path / "float", "--max-epoch", 1, arch="transformer", criterion="label_smoothed_cross_entropy")
-    before = load(tmp_path / "float/checkpoint_last.pt")["model"]
+    before = load_model(tmp_path / "float")
     # A learning rate of zero leaves the loaded parameters as they are.
     cli.train(
         tmp_path / "dsq", *TWO_LEVELS, "--max-epoch", 1, "--lr", 0, "--restore-file",
         tmp_path / "float/checkpoint_last.pt", "--reset-optimizer", "--reset-dataloader", "--reset-meters",
         "--reset-lr-scheduler",
     )  # fmt: skip
-    after = load(tmp_path / "dsq/checkpoint_last.pt")["model"]
+    after = load_model(tmp_path / "dsq")
     assert (after["dsq.level"], after["dsq.bad_validations"]) == (0, 0)
     assert after["dsq.best_loss"] < 20
     assert_equal_states(before, {name: value for name, value in after.items() if not name.startswith("dsq.")})
@@ -170,7 +161,7 @@ def test_a_float_checkpoint_loads_into_dsq_and_an_exported_one_back(cli, tmp_pat
 def test_activation_checkpointing_trains_to_the_same_parameters(cli, tmp_path):
     cli.train(tmp_path / "plain", *TWO_LEVELS, "--max-epoch", 1, "--dropout", 0)
     cli.train(tmp_path / "checkpointed", *TWO_LEVELS, "--max-epoch", 1, "--dropout", 0, "--checkpoint-activations")
-    plain, checkpointed = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("plain", "checkpointed"))
+    plain, checkpointed = (load_model(tmp_path / name) for name in ("plain", "checkpointed"))
     for name, value in plain.items():
         assert torch.allclose(value, checkpointed[name], rtol=1e-4, atol=1e-6), name
 
@@ -179,7 +170,7 @@ def test_float32_through_dsq_trains_as_fairseq_s_own_transformer(cli, tmp_path):
     flags = ("--max-epoch", 1, "--dropout", 0)
     cli.train(tmp_path / "dsq", "--dsq-format", "float32", *flags)
     cli.train(tmp_path / "float", *flags, arch="transformer", criterion="label_smoothed_cross_entropy")
-    dsq, own = (load(tmp_path / name / "checkpoint_last.pt") for name in ("dsq", "float"))
+    dsq, own = (load(tmp_path / name) for name in ("dsq", "float"))
     losses = [state["extra_state"]["val_loss"] for state in (dsq, own)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for name, value in own["model"].items():

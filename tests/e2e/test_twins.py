@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-import torch
+from e2e.states import assert_equal_states, load_model
 
 import fairseq_dsq  # noqa: F401  (allow-lists what checkpoints hold)
 
@@ -100,10 +100,7 @@ def test_a_language_model_resumes_to_the_same_bits_and_generates(cli, language_m
     flags = ("--dsq-levels", "[4,4,4,16]", "--max-epoch", 2)
     cli.run(*train(cli, folder / "whole", *flags))
     cli.run(*train(cli, folder / "resumed", *flags, "--restore-file", folder / "checkpoint_last.pt"))
-    whole, resumed = (
-        torch.load(folder / name / "checkpoint_last.pt", weights_only=True)["model"] for name in ("whole", "resumed")
-    )
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert_equal_states(load_model(folder / "whole"), load_model(folder / "resumed"))
     out, _ = cli.run(*generate(cli, folder / "checkpoint_last.pt"))
     assert out.count("\nH-") >= 20
 
