@@ -170,11 +170,11 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     """
     own = defaults(DSQConfig)
 
-    def given(*names: str) -> Iterator[str]:
+    def given(why: str, *names: str) -> Iterator[str]:
         for name in names:
             value = getattr(args, name)
             if value != own[name]:
-                yield f"{option(name)} {value}: has no effect"
+                yield f"{option(name)} {value}: has no effect{why}"
 
     def idle(flag: str) -> bool:
         """Whether the levels are the same without the flag."""
@@ -184,38 +184,33 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
             return False
         return [level.formats for level in others] == [level.formats for level in levels]
 
+    schedule = defaults(DSQConfig, "schedule")
     own_schedule = {f"dsq_{name}" for name in own_flags(args.dsq_schedule)} | {"dsq_schedule"}
     if len(levels) > 1:
-        for line in given(*(name for name in defaults(DSQConfig, "schedule") if name not in own_schedule)):
-            yield f"{line} with --dsq-schedule {args.dsq_schedule}"
+        others = [name for name in schedule if name not in own_schedule]
+        yield from given(f" with --dsq-schedule {args.dsq_schedule}", *others)
     else:
-        for line in given(*defaults(DSQConfig, "schedule")):
-            yield f"{line} with one level in --dsq-levels"
+        yield from given(" with one level in --dsq-levels", *schedule)
     for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
         if lower.formats == higher.formats:
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     ruled = [level for rule in rules_of(args, len(levels)) for level in rule.levels]
     used = {held for level in [*levels, *ruled] for pair in level.formats for held in pair}
     if args.dsq_weights == "float":
-        for line in given(*OF_CODES):
-            yield f"{line} with --dsq-weights float"
+        yield from given(" with --dsq-weights float", *OF_CODES)
     if used <= {formats.Float32()}:
-        others = (*THE_LEVELS, "dsq_weights", *OF_CODES, *defaults(DSQConfig, "schedule"))
-        for line in given(*(name for name in own if name not in others)):
-            yield f"{line} with --dsq-format float32, which rounds nothing"
+        said = {*THE_LEVELS, "dsq_weights", *OF_CODES, *schedule}
+        others = [name for name in own if name not in said]
+        yield from given(" with --dsq-format float32, which rounds nothing", *others)
         return
     rotation = Rotation.of(args.dsq_rotate, 0)
     configs = [GemmConfig(level, rotation=rotation) for level in [*levels, *ruled]]
     if rotation and not any(config.rotates(kind) for config in configs for kind in ROTATED):
-        for line in given("dsq_rotate"):
-            yield f"{line}: the operands of these GEMMs are float32"
+        yield from given(": the operands of these GEMMs are float32", "dsq_rotate")
     if all(held.group == "tensor" for held in used - {formats.Float32()}):
-        for line in given("dsq_box_dim", "dsq_value_boxes"):
-            yield f"{line} with --dsq-format {args.dsq_format}, which has no boxes"
+        yield from given(f" with --dsq-format {args.dsq_format}, which has no boxes", "dsq_box_dim", "dsq_value_boxes")
     elif args.dsq_attention_matmul == "off":
-        for line in given("dsq_value_boxes"):
-            yield f"{line} with --dsq-attention-matmul off"
+        yield from given(" with --dsq-attention-matmul off", "dsq_value_boxes")
     for flag in defaults(DSQConfig, "levels"):
         if flag not in THE_LEVELS and idle(flag):
-            for line in given(flag):
-                yield f"{line} with --dsq-format {args.dsq_format}"
+            yield from given(f" with --dsq-format {args.dsq_format}", flag)

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,16 +51,14 @@ def check_modes(args: Any) -> None:
     if flag_of(args, "bf16") and flag_of(args, "tpu") and "--tpu" not in sys.argv:
         args.tpu = False
     for name, reason in _refused(args):
-        flag_error("--" + name.replace("_", "-"), f"got {flag_of(args, name)}, {reason}")
-    check_workers(lambda name: flag_of(args, name))
+        got = _optimizer(args) if name == "optimizer" else flag_of(args, name)
+        flag_error("--" + name.replace("_", "-"), f"got {got}, {reason}")
+    check_workers(partial(flag_of, args))
 
 
 def _refused(args: Any) -> Iterator[tuple[str, str]]:
     """(flag, why it is refused)."""
-
-    def given(name: str) -> Any:
-        return flag_of(args, name)
-
+    given = partial(flag_of, args)
     if given("tpu"):
         yield "tpu", "expected none: there is no quantized path for TPUs"
     if given("fp16") and not torch.cuda.is_available():
@@ -80,7 +79,7 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
     if given("quantization_config_path"):
         yield "quantization_config_path", "expected none: product quantization leaves out the layers of DSQ"
     if given("dsq_weights") == "direct":
-        yield from _refused_with_codes(args)
+        yield from _refused_with_codes(args, given)
     if given("pipeline_model_parallel"):
         yield "pipeline_model_parallel", "expected none: no DSQ architecture is made of a pipeline's stages"
     if (given("model_parallel_size") or 1) > 1:
@@ -101,19 +100,12 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _refused_with_codes(args: Any) -> Iterator[tuple[str, str]]:
+def _refused_with_codes(args: Any, given: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """The same, of weights that are held as codes."""
-
-    def given(name: str) -> Any:
-        return flag_of(args, name)
-
     because = "--dsq-weights direct holds codes alone"
-    if not updates_codes(optimizer := _optimizer(args)):
+    if not updates_codes(_optimizer(args)):
         known = ", ".join(name for name in OPTIMIZER_REGISTRY if updates_codes(name)) or "none here"
-        if not isinstance(args, DictConfig):
-            yield "optimizer", f"expected one that updates codes ({known}): {because}"
-        else:
-            flag_error("--optimizer", f"got {optimizer}, expected one that updates codes ({known}): {because}")
+        yield "optimizer", f"expected one that updates codes ({known}): {because}"
     for name in ("fp16", "bf16"):
         if given(name) and not given(f"memory_efficient_{name}"):
             yield name, f"expected --memory-efficient-{name} or none: {because}, and this mode float copies of weights"
