@@ -392,9 +392,10 @@ def _run_kernel(kernels: native.Kernels, fused: bool, update: _Update) -> tuple[
 
 @cache
 def _fused(kernels: native.Kernels) -> bool | None:
-    """Whether torch rounds a product and its sum at once on this CPU, as the kernels are then told to.
+    """Whether torch rounds a product and its sum once on this CPU, or each; the kernels are told to do the same.
 
-    None where they do not give the definition's bits in either way.
+    Found by two updates of one matrix, which the kernels make in both ways. None where neither gives the definition's
+    bits.
     """
     moments, generator = Moments(formats.parse("int8/row"), formats.parse("log8/row")), torch.Generator()
 

@@ -75,7 +75,7 @@ class KernelSpec(NamedTuple):
     Attributes:
         bits: bits of a code.
         signed_zero: 1 for sign-magnitude codes, minifloats among them, 0 for two's complement.
-        box_size: values that share a scale; 0 for the whole tensor.
+        box_size: values that share a scale; MAX_BOX_SIZE for a whole row, 0 for the whole tensor.
         fixed_exponent: the biased exponent of every scale; 0 where it follows from the values.
         min_code, max_code: the smallest and the largest integer, or minifloat, which saturates.
         headroom: added to the bits of a box's largest magnitude, a float32, before its exponent is read.
@@ -129,7 +129,11 @@ class Format(ABC):
     tensor_bytes: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """A class with methods of its own inherits no claim about those of its parent: it makes its own, or none."""
+        """Take back what a parent claims of methods that the class defines anew.
+
+        Each entry of ``_CLAIMS`` whose methods changed is Format's own again, unless the class defines it too: else
+        kernels would run the parent's arithmetic for the child.
+        """
         parents = [parent for parent in cls.__bases__ if issubclass(parent, Format)]
 
         def changes(name: str) -> bool:
