@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import Float32, Format, FormatOptions, Square
@@ -42,6 +42,20 @@ _STASHES |= {"first operand": (0, 0), "second operand": (0, 1)}
 _PAIRED = (0, 3)
 # Not what int() reads besides: 1_6, +16, the digits of other scripts, thousands of them.
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")
+
+
+class Member(NamedTuple):
+    """An operand of a level.
+
+    Attributes:
+        fmt: its format.
+        bits: what the paper's tables count of it: a number as given, or the bits of a format.
+        family: of the format, as a flag names it.
+    """
+
+    fmt: Format
+    bits: int
+    family: str
 
 
 @dataclass(frozen=True)
@@ -104,55 +118,34 @@ class PrecisionConfig:
             raise ValueError("expected a format with negative values: this one holds second moments")
         return fmt
 
+    def _member(self, q: Q) -> Member:
+        fmt = self._format(q)
+        return Member(fmt, q, self.format_name) if isinstance(q, int) else Member(fmt, fmt.bits, fmt.family)
+
     @cached_property
-    def _members(self) -> tuple[tuple[tuple[Q, Format], tuple[Q, Format]], ...]:
-        """For each q its two members and their formats, the same twice where it is no pair."""
-        pairs = [[(member, self._format(member)) for member in _pair(q)] for q in self.q]
+    def members(self) -> tuple[tuple[Member, Member], ...]:
+        """Of the two operands of each q; the same twice where it is no pair."""
+        pairs = [[self._member(member) for member in _pair(q)] for q in self.q]
         return tuple((pair[0], pair[-1]) for pair in pairs)
 
     @cached_property
     def formats(self) -> tuple[tuple[Format, Format], ...]:
         """For each q the formats of its two operands."""
-        return tuple((first[1], second[1]) for first, second in self._members)
+        return tuple((first.fmt, second.fmt) for first, second in self.members)
 
-    @cached_property
-    def bits(self) -> tuple[tuple[int, int], ...]:
-        """For each q what the paper's tables count of its operands: a number as given, or the bits of a format."""
-
-        def counted(member: Q, fmt: Format) -> int:
-            return member if isinstance(member, int) else fmt.bits
-
-        return tuple((counted(*first), counted(*second)) for first, second in self._members)
-
-    @cached_property
-    def families(self) -> tuple[tuple[str, str], ...]:
-        """For each q the format families of its operands."""
-
-        def family(member: Q, fmt: Format) -> str:
-            return self.format_name if isinstance(member, int) else fmt.family
-
-        return tuple((family(*first), family(*second)) for first, second in self._members)
+    def operand_members(self, kind: GemmKind) -> tuple[Member, Member]:
+        """Of a GEMM's two operands, in the order of this module's legend."""
+        (first, of_first), (second, of_second) = _OPERANDS[kind]
+        return self.members[first][of_first], self.members[second][of_second]
 
     @cached_property
     def _operands(self) -> dict[GemmKind, tuple[Format, Format]]:
-        return {
-            kind: tuple(self.formats[index][which] for index, which in slots)  # type: ignore[misc]
-            for kind, slots in _OPERANDS.items()
-        }
+        members = {kind: self.operand_members(kind) for kind in _OPERANDS}
+        return {kind: (first.fmt, second.fmt) for kind, (first, second) in members.items()}
 
     def operands(self, kind: GemmKind) -> tuple[Format, Format]:
         """The formats of a GEMM's two operands, in the order of this module's legend."""
         return self._operands[kind]
-
-    def operand_bits(self, kind: GemmKind) -> tuple[int, int]:
-        """The same as :attr:`bits`."""
-        (first, of_first), (second, of_second) = _OPERANDS[kind]
-        return self.bits[first][of_first], self.bits[second][of_second]
-
-    def operand_families(self, kind: GemmKind) -> tuple[str, str]:
-        """The same as :attr:`families`."""
-        (first, of_first), (second, of_second) = _OPERANDS[kind]
-        return self.families[first][of_first], self.families[second][of_second]
 
     def stash(self, role: StashRole) -> Format:
         """What a stash is packed in."""

@@ -18,7 +18,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes, update_bytes
 from fairseq_dsq.formats import Float32
 from fairseq_dsq.ledger import Gemm, Stash, Update
-from fairseq_dsq.precision import GemmKind, PrecisionConfig
+from fairseq_dsq.precision import GemmKind, Member, PrecisionConfig
 
 BASELINE_BITS = 32
 BASELINE_BYTES = BASELINE_BITS // 8
@@ -134,12 +134,7 @@ class CostProfile(ABC):
         A profile whose only formula is ``*`` prices every format by it.
         """
         named = self.formats.keys() - {ANY_FORMAT}
-        found = {
-            fmt.text: family
-            for level in levels
-            for pair in zip(level.families, level.formats, strict=True)
-            for family, fmt in zip(*pair, strict=True)
-        }
+        found = {member.fmt.text: member.family for level in levels for pair in level.members for member in pair}
         return [text for text, family in found.items() if named and family not in {*named, Float32.family}]
 
     def says_of_unpriced(self, levels: Iterable[PrecisionConfig]) -> str:
@@ -153,7 +148,7 @@ class CostProfile(ABC):
         """One MAC of a GEMM's operands, in 32-bit fixed-point MACs; of two families, the dearer one's formula."""
         key = precision, kind, bits
         if key not in self._known:
-            self._known[key] = max(self.format_cost(family).mac(*bits) for family in precision.operand_families(kind))
+            self._known[key] = max(self.format_cost(each.family).mac(*bits) for each in precision.operand_members(kind))
         return self._known[key]
 
     @abstractmethod
@@ -185,20 +180,18 @@ class SettingProfile(CostProfile):
         return self._known[key]
 
     def _dram_relative(self, precision: PrecisionConfig, training: bool) -> float:
-        pairs = list(zip(precision.bits, precision.families, strict=True))[: None if training else 1]
+        pairs = precision.members[: None if training else 1]
 
-        def stored(bits: tuple[int, int], families: tuple[str, str]) -> float:
-            first, second = (
-                b + self.format_cost(family).overhead_bits for b, family in zip(bits, families, strict=True)
-            )
-            return (first + second) / 2
+        def stored(member: Member) -> float:
+            return member.bits + self.format_cost(member.family).overhead_bits
 
-        return sum(stored(*pair) for pair in pairs) / (BASELINE_BITS * len(pairs))
+        return sum((stored(first) + stored(second)) / 2 for first, second in pairs) / (BASELINE_BITS * len(pairs))
 
     def gemm(self, gemm: Gemm, precision: PrecisionConfig, training: bool) -> Cost:
         baseline_bytes = BASELINE_BYTES * gemm.elements
+        first, second = precision.operand_members(gemm.kind)
         return Cost(
-            arithmetic=gemm.macs * self.mac(precision, gemm.kind, precision.operand_bits(gemm.kind)),
+            arithmetic=gemm.macs * self.mac(precision, gemm.kind, (first.bits, second.bits)),
             arithmetic_baseline=gemm.macs,
             dram_bytes=baseline_bytes * self.dram_relative(precision, training),
             dram_baseline_bytes=baseline_bytes,

@@ -73,8 +73,7 @@ def attach(model: nn.Module, args: Any, task: Any, later: Sequence[str] = ()) ->
     except ValueError as error:
         flag_error("--dsq-levels", f"{error} (--dsq-format {flags.dsq_format}, --dsq-sign-bit {flags.dsq_sign_bit})")
     for number, level in enumerate(levels):
-        gradients = zip(level.bits[3], level.formats[3], strict=True)
-        if any(bits < SAFE_GRAD_BITS and fmt.integer_elements for bits, fmt in gradients):
+        if any(member.bits < SAFE_GRAD_BITS and member.fmt.integer_elements for member in level.members[3]):
             logger.warning(
                 f"--dsq-levels: level {number} {level} has q3 = {level.q[3]} < {SAFE_GRAD_BITS}; training with so few "
                 "gradient bits is known to fail (arXiv 2303.05295, Appendix C)"

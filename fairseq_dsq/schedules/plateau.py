@@ -81,8 +81,8 @@ class Plateau(Policy[PlateauState]):
 
     def check(self, levels: Sequence[PrecisionConfig]) -> None:
         for number_, (lower, higher) in enumerate(itertools.pairwise(levels), 1):
-            for index, (before, after) in enumerate(zip(lower.bits, higher.bits, strict=True)):
-                if any(low > high for low, high in zip(before, after, strict=True)):
+            for index, (before, after) in enumerate(zip(lower.members, higher.members, strict=True)):
+                if any(low.bits > high.bits for low, high in zip(before, after, strict=True)):
                     falls = f"q{index} falls from {lower.q[index]} to {higher.q[index]}"
                     raise ValueError(f"level {number_} {higher}: {falls}, expected no q to decrease")
 
