@@ -436,11 +436,6 @@ def test_terms(text):
                 assert torch.equal(terms, ops.split(expected, count))
 
 
-def test_bytes_that_do_not_fit_the_shape_are_refused():
-    with pytest.raises(ValueError, match=r"data: got 9 of torch.uint8, expected 18 of torch.uint8"):
-        ops.unpack(torch.zeros(9, dtype=torch.uint8), [32], 0, "bfp4", torch.float32)
-
-
 def test_a_device_is_checked(monkeypatch):
     device = torch.device("cpu")
     triton_kernels.check(device)

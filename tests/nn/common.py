@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
+from kernels.common import seeded
 from torch import Tensor, nn
 
 from fairseq_dsq.formats import Float32, FormatOptions, make_format
@@ -66,10 +67,6 @@ def operand(tensor, fmt, reduction=-1, along=True):
 def multiply(a, b, mode="auto", bias=None, add_to=None):
     """The planned product of two operands."""
     return plan(a.side, b.side, a.tensor.device, a.tensor.dtype, mode).multiply(a, b, bias, add_to)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

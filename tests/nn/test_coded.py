@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from nn.common import tensors_of
+from nn.common import normal, tensors_of
 from torch import nn
 
 from fairseq_dsq.formats import parse
@@ -32,10 +32,6 @@ from fairseq_dsq.quantized import fake_quantize, noise_seed
 
 FORMATS = ["int8/row", "int8/tensor", "int4/row", "int3/row", "int3/tensor", "int12/row", "ternary", "ternary/row"]
 LEVEL = PrecisionConfig(("int8/row", "int8/row", "int8/row", "float32"))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def layer(fmt="int8/row", sizes=(21, 10), level=LEVEL, rule="own", seed=1):
