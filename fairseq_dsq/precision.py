@@ -16,6 +16,7 @@ Source: "Dynamic Stashing Quantization for Efficient Transformer Training", arXi
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -92,7 +93,7 @@ class PrecisionConfig:
                 try:
                     self._format(member)
                 except ValueError as error:
-                    raise ValueError(f"q{index} = {q}: {error}") from None
+                    raise ValueError(f"q{index} = {q}: {error}{self._instead(member)}") from None
         for index, pair_of in enumerate(self.formats):
             # The first of q0 is the input; q1 and q3 are the stash and the gradient.
             others = {0: pair_of[:1], 2: ()}.get(index, pair_of)
@@ -121,6 +122,16 @@ class PrecisionConfig:
     def _member(self, q: Q) -> Member:
         fmt = self._format(q)
         return Member(fmt, q, self.format_name) if isinstance(q, int) else Member(fmt, fmt.bits, fmt.family)
+
+    def _instead(self, member: Q) -> str:
+        """What to write in place of bits of a family whose width is fixed, to end an error's line."""
+        if isinstance(member, str) or self.format_name == "float32":
+            return ""
+        found = []
+        for q in range(formats.MIN_BITS, formats.MAX_BITS + 1):
+            with contextlib.suppress(ValueError):
+                found.append(formats.make_format(self.format_name, q, self.options).text)
+        return f", or name formats: [{','.join(found * 3)},mxfp8e5m2]" if len(found) == 1 else ""
 
     @cached_property
     def members(self) -> tuple[tuple[Member, Member], ...]:

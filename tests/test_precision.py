@@ -226,6 +226,21 @@ def test_a_malformed_level_is_named(text, message):
         parse_levels(text)
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "mxint8", "nvfp4", "fp8e4m3", "ternary"])
+def test_bits_of_a_format_of_one_width_are_refused_with_what_to_write(name):
+    with pytest.raises(ValueError, match=f"for {name}, or name formats: ") as error:
+        parse_levels("[2,2,2,16]", name)
+    (level,) = parse_levels(str(error.value).rpartition(": ")[2])
+    assert {member.fmt.family for pair in level.members[:3] for member in pair} == {name}
+
+
+def test_bits_of_other_formats_are_refused_without():
+    for name in ("bfp", "int", "float32"):
+        with pytest.raises(ValueError, match="expected") as error:
+            parse_levels("[33,2,2,17]" if name != "float32" else "[2,2,2,2]", name)
+        assert "name formats" not in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["", "   ", "\n", "[]", "[] [2,2,2,16]"])
 def test_no_level_is_refused(text):
     with pytest.raises(ValueError, match="expected"):

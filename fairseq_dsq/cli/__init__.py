@@ -24,9 +24,9 @@ def blame(flag: str) -> Iterator[None]:
 
 
 SUBCOMMANDS = (
-    "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "formats", "glue_evaluate",
-    "glue_flags", "glue_prepare", "lm_prepare", "report", "roofline", "run", "run_eval_lm", "run_train",
-    "run_translate", "translation_prepare",
+    "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "flags", "formats",
+    "glue_evaluate", "glue_flags", "glue_prepare", "lm_prepare", "report", "roofline", "run", "run_eval_lm",
+    "run_train", "run_translate", "translation_prepare",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf, open_dict
 
 from fairseq_dsq import formats, gemm, schedules
-from fairseq_dsq.errors import DSQError, flag_error
+from fairseq_dsq.errors import DSQError, flag_error, runs_a_command
 from fairseq_dsq.flags import Check, Choice, Role, boolean, choice, flag, integer, number
 from fairseq_dsq.nn import BOX_DIMS, FLOAT32, ROTATIONS, STASH_SCOPES, VALUE_BOXES, WEIGHT_SCALES, weight_format
 from fairseq_dsq.plugin.modes import check_modes
@@ -292,6 +292,13 @@ class DSQOptimizerConfig:
     )
 
 
+# The flags beside an architecture's own, and what has them.
+OTHER_CONFIGS: dict[type, str] = {
+    DSQCriterionConfig: f"--criterion {CRITERION_PREFIX}<criterion>",
+    DSQOptimizerConfig: "--optimizer dsq_adam",
+}
+
+
 def defaults(config: type, *roles: Role) -> dict[str, Any]:
     """Names and defaults of a configuration's flags, of some roles alone if any are given."""
     fields = dataclasses.fields(config)
@@ -316,23 +323,34 @@ def checked(name: str, check: Check) -> Callable[[str], Any]:
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:
-    check, text = field.metadata["check"], str(field.metadata["help"])
+    check, text = field.metadata.get("check"), str(field.metadata["help"])
     return f"{text} {', '.join(check.values())}" if isinstance(check, Choice) and text.endswith(":") else text
 
 
 def add_args(parser: argparse.ArgumentParser, config: type[DSQConfig] = DSQConfig) -> None:
-    """Add a configuration's flags; :func:`set_defaults` fills in the defaults, and checks all entrances."""
+    """Add a configuration's flags; :func:`set_defaults` fills in the defaults, and checks all entrances.
+
+    Raises:
+        DSQError: this process is a command of fairseq's that was given a flag which is nearly one of these.
+    """
+    if runs_a_command():  # fairseq's parser would answer with pages of usage
+        _refuse_unknown_flags(sys.argv[1:])
     for field in dataclasses.fields(config):
-        check, text = field.metadata["check"], _help(field)
-        if check is boolean:
-            parser.add_argument(option(field.name), action="store_true", help=text)
-            continue
-        parser.add_argument(
-            option(field.name),
-            type=checked(field.name, check),
-            metavar=field.metadata["metavar"],
-            help=f"{text} (default: {field.default!r})",
-        )
+        add_flag(parser, field)
+
+
+def add_flag(parser: argparse._ActionsContainer, field: "dataclasses.Field[Any]") -> None:
+    """Add one of a configuration's flags."""
+    check, text = field.metadata.get("check", str), _help(field)
+    if check is boolean:
+        parser.add_argument(option(field.name), action="store_true", help=text)
+        return
+    parser.add_argument(
+        option(field.name),
+        type=checked(field.name, check),
+        metavar=field.metadata.get("metavar", "VALUE"),
+        help=f"{text} (default: {field.default!r})",
+    )
 
 
 def flag_table() -> str:
@@ -344,19 +362,37 @@ def flag_table() -> str:
     return "\n".join(f"| `{name}` | `{default}` | {text} |" for name, default, text in rows)
 
 
+def _names() -> list[str]:
+    """Every ``dsq_*`` flag, whatever it belongs to."""
+    return [name for config in (DSQConfig, *OTHER_CONFIGS) for name in defaults(config)]
+
+
+def _near(name: str) -> list[str]:
+    """The flags that a misspelt one may stand for, at most two."""
+    known = {name.removeprefix("dsq_"): name for name in _names()}
+    spelling = name.lower().replace("-", "_").strip("_")
+    return [known[match] for match in difflib.get_close_matches(spelling.removeprefix("dsq").lstrip("_"), known, n=2)]
+
+
+def _refuse_unknown_flags(words: Iterable[str]) -> None:
+    """The same as :func:`refuse_unknown`, of a command line's words."""
+    known = list(map(option, _names()))
+    for given in (word.partition("=")[0] for word in words):
+        if given.startswith("--dsq") and given not in known:
+            near = " or ".join(map(option, _near(given))) or "one that fairseq-dsq flags lists"
+            raise DSQError(f"{given}: no such flag, expected {near}")
+
+
 def refuse_unknown(names: Iterable[Any]) -> None:
     """Refuse names that look like a ``dsq_*`` flag and are none: fairseq would keep them and nobody would read them.
 
     Raises:
         DSQError: names the first, and the flags that it may stand for.
     """
-    flags = (name for config in (DSQConfig, DSQCriterionConfig, DSQOptimizerConfig) for name in defaults(config))
-    known = {name.removeprefix("dsq_"): name for name in flags}
-    for name in names:
-        spelling = str(name).lower().replace("-", "_")
-        if spelling.startswith("dsq") and name not in known.values():
-            near = difflib.get_close_matches(spelling.removeprefix("dsq").lstrip("_"), known, n=2)
-            expected = " or ".join(known[match] for match in near) or "one of " + ", ".join(known.values())
+    known = _names()
+    for name in map(str, names):
+        if name.lower().startswith("dsq") and name not in known:
+            expected = " or ".join(_near(name)) or "one of " + ", ".join(known)
             raise DSQError(f"{name}: no such flag, expected {expected}")
 
 

@@ -5,6 +5,8 @@ import sys
 import pytest
 from fairseq_cli.train import cli_main
 
+from fairseq_dsq.errors import DSQError
+
 CASES = [
     ("--dsq-levels", "[2,2,2]", "four integers"),
     ("--dsq-levels", "[2,2,2,16.5]", "16.5"),
@@ -47,6 +49,22 @@ def test_a_bad_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, capsys, fla
 
 
 @pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--dsq-level=[2,2,2,16]", "--dsq-level: no such flag, expected --dsq-levels"),
+        ("--dsq_patience=5", "--dsq_patience: no such flag, expected --dsq-patience"),
+        ("--dsq-cost-profil=paper", "--dsq-cost-profil: no such flag, expected --dsq-cost-profile"),
+        ("--dsq-zzz", "--dsq-zzz: no such flag, expected one that fairseq-dsq flags lists"),
+    ],
+)
+def test_a_misspelt_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, flag, expected):
+    monkeypatch.setattr(sys, "argv", [str(part) for part in cli.train_command(tmp_path / "run", flag)])
+    with pytest.raises(DSQError) as error:  # which ends a command in one line
+        cli_main()
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (("--dsq-levels", "[4,4,4,16] [2,4,4,16]"), "argument --dsq-levels: level 1 [2,4,4,16]: q0 falls from 4 to 2"),
@@ -54,6 +72,7 @@ def test_a_bad_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, capsys, fla
         (("--dsq-sign-bit", "extra", "--dsq-levels", "[2,2,2,32]"), "argument --dsq-levels"),
         (("--dsq-format", "float32", "--dsq-levels", "[2,2,2,16]"), "argument --dsq-levels"),
         (("--quant-noise-pq", "0.1"), "quant noise"),
+        (("--dsq-patince", "3"), "fairseq-train: error: --dsq-patince: no such flag, expected --dsq-patience"),
         (("--dsq-cost-profile", "nix"), "argument --dsq-cost-profile: got 'nix', expected operands, paper"),
     ],
 )
