@@ -29,7 +29,11 @@ _EXACT = {1: "yes", 2: "as a sum of two", None: "no"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("formats", nargs="*", metavar="FORMAT", help="such as bfp6/32 (default: some of every family)")
+    parser.add_argument(
+        "formats", nargs="*", metavar="FORMAT",
+        help="family, bits, /GROUP (values, row, tensor or a square) and -RULE, such as bfp6/32 or mxfp4-rceil; "
+        "fairseq_dsq/formats/README.md has a table of all (default: some of every family)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
