@@ -21,6 +21,7 @@ from fairseq_dsq.bench import BENCHES
 from fairseq_dsq.cli import SUBCOMMANDS, main
 from fairseq_dsq.cli.bench import EVERY
 from fairseq_dsq.plugin.probe import training_config
+from fairseq_dsq.precision import parse_levels
 from tests.e2e import readme
 from tests.report import samples
 
@@ -33,9 +34,10 @@ COMMANDS = [
 NOT_RUN = {
     r"pip3? install .*": "needs a package index",
     r"scripts/(test|readme|sanitize|soak|fuzz|distributed|avx512)\.sh.*": "runs tests, this one too, or for long",
+    r"DSQ_ENV=.venv scripts/gpu\.sh": "checks for minutes; tests/cli/test_gpu_script.py runs it in small",
     r"python3? -m pytest.*": "runs tests",
     r"(torchrun|srun) .*": "needs GPUs",
-    r"scripts/study\.sh.*": "trains for hours; tests/recipes/test_recipes.py looks at its commands",
+    r"scripts/(study|formats)\.sh.*": "trains for hours; tests/recipes/test_recipes.py looks at its commands",
     r"fairseq-dsq bench \S+.*": "measures for minutes; tests/cli/test_bench.py runs it for one round",
 }
 TRAINS = re.compile(r"scripts/(quickstart|multi30k|iwslt1[47]|wmt14|glue|lm)\.sh.*")
@@ -59,6 +61,7 @@ def test_a_command_of_the_readme(command, request, tmp_path, monkeypatch):
     """Runs it; a command that nothing here knows fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DSQ_DATA", raising=False)
+    command = re.sub(r" \[[A-Z]+( \.\.\.)?\]", "", command)  # what may be left out
     if not any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
         run = next((run for pattern, run in RUN.items() if re.fullmatch(pattern, command)), None)
         assert run is not None, f"the README gives a command that no test runs: {command}"
@@ -265,6 +268,13 @@ def test_the_readme_is_short():
 
 
 READMES = pytest.mark.parametrize("path", readme.files(ROOT), ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@READMES
+def test_the_levels_of_a_readme_are_levels(path):
+    for code in re.findall("`'?([^`']+)'?`", path.read_text(encoding="utf-8")):
+        if re.fullmatch(r"(\[[^\[\]]+,[^\[\]]+\] ?)+", code) and "q0" not in code:
+            assert parse_levels(code), code
 
 
 @READMES
