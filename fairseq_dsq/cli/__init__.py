@@ -23,6 +23,16 @@ def blame(flag: str) -> Iterator[None]:
         raise ValueError(f"{flag}: {error}") from None
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes longer than all else here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from fairseq_dsq import artefact
+
+        print(f"fairseq_dsq {artefact.version()}")
+        parser.exit()
+
+
 SUBCOMMANDS = (
     "average", "bench", "convert_hf", "corpus", "cost", "epochs", "export_float", "flags", "formats",
     "glue_evaluate", "glue_flags", "glue_prepare", "lm_prepare", "report", "roofline", "run", "run_eval_lm",
@@ -34,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. Bad input ends in one line on standard error and code 2."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fairseq-dsq", description="Tools of fairseq_dsq.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in SUBCOMMANDS:
         name, summary = module.replace("_", "-"), _summary(module)

@@ -22,7 +22,7 @@ def convert(source: Path, output: Path) -> tuple[list[str], list[str]]:
     Raises:
         ValueError, OSError: something is missing or cannot be mapped; ``output`` is then as it was.
     """
-    if not source.is_dir():
+    if not (source / "config.json").is_file():
         raise OSError(f"{source}: expected a folder with config.json, weights and a vocabulary")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists already, expected a new or an empty folder")

@@ -52,10 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _load(name: str) -> Hardware:
+    try:
+        data_files.find(FOLDER, name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {MEASURE}") from None
+    return load_hardware(name)
+
+
 def main(args: argparse.Namespace) -> int:
     check_format(args.format)
     with blame("--hardware"):
-        hardware = measure() if args.hardware == MEASURE else load_hardware(args.hardware)
+        hardware = measure() if args.hardware == MEASURE else _load(args.hardware)
     if args.save_hardware:
         args.save_hardware.write_text(OmegaConf.to_yaml(dataclasses.asdict(hardware)), encoding="utf-8")
     with blame("--levels"):

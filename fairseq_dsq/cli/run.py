@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from fairseq_dsq import cli, data_files
+from fairseq_dsq import cli, data_files, schedules
 from fairseq_dsq.cli import blame
+from fairseq_dsq.plugin import config, effects
+from fairseq_dsq.plugin.state import refuse_field
 from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
 from fairseq_dsq.recipes.plan import Plan, Step, progress
 from fairseq_dsq.recipes.recipe import seeds_of
@@ -22,35 +26,47 @@ from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_g
 from fairseq_dsq.recipes.side_by_side import SideBySide
 from fairseq_dsq.translation.pieces import LEARN
 
+# What a recipe's parameters of these names are.
+PARAMETERS = {
+    "layers": "layers, of an encoder and of a decoder each",
+    "dim": "values of an embedding and of every layer's output",
+    "ffn": "values inside a feed-forward layer",
+    "heads": "attention heads",
+    "length": "tokens of a sample",
+    "updates": "updates that training ends after",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # One argument for all: a positional of its own would swallow a -- that follows it.
     parser.add_argument(
-        "recipe", metavar="RECIPE", help=f"{', '.join(data_files.names(FOLDER))}, or the path of a file of one's own"
-    )
-    parser.add_argument(
-        "flags", nargs=argparse.REMAINDER, metavar="...", help="the recipe's own flags: RECIPE --help lists them"
-    )
+        "words", nargs=argparse.PARSER, metavar="RECIPE",
+        help=f"{', '.join(data_files.names(FOLDER))}, or the path of a file of one's own; then the recipe's own flags, "
+        "which RECIPE --help lists",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
+    name, *own = args.words
+    rest: list[str] = []
     with blame("RECIPE"):
-        recipe = load_recipe(args.recipe)
-    own, rest = args.flags, []
+        recipe = load_recipe(name)
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
     try:
-        parser = _parser(args.recipe, recipe)
+        parser = _parser(name, recipe)
     except argparse.ArgumentError as error:
-        raise ValueError(f"RECIPE: {args.recipe}: parameters: {error}") from None
+        raise ValueError(f"RECIPE: {name}: parameters: {error}") from None
     options = vars(parser.parse_args(own))
     _check(recipe, options)
+    _check_precision(recipe, options, rest)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
     if not (options["dry_run"] or options.get("status")):
         _check_gpus(options)
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
     jobs, status = int(options.pop("jobs", "1")), options.pop("status", False)
-    given = {name.replace("_", "-"): value for name, value in options.items()}
+    given = {option.replace("_", "-"): value for option, value in options.items()}
     if isinstance(recipe, Glue):
         try:
             run_glue(given.pop("task"), recipe, given, rest, runs, _show if dry else _call)
@@ -58,10 +74,10 @@ def main(args: argparse.Namespace) -> int:
             return stopped.code
         return 0
     if isinstance(recipe, LanguageModel):
-        plan = plan_language_model(args.recipe, given.pop("text"), recipe, given, rest, runs)
+        plan = plan_language_model(name, given.pop("text"), recipe, given, rest, runs)
     else:
         assert isinstance(recipe, Translation)
-        plan = plan_translation(args.recipe, recipe, given, rest, runs)
+        plan = plan_translation(name, recipe, given, rest, runs)
     if status:
         print(f"{plan.name}: {progress(plan, jobs)}")
     elif dry:
@@ -155,12 +171,12 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         add("vocab", recipe.vocab, "sentence pieces")
         add("held-out", recipe.held_out, "share of the lines that valid and test have, each", "SHARE")
     for parameter, value in recipe.parameters.items():
-        add(parameter, value, f"{{{parameter}}} of the recipe's flags")
+        add(parameter, value, PARAMETERS.get(parameter, f"{{{parameter}}} in the recipe's flags of fairseq-train"))
     one = ": one run in place of the table" if table else ""
-    add("format", "" if table else recipe.format, f"number format{one}", "NAME")
-    add("levels", "", "precision levels (default: fairseq_dsq's)", "LEVELS")
-    add("patience", recipe.patience, "as --dsq-patience")
-    add("min-delta", recipe.min_delta, "as --dsq-min-delta", "D")
+    add("format", "" if table else recipe.format, f"number format of the q that are bits{one}", "NAME")
+    add("levels", "", f"precision levels, or one (default: {config.DSQConfig.dsq_levels})", "LEVELS")
+    add("patience", recipe.patience, "validations in a row without a new best before the level rises")
+    add("min-delta", recipe.min_delta, "a new best is lower than the best by more than this", "D")
     add("epochs", recipe.epochs, "epochs" + (", which may be raised later" * (not isinstance(recipe, Glue))))
     if table:  # the default is the tables' affair
         of_tables = "".join(f"; {name}: {seeds}" for name, seeds in table.seeds.items())
@@ -210,6 +226,31 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
                 raise ValueError(f"--methods: got {method!r}, expected some of {expected}")
         if options["levels"] and not options["format"]:
             raise ValueError(f"--levels: got {options['levels']!r} without --format")
+
+
+def _check_precision(recipe: Recipe, options: dict[str, str], rest: Sequence[str]) -> None:
+    """Refuse what fairseq-train would of the precision, before anything is fetched: ``rest`` follows ``--``."""
+    checks = {field.name: field.metadata["check"] for field in dataclasses.fields(config.DSQConfig)}
+    given = {name: options[name] for name in ("format", "levels", "patience", "min_delta") if options[name]}
+    for name, value in given.items():
+        with blame(config.option(name)):
+            checks[f"dsq_{name}"](value)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    config.add_args(parser)
+    own = argparse.Namespace(**{f"dsq_{name}": value for name, value in given.items()})
+    found, others = parser.parse_known_args(rest, own)
+    config.refuse_unknown_flags(others)
+    flags: Any = config.set_defaults(found)
+    if isinstance(recipe, Tabled) and recipe.methods and not options["format"]:
+        return  # each row has levels of its own
+    with blame("--levels"):
+        levels = effects.levels_of(flags)
+    try:
+        policy = schedules.make(flags.dsq_schedule, len(levels), flags)
+    except ValueError as error:
+        refuse_field(error)
+    with blame("--levels"):
+        policy.check(levels)
 
 
 def _check_nodes(options: dict[str, str]) -> None:

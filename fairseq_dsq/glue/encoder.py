@@ -186,5 +186,5 @@ def _implementations() -> Any:
     try:
         from tokenizers import implementations
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'fairseq_dsq[glue]'") from None
+        raise ValueError(f"{error.name} is not installed: pip install '.[glue]' in the clone") from None
     return implementations

@@ -197,7 +197,7 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
                 raise ValueError("expected a dictionary of tensors")
             return path, tensors
     except ImportError:
-        raise ValueError(f"{path}: needs safetensors: pip install 'fairseq_dsq[glue]'") from None
+        raise ValueError(f"{path}: needs safetensors: pip install '.[glue]' in the clone") from None
     except (OSError, MemoryError):
         raise
     except Exception as error:  # safetensors has an exception of its own, and torch raises any of a damaged file

@@ -251,5 +251,7 @@ def convert(
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
     context.together.hang_on(model)
     if warn:
+        if not any(isinstance(module, DSQLinear) for module in model.modules()):
+            warnings.warn("found no layer to quantize, expected an nn.Linear or the like", stacklevel=2)
         warn_of_float(model, left_out)
     return model

@@ -12,6 +12,7 @@ from fairseq import checkpoint_utils
 from torch import Tensor
 
 from fairseq_dsq import artefact, schedules
+from fairseq_dsq.errors import DSQError
 from fairseq_dsq.plugin.checkpoints import PREFIX, without_schedule
 from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.effects import levels_of
@@ -64,6 +65,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = checkpoint_utils.load_checkpoint_to_cpu(str(path))
         _ = state["model"].items(), state["cfg"]["model"], state["extra_state"]
+    except DSQError:
+        raise  # says so itself
     except Exception as error:  # torch and fairseq raise whatever comes first
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"{path}: expected a checkpoint of fairseq-train ({type(error).__name__}: {reason})") from None

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue
 
 from fairseq_dsq import formats, gemm, schedules
-from fairseq_dsq.errors import DSQError, flag_error, runs_a_command
+from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.flags import Check, Choice, Role, boolean, choice, flag, integer, number
 from fairseq_dsq.nn import BOX_DIMS, FLOAT32, ROTATIONS, STASH_SCOPES, VALUE_BOXES, WEIGHT_SCALES, weight_format
-from fairseq_dsq.plugin.modes import check_modes
+from fairseq_dsq.plugin.modes import check_modes, flag_of, trains
 from fairseq_dsq.precision import parse_levels
 from fairseq_dsq.quantized import ROUNDINGS
 from fairseq_dsq.text import quoted
@@ -331,10 +332,10 @@ def add_args(parser: argparse.ArgumentParser, config: type[DSQConfig] = DSQConfi
     """Add a configuration's flags; :func:`set_defaults` fills in the defaults, and checks all entrances.
 
     Raises:
-        DSQError: this process is a command of fairseq's that was given a flag which is nearly one of these.
+        DSQError: this process is fairseq-train, and was given a flag that is nearly one of these.
     """
-    if runs_a_command():  # fairseq's parser would answer with pages of usage
-        _refuse_unknown_flags(sys.argv[1:])
+    if trains():  # fairseq's parser would answer with pages of usage
+        refuse_unknown_flags(sys.argv[1:])
     for field in dataclasses.fields(config):
         add_flag(parser, field)
 
@@ -374,8 +375,8 @@ def _near(name: str) -> list[str]:
     return [known[match] for match in difflib.get_close_matches(spelling.removeprefix("dsq").lstrip("_"), known, n=2)]
 
 
-def _refuse_unknown_flags(words: Iterable[str]) -> None:
-    """The same as :func:`refuse_unknown`, of a command line's words."""
+def refuse_unknown_flags(words: Iterable[str]) -> None:
+    """The same as :func:`refuse_unknown`, of a command line's words; errors are its own."""
     known = list(map(option, _names()))
     for given in (word.partition("=")[0] for word in words):
         if given.startswith("--dsq") and given not in known:
@@ -396,6 +397,21 @@ def refuse_unknown(names: Iterable[Any]) -> None:
             raise DSQError(f"{name}: no such flag, expected {expected}")
 
 
+def _check_data(args: Any) -> None:
+    """Refuse folders of data that are not there, which fairseq answers with a traceback.
+
+    Raises:
+        DSQError: names the first.
+    """
+    try:
+        data = flag_of(args, "data")
+    except MissingMandatoryValue:
+        return
+    for folder in data.split(os.pathsep) if isinstance(data, str) and "://" not in data else ():
+        if not os.path.exists(folder):
+            raise DSQError(f"DATA: got {quoted(folder)}, expected a folder that fairseq-preprocess made")
+
+
 def set_defaults(args: Any, config: type[DSQConfig] = DSQConfig) -> DSQConfig:
     """Give ``args`` the flags that are not set, and check those that are: every entrance to a model passes here.
 
@@ -414,6 +430,8 @@ def set_defaults(args: Any, config: type[DSQConfig] = DSQConfig) -> DSQConfig:
         DSQError: a value that the flag does not take, or a name that is nearly a flag's.
     """
     check_modes(args)
+    if trains():
+        _check_data(args)
     is_config = OmegaConf.is_config(args)
     refuse_unknown(list(args) if is_config else vars(args))
     values = defaults(config)

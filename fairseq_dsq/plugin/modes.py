@@ -20,7 +20,7 @@ from fairseq_dsq.plugin.workers import check_workers
 TRAINING_COMMANDS = ("fairseq-train", "fairseq-hydra-train", "train.py", "hydra_train.py")
 
 
-def _trains() -> bool:
+def trains() -> bool:
     """Whether this process is a command that trains: others get their flags of a checkpoint."""
     return Path(sys.argv[0] if sys.argv else "").name in TRAINING_COMMANDS
 
@@ -46,7 +46,7 @@ def check_modes(args: Any) -> None:
     Raises:
         the errors of :func:`fairseq_dsq.errors.flag_error`; one line names the flag.
     """
-    if not _trains():
+    if not trains():
         return
     if flag_of(args, "bf16") and flag_of(args, "tpu") and "--tpu" not in sys.argv:
         args.tpu = False

@@ -147,7 +147,7 @@ def log_files(folder: Path) -> list[Path]:
 
 def missing_extra(error: ImportError) -> ValueError:
     """The one line for a package of the extra ``report`` that is not installed."""
-    return ValueError(f"{error.name} is not installed: pip install 'fairseq_dsq[report]'")
+    return ValueError(f"{error.name} is not installed: pip install '.[report]' in the clone")
 
 
 def epoch_table(epochs: Iterable[Epoch]) -> str:

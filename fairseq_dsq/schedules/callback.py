@@ -18,7 +18,7 @@ from fairseq_dsq.text import printable, quoted
 def dotted(value: Any) -> str:
     """A check of ``module:function``."""
     if not isinstance(value, str) or (value and not re.fullmatch(r"\w+(\.\w+)*:\w+", value)):
-        raise ValueError(f"got {quoted(value)}, expected module:function")
+        raise ValueError(f"got {quoted(value)}, expected module:function such as my_rules.levels:rise")
     return value
 
 

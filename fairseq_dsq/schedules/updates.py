@@ -59,8 +59,9 @@ class Updates(Policy[State]):
         super().__post_init__()
         if len(self.at) != self.num_levels - 1:
             raise ValueError(
-                f"raise_at: got {self.raise_at!r}, expected {self.num_levels - 1} points for the {self.num_levels} "
-                "levels of --dsq-levels, such as 1000,4000 or epoch:2,epoch:5"
+                f"raise_at: got {self.raise_at!r}, expected {self.num_levels - 1} point"
+                f"{'s' * (self.num_levels != 2)} for the {self.num_levels} levels of --dsq-levels, such as 1000,4000 "
+                "or epoch:2,epoch:5"
             )
 
     def start(self) -> State:

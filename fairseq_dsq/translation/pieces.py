@@ -25,7 +25,7 @@ Cut = Callable[[str], list[str]]
 
 def missing_extra(error: ImportError) -> ValueError:
     """The one line for a package of the extra ``translation`` that is not installed."""
-    return ValueError(f"{error.name} is not installed: pip install 'fairseq_dsq[translation]'")
+    return ValueError(f"{error.name} is not installed: pip install '.[translation]' in the clone")
 
 
 def learn_pieces(files: Sequence[Path], folder: Path, vocab_size: int, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 
+import pytest
 from command import run
 
 # fairseq imports some of them itself, where they are installed.
@@ -36,6 +37,16 @@ def test_the_help_of_a_command_imports_what_the_package_does(tmp_path):
     assert not HEAVY & {name.partition(".")[0] for name in package + command}
     ours = {name for name in command if name.startswith("fairseq_dsq.")}
     assert ours == {"fairseq_dsq.cli", "fairseq_dsq.cli.epochs"}
+
+
+def test_the_version_is_the_package_s(capsys):
+    from fairseq_dsq import artefact
+    from fairseq_dsq.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fairseq_dsq {artefact.version()}\n"
 
 
 def test_the_list_of_commands_imports_none(tmp_path):

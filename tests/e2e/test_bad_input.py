@@ -83,6 +83,13 @@ def test_the_command_exits_non_zero_without_a_traceback(cli, tmp_path, flags, ex
     assert not list(tmp_path.glob("run/*.pt"))
 
 
+def test_data_that_are_not_there_are_named_in_one_line(cli, tmp_path, monkeypatch):
+    command = [str(part) for part in cli.train_command(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["/nope" if part == str(cli.data) else part for part in command])
+    with pytest.raises(DSQError, match="DATA: got '/nope', expected a folder that fairseq-preprocess made"):
+        cli_main()
+
+
 def test_the_criterion_without_dsq_layers_is_named(cli, tmp_path):
     _, err = cli.run(*cli.train_command(tmp_path / "run", arch="transformer"), code=1)
     assert "argument --criterion" in err.splitlines()[-1]
@@ -102,6 +109,9 @@ def test_a_checkpoint_with_more_levels_than_the_flags_is_named(cli, tmp_path):
     [
         (("fairseq-dsq", "epochs", "missing.log"), "missing.log"),
         (("fairseq-dsq", "export-float", "missing.pt", "out.pt"), "missing.pt"),
+        (("fairseq-dsq", "average", "out.pt", "text/train.de"), "error: text/train.de: is cut or no checkpoint: torch"),
+        (("fairseq-dsq", "convert-hf", "text", "out"), "error: text: expected a folder with config.json"),
+        (("fairseq-dsq", "roofline", "--hardware", "none"), "or the path of a .yaml file, or measure"),
         (("fairseq-dsq", "translation-prepare", "multi30k", "folder"), "DSQ_DATA"),
     ],
 )

@@ -392,6 +392,11 @@ def test_a_sequential_model():
     assert torch.equal(model(x), linear(hidden, layers[1].weight, None, how.config))
 
 
+def test_a_model_without_a_layer_to_quantize_is_warned_of():
+    with pytest.warns(UserWarning, match="found no layer to quantize"):
+        convert(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), context())
+
+
 def test_converting_twice_changes_nothing():
     how = context(*BFP_MIXED.q)
     model = convert(tiny_transformer(), how)

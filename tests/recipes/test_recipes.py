@@ -112,6 +112,44 @@ def test_no_such_recipe(capsys):
     assert f"RECIPE: got 'latin', {expected} or the path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--levels", "[2]"), "--levels: level 0: got '[2]', expected four integers"),
+        (("--levels", "[4,4,4,16] [2,4,4,16]"), "--levels: level 1 [2,4,4,16]: q0 falls from 4 to 2"),
+        (("--levels", "[2,2,2,40]"), "--levels: level 0: q3: got 40, expected 2 to 32"),
+        (("--format", "nope"), "--format: got 'nope', expected one of bfp, fixed, float32"),
+        (
+            ("--format", "mxfp4"),
+            "--levels: level 0: q0 = 2: bits: got 2, expected 4 for mxfp4, or name formats: [mxfp4,",
+        ),
+        (("--min-delta", "-1"), "--min-delta: got '-1', expected a finite number >= 0"),
+        (("--", "--dsq-level", "[2,2,2,16]"), "--dsq-level: no such flag, expected --dsq-levels"),
+        (("--", "--dsq-levels"), "argument --dsq-levels: expected one argument"),
+        (("--", "--dsq-schedule", "updates"), "argument --dsq-raise-at: got '', expected 1 point for the 2 levels"),
+    ],
+)
+def test_a_precision_that_training_would_refuse_is_refused_before_anything_is_fetched(
+    tmp_path, capsys, arguments, said
+):
+    assert main(["run", "multi30k", "--runs", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fairseq-dsq run: error: ") and said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_follows_the_dashes_decides_what_levels_may_be(tmp_path, capsys):
+    given = ("--runs", str(tmp_path), "--format", "mxfp4", "--levels", "[3,3,3,mxfp8e5m2]", "--dry-run")
+    assert "3-3-3" in commands(capsys, "multi30k", *given, "--", "--dsq-sign-bit", "extra")[1][1]
+    assert main(["run", "multi30k", *given]) == 2
+    assert commands(capsys, "glue", "RTE", "--runs", str(tmp_path), "--dry-run", "--", "--dsq-schedule", "cyclic")
+
+
+def test_flags_of_fairseq_may_follow_the_recipe_s_name_at_once(capsys):
+    with pytest.raises(SystemExit, match="argument --dsq-rounding: got 'up', expected one of nearest, stochastic"):
+        main(["run", "multi30k", "--", "--dsq-rounding", "up"])
+
+
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
     assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
 

@@ -118,7 +118,7 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["report", str(run)]) == 0
     assert cli.main(["report", str(run), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.endswith("matplotlib is not installed: pip install 'fairseq_dsq[report]'\n")
+    assert capsys.readouterr().err.endswith("matplotlib is not installed: pip install '.[report]' in the clone\n")
 
 
 class _Outline(HTMLParser):

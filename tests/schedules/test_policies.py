@@ -52,8 +52,8 @@ def test_levels_come_in_turn():
 @pytest.mark.parametrize(
     ("policy", "arguments", "message"),
     [
-        (Updates, (2,), "raise_at: got '', expected 1 points for the 2 levels of --dsq-levels"),
-        (Updates, (2, "3,5"), "raise_at: got '3,5', expected 1 points for the 2 levels"),
+        (Updates, (2,), "raise_at: got '', expected 1 point for the 2 levels of --dsq-levels"),
+        (Updates, (2, "3,5"), "raise_at: got '3,5', expected 1 point for the 2 levels"),
         (Updates, (3, "5,3"), "raise_at: got '5,3', expected rising updates such as 1000,4000, or epochs"),
         (Updates, (3, "5,5"), "raise_at: got '5,5', expected rising"),
         (Updates, (2, "0"), "raise_at: got '0', expected rising"),

@@ -264,7 +264,7 @@ def test_pieces_without_their_package_or_of_too_little_text_say_so(tmp_path, mon
     given = ["translation-prepare", str(tmp_path / "own.yaml"), str(tmp_path / "out"), "--pieces", "bpe", "--vocab"]
     monkeypatch.setitem(sys.modules, "subword_nmt", None)
     assert main([*given, "150"]) == 2
-    assert "subword_nmt is not installed: pip install 'fairseq_dsq[translation]'" in capsys.readouterr().err
+    assert "subword_nmt is not installed: pip install '.[translation]' in the clone" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     monkeypatch.delitem(sys.modules, "subword_nmt")
     pytest.importorskip("subword_nmt")
