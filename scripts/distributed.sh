@@ -3,5 +3,6 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help_of "$DSQ_ROOT/scripts/distributed.py" "$@"
 use_env ""
 exec python "$DSQ_ROOT/scripts/distributed.py" "$@"

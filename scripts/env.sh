@@ -9,6 +9,20 @@ fail() {
     exit "${2:-1}"
 }
 
+# show_help "$@": with -h or --help, what the script says of itself in its first lines, and out; nothing is installed
+show_help() {
+    case "${1:-}" in
+        -h | --help) sed -n '2,/^set/{/^set/d; s/^# \{0,1\}//; p}' "$0"; exit ;;
+    esac
+}
+
+# show_help_of PROGRAM "$@": the same, of a Python program that imports nothing but Python's own
+show_help_of() {
+    case "${2:-}" in
+        -h | --help) exec "$(find_python)" "$1" --help ;;
+    esac
+}
+
 find_python() {
     local candidate
     for candidate in ${PYTHON:-} python3.11 python3.12 python3; do

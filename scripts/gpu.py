@@ -517,14 +517,21 @@ def table(check: Check, machine: dict[str, str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--sections", nargs="+", choices=[name for name, *_ in SECTIONS], default=None)
+    parser = argparse.ArgumentParser(
+        prog="gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what is checked (default: cuda)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu", metavar="DIR", help="folder to write to (default: runs/gpu)"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="when to end at last (default: 8)")
+    names = [name for name, *_ in SECTIONS]
+    parser.add_argument(
+        "--sections", nargs="+", choices=names, metavar="NAME", help=f"some of {', '.join(names)} (default: all)"
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu.py: error: torch finds no CUDA device here, expected one, or --device cpu", file=sys.stderr)
+        print("gpu.sh: error: torch finds no CUDA device here, expected one, or --device cpu", file=sys.stderr)
         return 2
     import fairseq_dsq  # noqa: F401  registers the architectures
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Checks and times the CUDA path on one GPU, in at most 8 minutes; see --help. WHEELS names a folder of wheels of what is
-# missing on a machine without a network (Python 3.11 or 3.12 with torch for CUDA and Triton is what must be there).
+# Checks and times the CUDA path on one GPU, in at most 8 minutes; the exit code is 1 where something differed:
+# DSQ_ENV=.venv scripts/gpu.sh [--device cuda|cpu] [--out runs/gpu] [--minutes 8] [--sections NAME ...]
+# DSQ_ENV names an environment with this package, torch for CUDA and Triton; without one, python3's own torch and fairseq
+# are taken, or what is missing on a machine without a network from WHEELS, a folder of wheels. --device cpu goes the
+# same way in small: a rehearsal. Writes OUT/gpu.json, and OUT/gpu.md, a table.
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help "$@"
 if [ -n "${WHEELS:-}" ]; then
     [ -d "$WHEELS" ] || fail "WHEELS: got $WHEELS, expected a folder of wheels"
     python=$(find_python)

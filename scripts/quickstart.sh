@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help "$@"
 run=$DSQ_ROOT/runs/quickstart
 case "$*" in
     "") ;;
@@ -12,7 +13,6 @@ case "$*" in
             [ ! -d "$folder" ] || flock -n "$folder" true || fail "$folder: another command is at work there"
         done
         rm -rf "$run" ;;
-    -h | --help) sed -n '2,/^set/{/^set/d; s/^# //; p}' "${BASH_SOURCE[0]}"; exit ;;
     *) fail "unknown argument $*, expected --fresh or nothing" 2 ;;
 esac
 use_env ""

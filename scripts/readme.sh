@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help "$@"
 use_env dev,glue
 export OMP_NUM_THREADS=1
 cd "$DSQ_ROOT"

@@ -5,6 +5,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help "$@"
 use_env dev
 export OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- tests/kernels/test_bounds.py tests/kernels/test_native.py tests/kernels/test_packing.py \

@@ -3,6 +3,7 @@
 set -euo pipefail
 # shellcheck source=scripts/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+show_help_of "$DSQ_ROOT/scripts/soak.py" "$@"
 use_env ""
 export OMP_NUM_THREADS=1
 exec python "$DSQ_ROOT/scripts/soak.py" "$@"

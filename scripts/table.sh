@@ -6,6 +6,7 @@
 # use_tables CORPORA [--status|--dry-run] [-- FLAGS]: refuses what it does not know; sets mode and flags, the environment
 use_tables() {
     local corpora=$1 corpus; shift
+    show_help "$@"
     mode=()
     case "${1:-}" in
         "" | --) ;;

@@ -32,4 +32,4 @@ def test_it_checks_times_and_writes_its_table(tmp_path, device):
 def test_without_a_gpu_it_says_so():
     code, _, err = run("--device", "cuda")
     assert code == 2
-    assert err.splitlines()[-1] == "gpu.py: error: torch finds no CUDA device here, expected one, or --device cpu"
+    assert err.splitlines()[-1] == "gpu.sh: error: torch finds no CUDA device here, expected one, or --device cpu"

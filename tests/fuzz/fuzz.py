@@ -429,10 +429,12 @@ def limit_memory() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("count", nargs="?", type=int, default=1_000_000, help="inputs in all (default: a million)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--target", help="one target alone")
+    parser = argparse.ArgumentParser(prog="fuzz.sh", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument(
+        "count", nargs="?", type=int, default=1_000_000, metavar="N", help="inputs (default: a million)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="what the inputs depend on (default: 1)")
+    parser.add_argument("--target", metavar="T", help="one target alone (default: all)")
     parser.add_argument("--only", type=int, metavar="I", help="the target's I-th input alone")
     args = parser.parse_args()
     faulthandler.enable()  # a crash of a kernel shows where

@@ -3,7 +3,9 @@
 import itertools
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.recipes.run import slug
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RECIPE_SCRIPTS = ("glue", "iwslt14", "iwslt17", "lm", "multi30k", "wmt14")  # whose --help is the recipe's
 
 
 def commands(capsys, *arguments):
@@ -152,6 +155,22 @@ def test_flags_of_fairseq_may_follow_the_recipe_s_name_at_once(capsys):
 
 def test_a_slug_has_nothing_that_an_option_of_fairseq_takes_for_a_list():
     assert slug("bfp-[2,2,2,16] [16,4,4,16]-seed1") == "bfp-2-2-2-16_16-4-4-16-seed1"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in SCRIPTS.glob("*.sh")} - {"env", "table", *RECIPE_SCRIPTS})
+)
+def test_a_script_says_what_it_does_before_anything_is_installed(name, tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / "setup.py").touch()
+    environment = {key: value for key, value in os.environ.items() if key not in ("DSQ_ENV", "DSQ_DATA", "WHEELS")}
+    environment["PYTHON"] = sys.executable
+    script = tmp_path / "scripts" / f"{name}.sh"
+    done = subprocess.run([script, "--help"], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    first = script.read_text().splitlines()[1].removeprefix("# ")
+    assert first in done.stdout or f"usage: {name}.sh" in done.stdout
+    assert "set -euo" not in done.stdout and not (tmp_path / ".venv").exists()
 
 
 def command_that_says(folder, body):
