@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fairseq_dsq.cli import blame
-from fairseq_dsq.glue import TASKS, find_task
+from fairseq_dsq.glue import TASKS, files, find_task
 from fairseq_dsq.glue.encoder import DEFAULT_ENCODER, DOWNLOADABLE, find
 from fairseq_dsq.glue.prepare import prepare
 
@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
         task = find_task(args.task)
     if args.train_rows < 0:
         raise ValueError(f"--train-rows: got {args.train_rows}, expected an integer >= 1, or 0 for all")
+    files.find(task, args.data, args.downloads)  # refused before an encoder, which is large, is downloaded
     encoder = find(args.encoder, args.downloads)
     prepared, written = prepare(
         task, args.folder, encoder, args.downloads, args.data, args.train_rows, args.group_by_length

@@ -234,6 +234,13 @@ def test_bad_input_is_named_in_one_line_and_leaves_nothing(tmp_path, encoder, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_data_that_are_not_there_are_refused_before_an_encoder_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fairseq_dsq.cli.glue_prepare.find", lambda *_: pytest.fail("an encoder was looked for"))
+    command = ["glue-prepare", "RTE", "out", "--data", str(tmp_path), "--downloads", str(tmp_path / "downloads")]
+    assert main(command) == 2
+    assert f"{tmp_path}: has no train.tsv" in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_named(tmp_path, encoder, capsys):
     prepare(tmp_path, "SNLI", code=2)
     assert "error: TASK: got 'SNLI', expected one of CoLA, SST-2, MRPC" in capsys.readouterr().err
