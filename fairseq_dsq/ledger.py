@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fairseq_dsq.precision import GemmKind, PrecisionConfig, StashRole
+import torch
+
+from fairseq_dsq.precision import FOR_REPEATS, GemmKind, PrecisionConfig, StashRole
 
 
 class Gemm(NamedTuple):
@@ -39,7 +41,10 @@ class Gemm(NamedTuple):
 
 
 class Stash(NamedTuple):
-    """An operand packed for backward: a GEMM's input, or the second operand of a batched product, its weight."""
+    """An operand packed for backward: a GEMM's input, or the second operand of a batched product, its weight.
+
+    Of one in the role "recomputed" nothing is packed: the backward pass makes it again.
+    """
 
     role: StashRole
     shape: tuple[int, ...]
@@ -49,6 +54,11 @@ class Stash(NamedTuple):
     def elements(self) -> int:
         """Elements packed."""
         return math.prod(self.shape)
+
+    @property
+    def for_repeat(self) -> bool:
+        """Whether only an output GEMM that the backward pass repeats needs it."""
+        return self.role in FOR_REPEATS
 
 
 class Update(NamedTuple):
@@ -73,12 +83,17 @@ class Update(NamedTuple):
 
 
 class LedgerKey(NamedTuple):
-    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served."""
+    """A GEMM, the precision it ran at, whether its forward pass ran under grad, and the module it served.
+
+    ``repeated`` is an output GEMM that a backward pass runs once more: activation checkpointing's, of which the first
+    ran without grad, and attention's scores under stash scope ``all``.
+    """
 
     gemm: Gemm
     precision: PrecisionConfig
     training: bool
     scope: str = ""
+    repeated: bool = False
 
 
 class StashKey(NamedTuple):
@@ -101,6 +116,14 @@ class Work:
     stash_bytes: int = 0
     updates: dict[Update, float] = field(default_factory=dict)
 
+    def once(self) -> Work:
+        """The same with nothing repeated, nor packed for it; the bytes really taken by stashes are not known."""
+        return Work(
+            Counter({key: count for key, count in self.gemms.items() if not key.repeated}),
+            Counter({key: count for key, count in self.stashes.items() if not key.stash.for_repeat}),
+            updates=dict(self.updates),
+        )
+
     def at_precision(self, precision: PrecisionConfig) -> Work:
         """The same GEMMs, stashes and updates at another level; the bytes really taken by stashes are not known."""
         return Work(
@@ -118,7 +141,7 @@ _NOTES = 1_000
 class Ledger:
     """Counts the GEMMs that a model executes, each when it runs, and what it packs for backward.
 
-    What activation checkpointing repeats is counted as often as it runs.
+    What a backward pass repeats is counted as often as it runs, and marked.
 
     Attributes:
         scope: goes into every key; names the module at work, for whoever wants to tell them apart.
@@ -131,7 +154,9 @@ class Ledger:
     changed_codes: Any = 0
     _work: Work = field(default_factory=Work)
     # Fields of a LedgerKey and of a StashKey: to make and hash a key takes ten times as long as to note its fields.
-    _ran: list[tuple[tuple[GemmKind, int, int, int, int], PrecisionConfig, bool, str]] = field(default_factory=list)
+    _ran: list[tuple[tuple[GemmKind, int, int, int, int], PrecisionConfig, bool, str, bool]] = field(
+        default_factory=list
+    )
     _packed: list[tuple[tuple[StashRole, tuple[int, ...], int], PrecisionConfig, str]] = field(default_factory=list)
 
     def record(
@@ -146,7 +171,9 @@ class Ledger:
         scope: str | None = None,
     ) -> None:
         """Count one GEMM; a backward one names the ``scope`` its forward ran in."""
-        self._ran.append(((kind, m, k, n, batch), precision, training, self.scope if scope is None else scope))
+        repeated = kind == "output" and torch._C._current_graph_task_id() >= 0  # autograd is in a backward pass
+        ran = (kind, m, k, n, batch), precision, training, self.scope if scope is None else scope, repeated
+        self._ran.append(ran)
         if len(self._ran) > _NOTES:
             self._count()
 
@@ -161,8 +188,8 @@ class Ledger:
 
     def _count(self) -> Work:
         """All that ran so far, with what has been noted down."""
-        for (gemm, precision, training, scope), count in Counter(self._ran).items():
-            self._work.gemms[LedgerKey(Gemm(*gemm), precision, training, scope)] += count
+        for (gemm, precision, training, scope, repeated), count in Counter(self._ran).items():
+            self._work.gemms[LedgerKey(Gemm(*gemm), precision, training, scope, repeated)] += count
         for (stash, precision, scope), count in Counter(self._packed).items():
             self._work.stashes[StashKey(Stash(*stash), precision, scope)] += count
         self._ran, self._packed = [], []

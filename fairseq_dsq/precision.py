@@ -28,8 +28,9 @@ from fairseq_dsq.text import printable, quoted, shortened
 
 GemmKind = Literal["output", "grad_input", "grad_weight"]
 # What is kept of a GEMM's input and of a batched product's second operand, its weight; or of both operands of an output
-# GEMM that the backward pass repeats.
-StashRole = Literal["input", "weight", "first operand", "second operand"]
+# GEMM that the backward pass repeats; "recomputed" is an input that such a one makes again, of which nothing is kept.
+StashRole = Literal["input", "weight", "first operand", "second operand", "recomputed"]
+FOR_REPEATS: tuple[StashRole, StashRole] = ("first operand", "second operand")
 Q = int | str
 
 # (index of the q, which of its pair) of a GEMM's two operands, in the order of the legend above, and of a stash.
@@ -39,7 +40,7 @@ _OPERANDS: dict[GemmKind, tuple[tuple[int, int], tuple[int, int]]] = {
     "grad_weight": ((1, 0), (3, 1)),
 }
 _STASHES: dict[StashRole, tuple[int, int]] = {"input": (1, 0), "weight": (2, 0)}
-_STASHES |= {"first operand": (0, 0), "second operand": (0, 1)}
+_STASHES |= {"first operand": (0, 0), "second operand": (0, 1), "recomputed": (1, 0)}
 _PAIRED = (0, 3)
 # Not what int() reads besides: 1_6, +16, the digits of other scripts, thousands of them.
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")

@@ -35,8 +35,8 @@ def gemm_bytes(gemm: Gemm, precision: PrecisionConfig) -> int:
 
 
 def stash_bytes(stash: Stash, precision: PrecisionConfig) -> int:
-    """Bytes of a packed stash, written once by the forward pass."""
-    return precision.stash(stash.role).nbytes(stash.shape, stash.dim)
+    """Bytes of a packed stash, written once by the forward pass; none of an input that is made again instead."""
+    return 0 if stash.role == "recomputed" else precision.stash(stash.role).nbytes(stash.shape, stash.dim)
 
 
 def update_bytes(update: Update) -> int:

@@ -110,9 +110,9 @@ def by_gemm(profile: CostProfile, work: Work) -> list[dict[str, Any]]:
     """One row per kind and shape, the most MACs first; writing stashes belongs to none of them."""
     counts: Counter[LedgerKey] = Counter()
     for key, count in work.gemms.items():
-        counts[key._replace(scope="")] += count
+        counts[key._replace(scope="", repeated=False)] += count
     rows = []
-    for (gemm, precision, training, _), count in counts.items():
+    for (gemm, precision, training, *_), count in counts.items():
         cost = profile.gemm(gemm, precision, training) * count
         rows.append(
             {
@@ -129,7 +129,7 @@ def _relative(cost: Cost) -> dict[str, float]:
 
 
 def _below_fixed16(profile: CostProfile, work: Work, cost: Cost) -> dict[str, float]:
-    fixed16 = work.at_precision(FIXED16)
+    fixed16 = work.once().at_precision(FIXED16)
     # Its weights and states are float32.
     updates = [(update.in_float32, count) for update, count in work.updates.items()]
     fixed = total_cost(profile, fixed16.gemms.items(), fixed16.stashes.items(), updates)
@@ -145,10 +145,11 @@ def _update_cost(profile: CostProfile, work: Work) -> Cost:
 
 def _absolute(work: Work, cost: Cost) -> dict[str, float]:
     stash = sum(stash_bytes(key.stash, key.precision) * count for key, count in work.stashes.items())
+    macs = sum(key.gemm.macs * count for key, count in work.gemms.items())
     return {
-        "macs": int(cost.arithmetic_baseline),
+        "macs": macs,
         "arithmetic": cost.arithmetic,
         "dram_bytes": cost.dram_bytes,
         "stash_bytes": stash,
-        "macs_per_byte": cost.arithmetic_baseline / cost.dram_bytes,
+        "macs_per_byte": macs / cost.dram_bytes,
     }

@@ -2,7 +2,8 @@
 
 A profile is a data file in configs/cost/ (or anywhere) whose ``kind`` names one of the classes below; it holds the
 coefficients, where they come from and what they do not fit. Costs are given beside those of the same GEMMs and stashes
-in 32-bit fixed point, the paper's baseline, and of the same updates by Adam in float32.
+in 32-bit fixed point, the paper's baseline, and of the same updates by Adam in float32. The baseline keeps all that its
+backward pass needs: what is repeated, and what is packed to be repeated, costs and is not in it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes, update_bytes
 from fairseq_dsq.formats import Float32
-from fairseq_dsq.ledger import Gemm, Stash, Update
+from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Update
 from fairseq_dsq.precision import GemmKind, Member, PrecisionConfig
 
 BASELINE_BITS = 32
@@ -33,7 +34,7 @@ class Cost:
 
     Attributes:
         arithmetic: in MACs of 32-bit fixed point.
-        arithmetic_baseline: the same GEMMs' MACs.
+        arithmetic_baseline: the same GEMMs' MACs, each once.
         dram_bytes: modelled DRAM traffic.
         dram_baseline_bytes: traffic of the same GEMMs in 32-bit fixed point, of the same updates by Adam in float32.
     """
@@ -58,6 +59,11 @@ class Cost:
             self.dram_bytes * count,
             self.dram_baseline_bytes * count,
         )
+
+    @property
+    def without_baseline(self) -> Cost:
+        """The same, of what the baseline has no need of."""
+        return replace(self, arithmetic_baseline=0.0, dram_baseline_bytes=0.0)
 
     @property
     def arithmetic_relative(self) -> float:
@@ -240,16 +246,18 @@ def load_profile(name: str) -> CostProfile:
 
 def total_cost(
     profile: CostProfile,
-    gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool, str], int]],
-    stashes: Iterable[tuple[tuple[Stash, PrecisionConfig, str], int]],
+    gemms: Iterable[tuple[LedgerKey, int]],
+    stashes: Iterable[tuple[StashKey, int]],
     updates: Iterable[tuple[Update, float]] = (),
 ) -> Cost:
-    """Sum over the items of what ran, as :class:`fairseq_dsq.nn.Work` counts it: ((gemm, precision, ...), times)."""
+    """Sum over the items of what ran, as :class:`fairseq_dsq.nn.Work` counts it."""
     total = Cost()
-    for (gemm, precision, training, _), count in gemms:
-        total += profile.gemm(gemm, precision, training) * count
+    for ran, count in gemms:
+        cost = profile.gemm(ran.gemm, ran.precision, ran.training) * count
+        total += cost.without_baseline if ran.repeated else cost
     for (stash, precision, _), count in stashes:
-        total += profile.stash(stash, precision) * count
+        cost = profile.stash(stash, precision) * count
+        total += cost.without_baseline if stash.for_repeat else cost
     for update, count_of_update in updates:
         total += profile.update(update) * count_of_update
     return total

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost.profiles import CostProfile, total_cost
-from fairseq_dsq.ledger import Gemm
+from fairseq_dsq.ledger import Gemm, LedgerKey
 from fairseq_dsq.precision import PrecisionConfig
 
 FOLDER, NAME = "published", "dsq"
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def _relative(profile: CostProfile, precision: PrecisionConfig) -> tuple[float, float]:
-    cost = total_cost(profile, [((gemm, precision, True, ""), 1) for gemm in _GEMMS], [])
+    cost = total_cost(profile, [(LedgerKey(gemm, precision, True), 1) for gemm in _GEMMS], [])
     return cost.arithmetic_relative, cost.dram_relative
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fairseq_dsq.cost.gemm import gemm_bytes, stash_bytes
 from fairseq_dsq.cost.hardware import Hardware
-from fairseq_dsq.ledger import Gemm, Stash
+from fairseq_dsq.ledger import LedgerKey, StashKey
 from fairseq_dsq.precision import PrecisionConfig
 
 ATTENTION, FULLY_CONNECTED, OTHERS = "attention", "fully connected", "others"
@@ -77,8 +77,8 @@ def shares(groups: list[Group]) -> list[float]:
 
 
 def groups_of_step(
-    gemms: Iterable[tuple[tuple[Gemm, PrecisionConfig, bool, str], int]],
-    stashes: Iterable[tuple[tuple[Stash, PrecisionConfig, str], int]],
+    gemms: Iterable[tuple[LedgerKey, int]],
+    stashes: Iterable[tuple[StashKey, int]],
     elements: tuple[int, int],
     precision: PrecisionConfig,
     hardware: Hardware,

@@ -36,7 +36,7 @@ from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import GemmConfig
 from fairseq_dsq.nn.rotation import rotate
 from fairseq_dsq.nn.together import Pass, Together
-from fairseq_dsq.precision import GemmKind, StashRole
+from fairseq_dsq.precision import FOR_REPEATS, GemmKind, StashRole
 from fairseq_dsq.quantized import (
     QuantizedTensor,
     factorize,
@@ -670,6 +670,8 @@ class Product:
         output, keeps_a, keeps_b = plans["output"], *kept
         if a_comes_again:
             quantizer.skip_stash()
+            if ledger is not None:
+                ledger.record_stash("recomputed", tuple(a.shape), config.dim(-2), config.precision, 0)
         # output: MxK @ KxN => MxN
         side_b = output.sides[1]
         if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
@@ -697,16 +699,15 @@ class Product:
     def pack_operands(self, a: Tensor, b: Tensor) -> list[QuantizedTensor]:
         """What :meth:`repeat` needs of a @ b^T: its operands, packed."""
         quantizer, dim = _Quantizer(self.config, self.seeds), self.config.dim(-1)
-        roles: tuple[StashRole, StashRole] = ("first operand", "second operand")
         found = []
-        for x, role, fmt in zip((a, b), roles, self.config.precision.operands("output"), strict=True):
+        for x, role, fmt in zip((a, b), FOR_REPEATS, self.config.precision.operands("output"), strict=True):
             found.append(pack(x, fmt, dim, self.config.rounding, quantizer.generator))
             quantizer.record(found[-1], role, self.ledger)
         return found
 
     def repeat(self, packed: Sequence[QuantizedTensor]) -> Tensor:
-        """a @ b^T again, bit for bit; that GEMM is counted again."""
-        self.record("output")
+        """a @ b^T again, bit for bit; that GEMM is counted again, as a forward pass that keeps nothing."""
+        self.record("output", training=False)
         output = self.plans["output"]
         first, second = (_unpacked(operand, output, which, -1) for which, operand in enumerate(packed))
         return output.multiply(first, second).to(packed[0].dtype)

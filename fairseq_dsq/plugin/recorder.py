@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 # fairseq's flags that say what was trained, when it ends and how a validation is judged.
 FAIRSEQ_FLAGS = (
     "max_epoch", "max_update", "patience", "stop_time_hours", "best_checkpoint_metric",
-    "maximize_best_checkpoint_metric", "valid_subset", "seed", "fp16", "bf16",
+    "maximize_best_checkpoint_metric", "valid_subset", "seed", "fp16", "bf16", "amp",
+    "checkpoint_activations", "stop_min_lr",
 )  # fmt: skip
 _RESETS = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
 _LAST = "checkpoint_last.pt"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.published import compare, printed
 from fairseq_dsq.formats import BlockFloat, Float32, FormatOptions
-from fairseq_dsq.ledger import Gemm, Stash, Update
+from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Update
 from fairseq_dsq.precision import PrecisionConfig
 
 PAPER, OPERANDS = load_profile("paper"), load_profile("operands")
@@ -22,7 +24,7 @@ STASH = Stash("input", (64, 32), 0)
 
 
 def ran(*gemms, precision, training=True):
-    return [((gemm, precision, training, ""), 1) for gemm in gemms]
+    return [(LedgerKey(gemm, precision, training), 1) for gemm in gemms]
 
 
 def step_cost(format_name, q, training=True, profile=PAPER):
@@ -208,10 +210,13 @@ def test_costs_add_up():
 @pytest.mark.parametrize("profile", [PAPER, OPERANDS], ids=["paper", "operands"])
 def test_the_total_is_the_sum_over_what_ran_times_its_counts(profile):
     low, high = (PrecisionConfig(q, "fixed") for q in ((2, 2, 2, 16), (16, 4, 4, 16)))
-    gemms = {(LAYER[0], low, True, "a"): 3, (LAYER[1], high, True, "a"): 2, (LAYER[0], low, False, ""): 1}
-    stashes = {(STASH, low, "a"): 3, (STASH, high, ""): 1}
+    gemms = {
+        LedgerKey(LAYER[0], low, True, "a"): 3, LedgerKey(LAYER[1], high, True, "a"): 2,
+        LedgerKey(LAYER[0], low, False): 1,
+    }  # fmt: skip
+    stashes = {StashKey(STASH, low, "a"): 3, StashKey(STASH, high): 1}
     expected = Cost()
-    for (gemm, precision, training, _), count in gemms.items():
+    for (gemm, precision, training, *_), count in gemms.items():
         for _ in range(count):
             expected = expected + profile.gemm(gemm, precision, training)
     for (stash, precision, _), count in stashes.items():
@@ -219,6 +224,21 @@ def test_the_total_is_the_sum_over_what_ran_times_its_counts(profile):
             expected = expected + profile.stash(stash, precision)
     assert total_cost(profile, gemms.items(), stashes.items()) == expected
     assert total_cost(profile, [], []) == Cost()
+
+
+@pytest.mark.parametrize("profile", [PAPER, OPERANDS], ids=["paper", "operands"])
+def test_what_is_repeated_costs_and_the_baseline_does_without(profile):
+    level = PrecisionConfig((2, 2, 2, 16))
+    first, again = LedgerKey(LAYER[0], level, False), LedgerKey(LAYER[0], level, True, repeated=True)
+    stash = Stash("first operand", (64, 32), 1)
+    cost = total_cost(profile, [(first, 1), (again, 1)], [(StashKey(stash, level), 1)])
+    arithmetic, dram = (profile.gemm(LAYER[0], level, training) for training in (False, True))
+    packed = profile.stash(stash, level).dram_bytes
+    assert cost.arithmetic == 2 * arithmetic.arithmetic
+    assert cost.dram_bytes == arithmetic.dram_bytes + dram.dram_bytes + packed
+    assert (cost.arithmetic_baseline, cost.dram_baseline_bytes) == (64 * 32 * 16, 4 * LAYER[0].elements)
+    made_again = profile.stash(Stash("recomputed", (64, 32), 1), level)
+    assert made_again == replace(profile.stash(Stash("input", (64, 32), 1), level), dram_bytes=0.0)
 
 
 # Files

@@ -142,6 +142,10 @@ def test_activation_checkpointing_is_bit_equal_and_what_it_repeats_is_charged(tr
     assert run.logged("valid_dsq_arithmetic") == plain.logged("valid_dsq_arithmetic")
     for repeated, once in zip(run.logged("train_dsq_arithmetic"), plain.logged("train_dsq_arithmetic"), strict=True):
         assert once < repeated < 4 / 3 * once * 1.2
+    for name in ("train_dsq_arithmetic_baseline", "train_dsq_dram_baseline_bytes"):
+        assert run.logged(name) == plain.logged(name)
+    for name in ("train_dsq_arithmetic_relative", "train_dsq_dram_relative"):
+        assert all(more > less for more, less in zip(run.logged(name), plain.logged(name), strict=True))
     assert run.logged("train_dsq_stash_bytes") == plain.logged("train_dsq_stash_bytes")
 
 

@@ -20,6 +20,11 @@ def test_what_checkpointing_repeats_is_counted_as_often_as_it_runs(use_reentrant
     for key, count in how.ledger.gemms.items():
         kinds[key.gemm.kind] = kinds.get(key.gemm.kind, 0) + count
     assert kinds == {"output": 2, "grad_input": 1, "grad_weight": 1}
+    assert [key.gemm.kind for key, count in how.ledger.gemms.items() if key.repeated and count == 1] == ["output"]
+    once = how.ledger.drain().once().gemms
+    assert sorted((key.gemm.kind, count) for key, count in once.items()) == [
+        ("grad_input", 1), ("grad_weight", 1), ("output", 1),
+    ]  # fmt: skip
 
 
 def test_a_backward_gemm_belongs_to_the_scope_of_its_forward():

@@ -9,6 +9,7 @@ from fairseq.data import Dictionary
 
 from fairseq_dsq.cost import load_profile, total_cost
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.precision import PrecisionConfig
 
@@ -38,6 +39,13 @@ def step(model, judge, backward=True):
     loss, _, logged = judge(model, probe.sample(model, SPEC))
     if backward:
         loss.backward()
+    return logged
+
+
+def step_of(spec, judge):
+    model = probe.build(spec, "cpu")
+    loss, _, logged = judge(model, probe.sample(model, spec))
+    loss.backward()
     return logged
 
 
@@ -85,22 +93,45 @@ def test_accumulated_batches_are_each_charged_their_own():
     assert [charged(log) for log in logs] == [alone] * 3
 
 
-def test_recomputed_activations_are_charged_again():
+@pytest.mark.parametrize("profile", ["paper", "operands"])
+def test_recomputed_activations_are_charged_as_a_forward_pass_beside_the_training_s_own(profile):
     checkpointed = dataclasses.replace(SPEC, flags=f"{SPEC.flags} --checkpoint-activations")
     plain, again = (probe.build(spec, "cpu") for spec in (SPEC, checkpointed))
     again.load_state_dict(plain.state_dict())
-    judge = criterion("operands")
+    judge = criterion(profile)
     once, twice = step(plain, judge), step(again, judge)
-    work = probe.trace(SPEC)
-    repeated = sum(
-        key.gemm.macs * count
-        for key, count in work.gemms.items()
-        if key.gemm.kind == "output" and ".layers." in key.scope
-    )
-    assert twice["dsq_arithmetic_baseline"] - once["dsq_arithmetic_baseline"] == repeated > 0
+    gemms = probe.trace(SPEC).at_precision(LEVEL).gemms.items()
+    layers = [(key, count) for key, count in gemms if key.gemm.kind == "output" and ".layers." in key.scope]
+    rule = load_profile(profile)
+    repeated = [rule.gemm(key.gemm, LEVEL, training=False) * count for key, count in layers]
+    extra = {name: charged(twice)[name] - charged(once)[name] for name in COSTS}
+    assert extra == {
+        "arithmetic": pytest.approx(sum(cost.arithmetic for cost in repeated)),
+        "dram_bytes": pytest.approx(sum(cost.dram_bytes for cost in repeated)),
+        "arithmetic_baseline": 0,
+        "dram_baseline_bytes": 0,
+    }
+    assert charged(twice) == pytest.approx(predicted(profile, probe.trace(checkpointed).at_precision(LEVEL)))
     assert twice["dsq_stash_bytes"] == once["dsq_stash_bytes"]
     for name, parameter in plain.named_parameters():
         assert torch.allclose(parameter.grad, again.get_parameter(name).grad, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("profile", ["paper", "operands"])
+def test_scores_that_attention_computes_twice_are_charged_twice(profile):
+    flags = f"{SPEC.flags} --decoder-embed-dim 32 --dropout 0.1"
+    kept = dataclasses.replace(SPEC, flags=flags, length=48, tokens=48)  # long, so that the scores are too much to keep
+    everything = dataclasses.replace(kept, flags=f"{flags} --dsq-stash-scope all")
+    judge, rule = criterion(profile), load_profile(profile)
+    once, twice = (charged(step_of(spec, judge)) for spec in (kept, everything))
+    ran = probe.trace(everything, precision=LEVEL).gemms.items()
+    again = {key.gemm: sum(count for other, count in ran if other.repeated) for key, _ in ran if key.repeated}
+    # Of a head's 8 features along K; the last attention's weights are asked for, which needs all of them.
+    assert again == {Gemm("output", 48, 8, 48, 4): 3}
+    repeated = [rule.gemm(gemm, LEVEL, training=False) * count for gemm, count in again.items()]
+    assert twice["arithmetic"] - once["arithmetic"] == pytest.approx(sum(cost.arithmetic for cost in repeated))
+    for name in ("arithmetic_baseline", "dram_baseline_bytes"):
+        assert twice[name] == once[name]
 
 
 def test_an_unknown_profile_stops_with_one_line_that_names_the_flag():
