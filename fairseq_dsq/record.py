@@ -1,5 +1,7 @@
 """A training's own record, SAVE_DIR/dsq.jsonl: a line where it begins or goes on, and one for each validation.
 
+An epoch's end, a checkpoint and the training's end have a line without a validation, too.
+
 The lines are JSON objects; a float that JSON lacks is text (``"nan"``). A line is appended by one write, before fairseq
 writes the checkpoint of the same update: whatever is killed when, a checkpoint's training has its lines. A last line
 that was cut counts for nothing.
@@ -52,7 +54,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Point:
-    """A validation, or the end of an epoch that has none.
+    """A validation; or the end of an epoch, a checkpoint or the end of the training, that has none.
 
     Attributes:
         update, epoch: updates done by then; the epoch they are in.
@@ -60,7 +62,8 @@ class Point:
         counts: whether the precision schedule took it into account: not where a stop or a save alone asked for it.
         level, precision: index and value of the level in force.
         train: fairseq's training metrics of the epoch so far, as its log would say them, but not rounded to six digits.
-        valid: by subset, in the order of ``--valid-subset``, its metrics; empty without a validation.
+        valid: by subset, in the order of ``--valid-subset``, its metrics, of which the loss is not rounded; empty
+            without a validation.
         wall_s: seconds since the training began, or went on.
     """
 
@@ -106,7 +109,7 @@ def begin(path: Path, start: Start, source: Path | None = None, stopped: bool = 
         stopped: whether that checkpoint is the last of a training that was stopped or killed.
 
     Returns:
-        A line on a record that was put aside; None if there was none.
+        A line on a record that was put aside or cannot be read, or on costs of several profiles; None if there is none.
 
     Raises:
         OSError: the file cannot be written.
@@ -121,14 +124,22 @@ def begin(path: Path, start: Start, source: Path | None = None, stopped: bool = 
         and path.resolve() == source.resolve()
         and (stopped or all(line.update <= start.update for line in lines))
     )
-    said = None
+    said = problem
+    former = next((line for line in reversed(kept) if isinstance(line, Start)), start)
+    profiles = former.cost_profile, start.cost_profile
+    if profiles[0] != profiles[1] and former.criterion == start.criterion:
+        said = (
+            f"--dsq-cost-profile {profiles[0]} up to update {start.update}, {profiles[1]} from there on: their costs "
+            "do not add up, and reports will show none"
+        )
     if own_problem or (any(isinstance(line, Point) for line in own) and not cut):
         aside = _unused(path)
         path.rename(aside)
-        said = f"{own_problem or f'{path}: has another training'}; it is {aside.name} now"
+        moved = f"{own_problem or f'{path}: has another training'}; it is {aside.name} now"
+        said = moved if said in (None, own_problem) else f"{said}; {moved}"
     with artefact.atomic(path) as partial:
         partial.write_text("".join(map(_to_text, [*kept, start])), encoding="utf-8")
-    return said or problem
+    return said
 
 
 def append(path: Path, point: Point) -> None:

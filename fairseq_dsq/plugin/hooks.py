@@ -14,7 +14,7 @@ from torch import nn
 from fairseq_dsq.ledger import Update
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings, unpriced_formats
 from fairseq_dsq.plugin.held import known_update, log_update
-from fairseq_dsq.plugin.recorder import Recorder, goes_on, recorder
+from fairseq_dsq.plugin.recorder import Recorder, goes_on, loss_of, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
 
@@ -39,6 +39,7 @@ class _Hooks:
         self.own_post_validate = getattr(task, "post_validate", None)
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
         self.own_optimizer_step = getattr(task, "optimizer_step", None)
+        self.own_get_checkpoint_dict = getattr(task, "get_checkpoint_dict", None)
         self.updates: dict[Any, Update] = {}
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +107,12 @@ class _Hooks:
         if self._ends() and not self._will_validate(int(train.get_smoothed_value("num_updates"))):
             self.recorder.add(self.state, self.epoch, ended=True, counts=False)
 
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """Runs before each checkpoint, and where training stops; what no validation has recorded is recorded here."""
+        if self.recorder is not None and self.state is not None and self.recorder.behind:
+            self.recorder.add(self.state, self.epoch, self._ends(), counts=False)
+        return {} if self.own_get_checkpoint_dict is None else dict(self.own_get_checkpoint_dict())
+
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
         self.epoch, self.pending = epoch, True
         self.own_begin_valid_epoch(epoch, model)
@@ -116,18 +123,17 @@ class _Hooks:
             self.own_post_validate(model, stats, agg)
         state = _state(model)
         if self.pending:
-            self.pending, self.counts = False, self._validated(state, stats)
+            self.pending, self.counts = False, self._validated(state, stats, agg)
         if self.recorder is not None and self.recorder.validated(stats, agg):
             self.recorder.add(state, self.epoch, self._ends(), self.counts)
 
-    def _validated(self, state: DSQState, stats: dict[str, Any]) -> bool:
+    def _validated(self, state: DSQState, stats: dict[str, Any], agg: Any) -> bool:
         """Tell the schedule of a validation of the first subset; returns whether it counts."""
         update = int(stats.get("num_updates", -1))
         if update >= 0 and update == state.counted_update:
             return False  # fairseq validates again where a gradient overflowed and no update came between
         if self.flags is None or self.epoch_itr is None or self.flags.validates(update, self._ended_epoch()):
-            # As fairseq logs it, so that the log alone explains the level.
-            state.validated(float(stats["loss"]), update)
+            state.validated(loss_of(stats, agg), update)
             return True
         # fairseq also validates where it stops or saves, where an undisturbed training would not.
         logger.info("a stop or a save asked for this validation: it does not count in the precision schedule")
@@ -142,12 +148,9 @@ class _Hooks:
 
     def _will_validate(self, update: int) -> bool:
         flags = self.flags
-        return (
-            flags is not None
-            and not flags.disable_validation
-            and update >= flags.validate_after_updates
-            and flags.validates(update, self._ended_epoch())
-        )
+        if flags is None or flags.disable_validation or update < flags.validate_after_updates:
+            return False
+        return flags.validates(update, self._ended_epoch()) or 0 < flags.max_update <= update
 
 
 def _state(model: nn.Module) -> DSQState:
@@ -168,7 +171,7 @@ def hang_on_training(task: Any, args: Any) -> None:
         hooks.args, hooks.flags = args, TrainingFlags.of(args)
         return
     hooks = task._dsq_hooks = _Hooks(task, args)
-    names = ["begin_epoch", "begin_valid_epoch", "post_validate"]
+    names = ["begin_epoch", "begin_valid_epoch", "post_validate", "get_checkpoint_dict"]
     names += [name for name in ("get_batch_iterator", "optimizer_step", "reduce_metrics") if hasattr(task, name)]
     for name in names:
         setattr(task, name, getattr(hooks, name))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from fairseq.distributed.utils import get_global_rank, get_global_world_size
-from fairseq.logging import meters, metrics
+from fairseq.logging import metrics
+from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 from omegaconf import DictConfig
 from torch import nn
 
@@ -31,7 +32,7 @@ FAIRSEQ_FLAGS = (
 )  # fmt: skip
 _RESETS = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
 _LAST = "checkpoint_last.pt"
-_TIMERS = (meters.TimeMeter, meters.StopwatchMeter)
+_TIMERS = (TimeMeter, StopwatchMeter)
 
 
 class Recorder:
@@ -41,6 +42,9 @@ class Recorder:
         args: a model's configuration.
         epoch: that begins, or goes on.
         updates: of the checkpoint that was loaded; 0 without one.
+
+    Attributes:
+        update: of the last line.
     """
 
     def __init__(self, args: Any, model: nn.Module, epoch: int, updates: int) -> None:
@@ -48,14 +52,24 @@ class Recorder:
         self.subsets = str(flag_of(args, "valid_subset") or "valid").split(",")
         self.begun = time.monotonic()
         self.valid: list[dict[str, float]] = []
+        self.update = updates
         source, stopped = _source(args, updates)
         said = record.begin(self.path, _start(args, model, epoch, updates if source else 0), source, stopped)
         if said:
             logger.warning(said)
 
+    @property
+    def behind(self) -> bool:
+        """Whether updates were made since the last line."""
+        train = metrics.get_meters("train") or {}
+        return "num_updates" in train and (train["num_updates"].smoothed_value or 0) > self.update
+
     def validated(self, stats: Mapping[str, Any], meters: Mapping[str, Any]) -> bool:
-        """Take in a validation of the next of the subsets, as fairseq logs it; returns whether it was the last one."""
-        self.valid.append(_numbers(stats, meters))
+        """Take in a validation of the next of the subsets, as fairseq logs it, but its loss, which is not rounded.
+
+        Returns whether it was the last one.
+        """
+        self.valid.append({**_numbers(stats, meters), "loss": loss_of(stats, meters)})
         return len(self.valid) == len(self.subsets)
 
     def add(self, state: DSQState, epoch: int, ended: bool, counts: bool) -> None:
@@ -74,8 +88,17 @@ class Recorder:
             valid=dict(zip(self.subsets, self.valid, strict=False)),
             wall_s=round(time.monotonic() - self.begun, 3),
         )
-        self.valid = []
+        self.valid, self.update = [], point.update
         record.append(self.path, point)
+
+
+def loss_of(stats: Mapping[str, Any], meters: Mapping[str, Any] | None) -> float:
+    """A validation's loss, before fairseq rounds it to three digits for its log.
+
+    Workers agree on it: each has the sums of all.
+    """
+    meter = None if meters is None else meters.get("loss")
+    return float(meter.avg if isinstance(meter, AverageMeter) else stats["loss"])
 
 
 def recorder(args: Any, model: nn.Module, epoch: int, updates: int) -> Recorder | None:

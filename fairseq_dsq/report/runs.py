@@ -6,6 +6,7 @@ A plain fairseq run has no record: its log tells losses and scores, but not whic
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,8 @@ from pathlib import Path
 from fairseq_dsq import record
 from fairseq_dsq.cost.metrics import GRADIENT_BYTES, LEVEL, RELATIVE, STASH_BYTES, STATE_BYTES, WEIGHT_BYTES
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
-from fairseq_dsq.record import Point, Start
+from fairseq_dsq.precision import levels_to_str, parse_levels
+from fairseq_dsq.record import Line, Point, Start
 from fairseq_dsq.schedules import own_flags
 from fairseq_dsq.text import printable
 
@@ -32,6 +34,8 @@ DSQ_DEFAULTS = {
     if flag.removeprefix("dsq_") not in own_flags("plateau")
 }
 EXPECTED = f"expected the folder of a run with {record.NAME}, such a file, or a log of fairseq-train --log-format json"
+# Of a loss in fairseq's log; its --patience judges that.
+LOGGED_DIGITS = 3
 _TRAIN = "train"
 # Where a run begins: at the updates of the checkpoint that it goes on from, or with none.
 _FROM = re.compile(r"No existing checkpoint found|Loaded checkpoint .* \(epoch \d+ @ (\d{1,12}) updates\)")
@@ -55,7 +59,8 @@ class Epoch:
         number: counted from 1.
         updates: optimizer steps by then.
         ended: whether it is known to the end.
-        level: index of the precision level the epoch trained at (the mean, if it rose within).
+        level: index of the precision level the epoch trained at (the mean, if it rose within); None where that was one
+            of other levels than the run's last.
         train_loss, valid_loss: in bits, as fairseq logs them; validation of the first valid subset.
         arithmetic, arithmetic_baseline: of training, in MACs of 32-bit fixed point; the same GEMMs' MACs.
         dram_bytes, dram_baseline_bytes: modelled traffic of training; of the same GEMMs in 32-bit fixed point.
@@ -94,8 +99,10 @@ class Run:
         epochs: in order of their numbers.
         best: the best value of each quality metric over all validations of the first valid subset.
         incomplete: why the run counts as unfinished; empty if it does not.
-        levels: (index of the level, updates at it) one after the other, as known from validation to validation; empty
-            without a record.
+        trained: (precision, updates at it) one after the other, as known from validation to validation; empty without
+            a record.
+        levels: the same by the index among the levels that the run was given last; empty where one is not among them.
+        notes: what a reader has to know of how it was resumed.
     """
 
     name: str
@@ -104,7 +111,9 @@ class Run:
     epochs: tuple[Epoch, ...]
     best: Mapping[str, float]
     incomplete: str
+    trained: tuple[tuple[str, int], ...] = ()
     levels: tuple[tuple[int, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_run(path: Path) -> Run:
@@ -177,33 +186,76 @@ def _recorded(path: Path, file: Path) -> Run:
     points = [line for line in lines if isinstance(line, Point)]
     if not points:
         raise ValueError(f"{file}: a record that ends before the first validation, {EXPECTED}")
-    history: History = {}
-    for point in points:
-        history[point.epoch, point.update, _TRAIN] = dict(point.train)
-        history.update({(point.epoch, point.update, split): dict(values) for split, values in point.valid.items()})
     at = max(index for index, line in enumerate(lines) if isinstance(line, Start))
     start = lines[at]
     assert isinstance(start, Start)
+    others, profiles = _of_another_start(lines, start)
+    left_out = {LEVEL: {point.epoch for point in others}}
+    if len(profiles) > 1:
+        left_out |= {
+            name: {point.epoch for point in points} for name in (*RELATIVE, *itertools.chain(*RELATIVE.values()))
+        }
+    history: History = {}
+    for point in points:
+        train = {name: value for name, value in point.train.items() if point.epoch not in left_out.get(name, ())}
+        history[point.epoch, point.update, _TRAIN] = train
+        history.update({(point.epoch, point.update, split): dict(values) for split, values in point.valid.items()})
     flags = {name: str(value) for name, value in start.flags.items()}
     flags |= {"arch": start.arch, "criterion": start.criterion, "dsq_cost_profile": start.cost_profile}
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
-    return dataclasses.replace(run, levels=tuple(_levels(points)))
+    trained = list(_trained(points))
+    known = all(precision in start.levels for precision, _ in trained)
+    notes = []
+    if others:
+        notes.append(f"trained at other levels up to update {others[-1].update}")
+    if len(profiles) > 1:
+        notes.append(f"charged by several profiles in turn ({', '.join(profiles)}), whose costs do not add up")
+    return dataclasses.replace(
+        run,
+        trained=tuple((_shown(start, precision), updates) for precision, updates in trained),
+        levels=tuple((start.levels.index(precision), updates) for precision, updates in trained) if known else (),
+        notes=tuple(notes),
+    )
 
 
-def _levels(points: Iterable[Point]) -> Iterator[tuple[int, int]]:
-    """Each level in turn, with its updates: a line's level was in force since the line before."""
-    level, updates, before = -1, 0, 0
+def _of_another_start(lines: Iterable[Line], last: Start) -> tuple[list[Point], list[str]]:
+    """The lines that were written under other levels than the last, and all cost profiles that charged anything."""
+    others, profiles, start = list[Point](), dict[str, None](), last
+    for line in lines:
+        if isinstance(line, Start):
+            start = line
+            continue
+        if start.levels != last.levels:
+            others.append(line)
+        if any(name in line.train for name in RELATIVE):
+            profiles[start.cost_profile] = None
+    return others, list(profiles)
+
+
+def _shown(start: Start, precision: str) -> str:
+    """A precision as ``--dsq-levels`` has it, if it is among these levels; else by value."""
+    try:
+        given = parse_levels(str(start.flags["dsq_levels"]))
+    except (KeyError, ValueError):
+        return precision
+    names = dict(zip(start.levels, given, strict=False))
+    return levels_to_str((names[precision],)) if precision in names else precision
+
+
+def _trained(points: Iterable[Point]) -> Iterator[tuple[str, int]]:
+    """Each precision in turn, with its updates: a line's was in force since the line before."""
+    precision, updates, before = "", 0, 0
     for point in points:
         if point.update == before:
             continue
-        if point.level != level and updates:
-            yield level, updates
+        if point.precision != precision and updates:
+            yield precision, updates
             updates = 0
-        level, updates, before = point.level, updates + point.update - before, point.update
+        precision, updates, before = point.precision, updates + point.update - before, point.update
     if updates:
-        yield level, updates
+        yield precision, updates
 
 
 def _unfinished(flags: Mapping[str, str], last: Point, since: Iterable[Point]) -> str:
@@ -212,23 +264,31 @@ def _unfinished(flags: Mapping[str, str], last: Point, since: Iterable[Point]) -
     def limit(name: str) -> float:
         return max(0.0, _number(flags.get(name)) or 0.0)
 
-    if last.update >= (limit("max_update") or math.inf) or limit("stop_time_hours") or _stopped_early(flags, since):
+    max_update, max_epoch = limit("max_update"), limit("max_epoch")
+    if last.update >= (max_update or math.inf) or limit("stop_time_hours") or _stopped_early(flags, since):
         return ""
-    max_epoch = limit("max_epoch")
     of = f" of {max_epoch:.0f}" if max_epoch else ""
     if not last.epoch_ended:
         return f"epoch {last.epoch}{of} begun and not ended"
-    return f"ended after epoch {last.epoch}{of}" if last.epoch < max_epoch else ""
+    least_lr = _number(flags.get("stop_min_lr"))
+    out_of_lr = least_lr is not None and last.train.get("lr", math.inf) <= least_lr
+    if (max_epoch and last.epoch >= max_epoch) or out_of_lr:
+        return ""
+    if max_update:
+        return f"ended after {last.update} of {max_update:.0f} updates"
+    return f"ended after epoch {last.epoch}{of}" if max_epoch else ""
 
 
 def _stopped_early(flags: Mapping[str, str], points: Iterable[Point]) -> bool:
     """Whether fairseq's --patience has ended a training: it counts from where the training last went on."""
     patience = _number(flags.get("patience")) or 0
     sign = -1 if flags.get("maximize_best_checkpoint_metric") == "True" else 1
+    metric = flags.get("best_checkpoint_metric", "loss")
     best, bad = math.inf, 0
     for point in points:
         for values in list(point.valid.values())[:1]:
-            loss = sign * values.get(flags.get("best_checkpoint_metric", "loss"), math.nan)
+            value = values.get(metric, math.nan)
+            loss = sign * (round(value, LOGGED_DIGITS) if metric == "loss" else value)
             best, bad = (loss, 0) if loss < best else (best, bad + 1)
     return 0 < patience <= bad
 

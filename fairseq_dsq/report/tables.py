@@ -263,10 +263,8 @@ def make_table(
 
 def _levels(run: Run) -> tuple[tuple[str, int], ...]:
     """(precision, updates) of a run that has several levels."""
-    given = levels(run)
-    if len(given) < 2 or any(level >= len(given) for level, _ in run.levels):
-        return ()
-    return tuple((levels_to_str((given[level],)), updates) for level, updates in run.levels)
+    several = len(levels(run)) > 1 or len({precision for precision, _ in run.trained}) > 1
+    return run.trained if several else ()
 
 
 def _profile(name: str) -> CostProfile | None:
@@ -320,7 +318,7 @@ def _last(values: Iterable[float | None]) -> float | None:
 
 
 def _notes(run: Run) -> tuple[str, ...]:
-    notes = [f"incomplete: {run.incomplete}"] if run.incomplete else []
+    notes = [*([f"incomplete: {run.incomplete}"] if run.incomplete else []), *run.notes]
     first, last = run.epochs[0].number, run.epochs[-1].number
     if first > 1:
         notes.append(f"begins at epoch {first}; what earlier epochs cost is not in it")

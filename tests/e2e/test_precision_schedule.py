@@ -14,6 +14,7 @@ from fairseq import checkpoint_utils
 import fairseq_dsq
 from fairseq_dsq.cli import main
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.report.runs import read_run
 
 LEVELS = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]")
 RISES_AT_ONCE = (*LEVELS, "--dsq-patience", 1, "--dsq-min-delta", 100)
@@ -161,6 +162,9 @@ def test_the_checkpoint_s_level_is_found_among_others_by_value(train, risen, tmp
     log = train(tmp_path, *flags, *FROZEN, "--restore-file", risen / "run/checkpoint_last.pt", "--max-epoch", 3)
     assert logged(log, "train_dsq_level") == [level]
     assert f"precision level in force: {level}, " in log
+    low, high = (precision for precision, _ in read_run(tmp_path).trained)
+    assert low == ("[2,2,2,16]" if flags[1].startswith("[2,") else "[bfp2,bfp2,bfp2,bfp16]")
+    assert high == flags[1].split()[level]
     assert model_of(tmp_path / "checkpoint_last.pt").dsq.levels[level].stash("input").bits == 4
 
 

@@ -39,6 +39,11 @@ def logged(log, split):
     return found
 
 
+def as_logged(values):
+    """A validation's metrics; its loss is rounded in the log alone."""
+    return {**values, "loss": round(values["loss"], 3)}
+
+
 def shown(values):
     return {name: f"{value:g}" for name, value in values.items()}
 
@@ -48,9 +53,11 @@ def shown(values):
     [
         ("--validate-interval-updates", 4, "--valid-subset", "valid,test", "--max-epoch", 3),
         ("--validate-interval", 2, "--max-epoch", 3),
-        ("--disable-validation", "--max-epoch", 2),
+        ("--disable-validation", "--max-update", 9),
+        ("--validate-after-updates", 99, "--max-update", 2, "--no-last-checkpoints"),
         ("--save-interval-updates", 4, "--max-update", 9),
         ("--stop-time-hours", 1e-9),
+        ("--stop-time-hours", 1e-9, "--disable-validation"),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -61,10 +68,12 @@ def test_the_record_holds_what_fairseq_logs(train, tmp_path, flags):
     for key, values in logged(log, "train").items():
         assert trained.pop(key) == values
     for split in ("valid", "test"):
-        valid = {(point.epoch, point.update): shown(point.valid[split]) for point in found if split in point.valid}
-        assert valid == logged(log, split)
+        valid = {(point.epoch, point.update): point.valid[split] for point in found if split in point.valid}
+        assert {key: shown(as_logged(values)) for key, values in valid.items()} == logged(log, split)
+        assert all(values["loss"] != round(values["loss"], 3) for values in valid.values())
         trained = {key: values for key, values in trained.items() if key not in valid}
     assert trained == {}
+    assert sum(updates for _, updates in read_run(tmp_path).levels) == found[-1].update
     for point in found:
         assert point.level == float(point.valid.get("valid", point.train)["dsq_level"])
         assert point.precision == ("[bfp2,bfp2,bfp2,bfp16]", "[bfp16,bfp4,bfp4,bfp16]")[point.level]
@@ -109,7 +118,10 @@ def test_a_record_reports_wherever_it_lies(undisturbed, tmp_path):
 
 
 def test_a_training_that_goes_on_in_another_folder_takes_its_record_along(train, undisturbed, tmp_path):
-    train(tmp_path, *FLAGS, "--restore-file", undisturbed / "checkpoint_last.pt", "--max-epoch", 4)
+    flags = ("--dsq-cost-profile", "operands", "--restore-file", undisturbed / "checkpoint_last.pt", "--max-epoch", 4)
+    log = train(tmp_path, *FLAGS, *flags)
+    assert log.count("--dsq-cost-profile paper up to update") == 1
+    assert "paper, operands" in read_run(tmp_path).notes[0]
     assert untimed(tmp_path)[:-1] == untimed(undisturbed)
     assert points(tmp_path)[-1].epoch == 4
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
+from fairseq.logging import metrics
 from fairseq.models import ARCH_MODEL_INV_REGISTRY
 from fairseq.modules import MultiheadAttention
 from torch import nn
@@ -94,6 +95,19 @@ def test_a_raised_level_waits_until_training_goes_on():
         twin.train()
         twin.eval()
         assert twin[0].context.config.precision.q == (16, 4, 4, 16)
+
+
+@pytest.mark.parametrize(("step", "level"), [(3e-4, 0), (1e-4, 1)])
+def test_losses_that_fairseq_logs_alike_are_told_apart(step, level):
+    """The schedule judges what lies behind the three digits of the log."""
+    task = Task()
+    model = attached(task, patience=2, min_delta=2e-4)
+    for index in range(4):
+        with metrics.aggregate(new_root=True) as found:
+            metrics.log_scalar("loss", 5.0004 - index * step, weight=7, round=3)
+        task.begin_valid_epoch(1, model)
+        task.post_validate(model, found.get_smoothed_values(), found)
+    assert model.dsq.state.level == level
 
 
 def test_only_the_first_valid_subset_counts():

@@ -2,6 +2,8 @@
 
 import json
 
+from fairseq_dsq.precision import parse_levels
+
 FLOAT32 = {"dsq_format": "float32"}
 STATIC = {"dsq_format": "bfp", "dsq_levels": "[16,4,4,16]"}
 DSQ = {"dsq_format": "bfp", "dsq_levels": "[2,2,2,16] [16,4,4,16]"}
@@ -11,13 +13,18 @@ LOW, HIGH, ONE = (0.0318, 0.305453), (0.1048, 0.446078), (1.0, 1.0)
 BASELINES = (1e9, 2e8)  # MACs, bytes of an epoch
 
 
+def values(dsq_levels=DSQ["dsq_levels"], **_):
+    """The levels of flags, by value, as those of bfp."""
+    return [level.by_value for level in parse_levels(dsq_levels)]
+
+
 def start_line(max_epoch=0, update=0, epoch=1, arch="transformer_dsq", **flags):
     """What a training's record begins with."""
     profile = flags.pop("dsq_cost_profile", "paper")
     shown = {"dsq_skip": "", "max_epoch": max_epoch, "max_update": 0, "valid_subset": "valid", "fp16": False, **flags}
     line = {
         "schema": 1, "update": update, "epoch": epoch, "version": "1.0", "arch": arch,
-        "criterion": "dsq_cross_entropy", "cost_profile": profile, "levels": ["[bfp2,bfp2,bfp2,bfp16]"],
+        "criterion": "dsq_cross_entropy", "cost_profile": profile, "levels": values(**flags),
         "flags": shown, "machine": {"processor": "a CPU", "torch": "2.0"},
     }  # fmt: skip
     return json.dumps(line) + "\n"
@@ -33,16 +40,29 @@ def costs(relative):
     }  # fmt: skip
 
 
-def point_line(epoch, update, valid=None, train=None, level=0, relative=LOW, ended=True, stash=2e6, held=(), **metrics):
+def point_line(
+    epoch,
+    update,
+    valid=None,
+    train=None,
+    level=0,
+    relative=LOW,
+    ended=True,
+    stash=2e6,
+    held=(),
+    lr=0.1,
+    levels=None,
+    **metrics,
+):
     """A validation of loss ``valid``, or an epoch's end without one; ``train``: the training loss so far.
 
-    ``held``: bytes of weights, gradients and states.
+    ``held``: bytes of weights, gradients and states; ``levels``: by value, of which ``level`` is in force.
     """
     line = {
         "update": update, "epoch": epoch, "epoch_ended": ended, "counts": valid is not None, "level": int(level),
-        "precision": "[bfp2,bfp2,bfp2,bfp16]",
+        "precision": (levels or values())[int(level)],
         "train": {
-            "loss": valid if train is None else train, "num_updates": update, "dsq_level": level,
+            "loss": valid if train is None else train, "num_updates": update, "dsq_level": level, "lr": lr,
             "dsq_stash_bytes": stash, **costs(relative),
             **dict(zip(("dsq_weight_bytes", "dsq_gradient_bytes", "dsq_state_bytes"), held, strict=False)),
         },
@@ -57,7 +77,8 @@ def record(flags, losses, levels=None, relatives=None, max_epoch=None, **metrics
     for index, loss in enumerate(losses):
         text += point_line(
             index + 1, 10 * (index + 1), loss, loss + 0.5, levels[index] if levels else 0,
-            relatives[index] if relatives else LOW, **{name: values[index] for name, values in metrics.items()},
+            relatives[index] if relatives else LOW, levels=values(**flags),
+            **{name: given[index] for name, given in metrics.items()},
         )  # fmt: skip
     return text
 

@@ -58,6 +58,14 @@ UNFINISHED = [
     (samples.point_line(4, 40, 6.0), {}, ""),
     (samples.point_line(2, 15, 6.0, ended=False), {"max_update": 15}, ""),
     (samples.point_line(2, 15, 6.0, ended=False), {"max_update": 16}, "epoch 2 of 4 begun and not ended"),
+    (samples.point_line(2, 20, 6.0), {"max_update": 30, "max_epoch": 0}, "ended after 20 of 30 updates"),
+    (samples.point_line(2, 20, 6.0), {"max_update": 20, "max_epoch": 0}, ""),
+    (samples.point_line(4, 40, 6.0), {"max_update": 50}, ""),
+    (samples.point_line(2, 20, 6.0, lr=1e-9), {"stop_min_lr": 1e-8}, ""),
+    (samples.point_line(2, 20, 6.0, lr=1e-7), {"stop_min_lr": 1e-8}, "ended after epoch 2 of 4"),
+    (samples.point_line(2, 20, 6.0, lr=0.0), {"stop_min_lr": -1.0}, "ended after epoch 2 of 4"),
+    # fairseq's patience judges losses of three digits.
+    (samples.point_line(2, 15, 6.9999, ended=False), {"patience": 1}, ""),
     (samples.point_line(2, 15, 6.0, ended=False), {"stop_time_hours": 1.0}, ""),
     (samples.point_line(2, 15, 7.5, ended=False), {"patience": 1}, ""),
     (samples.point_line(2, 15, 6.0, ended=False), {"patience": 1}, "epoch 2 of 4 begun and not ended"),
@@ -72,7 +80,7 @@ UNFINISHED = [
 
 @pytest.mark.parametrize(("line", "flags", "expected"), UNFINISHED)
 def test_a_run_that_did_not_end_says_so(tmp_path, line, flags, expected):
-    text = samples.start_line(4, **flags) + samples.point_line(1, 10, 7.0, bleu=2.0) + line
+    text = samples.start_line(**{"max_epoch": 4, **flags}) + samples.point_line(1, 10, 7.0, bleu=2.0) + line
     assert read_run(samples.write(tmp_path, "run", text)).incomplete == expected
 
 

@@ -107,6 +107,7 @@ def test_levels_are_counted_in_updates(tmp_path):
     table = table_of([path])
     assert table.rows[0].levels == (("[2,2,2,16]", 130), ("[16,4,4,16]", 130), ("[2,2,2,16]", 130))
     assert tables.trained_levels(table)[1][1:] == ["[2,2,2,16] 66.7 %, [16,4,4,16] 33.3 %", "130, 260", "390"]
+    assert read_run(path).trained == table.rows[0].levels
     never = samples.write(tmp_path, "never", samples.record(samples.DSQ, [5.0]))
     assert tables.trained_levels(table_of([never]))[1][1:] == ["[2,2,2,16] 100.0 %", "never", "10"]
     one = samples.write(tmp_path, "static", samples.record(samples.STATIC, [5.0]))

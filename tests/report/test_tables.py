@@ -284,6 +284,47 @@ def test_a_precision_that_never_rose_is_noted(tmp_path):
     ]
 
 
+def test_levels_are_labelled_by_value_where_a_resumed_run_was_given_others(tmp_path):
+    before = {**samples.DSQ, "dsq_levels": "[2,2,2,16] [4,4,4,16]"}
+    after = {**samples.DSQ, "dsq_levels": "[4,4,4,16] [8,8,8,16] [16,4,4,16]"}
+    text = samples.start_line(4, **before) + samples.point_line(1, 10, 7.0, levels=samples.values(**before))
+    text += samples.point_line(2, 20, 6.5, level=1, levels=samples.values(**before))
+    text += samples.point_line(3, 25, 6.0, level=1, ended=False, levels=samples.values(**before))
+    text += samples.start_line(4, 25, 3, **after)
+    text += samples.point_line(3, 30, 6.0, level=0.5, levels=samples.values(**after))
+    text += samples.point_line(4, 40, 5.0, level=1, levels=samples.values(**after))
+    path = samples.write(tmp_path, "resumed", text)
+    table, (run,) = table_of([path])
+    # The first level is not among those that the run was given last, whose label has their notation.
+    assert table.rows[0].levels == (("[bfp2,bfp2,bfp2,bfp16]", 10), ("[4,4,4,16]", 20), ("[8,8,8,16]", 10))
+    assert run.levels == ()
+    assert [epoch.level for epoch in run.epochs] == [None, None, None, 1]
+    assert table.rows[0].notes == ("trained at other levels up to update 25",)
+    assert [note for note in table.notes if "never rose" in note] == [
+        "the precision of resumed never rose to [16,4,4,16]"
+    ]
+    again = samples.start_line(5, 40, 5, **before) + samples.point_line(5, 50, 5.0, levels=samples.values(**before))
+    text = (
+        samples.start_line(5, 40, 5, **after) + samples.point_line(4, 40, 5.0, levels=samples.values(**after)) + again
+    )
+    assert table_of([samples.write(tmp_path, "known", text)])[1][0].levels == ((1, 40), (0, 10))
+
+
+def test_costs_of_several_profiles_are_not_added_up(tmp_path):
+    text = samples.start_line(2, **samples.DSQ) + samples.point_line(1, 10, 7.0)
+    text += samples.start_line(2, 10, 2, dsq_cost_profile="operands", **samples.DSQ) + samples.point_line(2, 20, 6.0)
+    table, (run,) = table_of([samples.write(tmp_path, "mixed", text)])
+    row = table.rows[0]
+    assert (row.arithmetic, row.dram, row.arithmetic_total, row.dram_total) == (None, None, None, None)
+    assert row.notes == ("charged by several profiles in turn (paper, operands), whose costs do not add up",)
+    assert [epoch.arithmetic_relative for epoch in run.epochs] == [None, None]
+    # A training that charged nothing at first has one profile's costs.
+    plain = json.loads(samples.point_line(1, 10, 7.0))
+    plain["train"] = {"loss": 7.0, "num_updates": 10}
+    text = text.replace(samples.point_line(1, 10, 7.0), json.dumps(plain) + "\n")
+    assert table_of([samples.write(tmp_path, "once", text)])[0].rows[0].arithmetic == pytest.approx(samples.LOW[0])
+
+
 def test_special_characters_are_escaped(tmp_path):
     name = "a|b_c *x* $y$ <i>&[z](u) 50% {q}~^#"
     costs = {name: f"{value:g}" for name, value in samples.costs(samples.LOW).items()}
