@@ -67,7 +67,7 @@ class Update(NamedTuple):
     Attributes:
         values: of the weights.
         weight_bytes: of the weights, and of float copies that an optimizer keeps of them.
-        gradient_bytes: of their gradients.
+        gradient_bytes: of their gradients, and of those of the copies.
         state_bytes: of the optimizer's states.
     """
 

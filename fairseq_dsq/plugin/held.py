@@ -35,13 +35,14 @@ def update_of(model: nn.Module, optimizer: Any) -> Update:
     """What a step of a fairseq optimizer, which has been made, reads and writes: of the parameters with a gradient."""
     inner = _inner(optimizer)
     own = {id(parameter) for parameter in model.parameters()}
-    # --fp16 and --bf16 make float copies, in which the optimizer steps.
+    # --fp16 and --bf16 make float copies, in which the optimizer steps, with gradients of their own.
     copies = [p for each in inner for group in each.param_groups for p in group["params"] if id(p) not in own]
     updated = [(parameter, grad) for parameter in model.parameters() if (grad := parameter.grad) is not None]
     return Update(
         values=sum(parameter.numel() for parameter, _ in updated),
         weight_bytes=sum(parameter_bytes(parameter) for parameter, _ in updated) + sum(map(_nbytes, copies)),
-        gradient_bytes=sum(_nbytes(grad) for _, grad in updated),
+        gradient_bytes=sum(_nbytes(grad) for _, grad in updated)
+        + sum(_nbytes(copy.grad) for copy in copies if copy.grad is not None),
         state_bytes=sum(
             _nbytes(value)
             for each in inner

@@ -11,6 +11,7 @@ from fairseq.distributed.utils import get_global_rank, get_global_world_size
 from fairseq.logging import metrics
 from torch import nn
 
+from fairseq_dsq.cost import CostProfile
 from fairseq_dsq.ledger import Update
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings, unpriced_formats
 from fairseq_dsq.plugin.held import known_update, log_update
@@ -41,6 +42,7 @@ class _Hooks:
         self.own_optimizer_step = getattr(task, "optimizer_step", None)
         self.own_get_checkpoint_dict = getattr(task, "get_checkpoint_dict", None)
         self.updates: dict[Any, Update] = {}
+        self.made: tuple[Any, Update, CostProfile | None] | None = None
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
@@ -88,21 +90,22 @@ class _Hooks:
             logger.warning(warning)
 
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
-        """The task's; where a gradient overflows it raises, and there was no update."""
+        """The task's. Where a gradient overflows it raises, or under --amp another try follows, and not its metrics."""
         assert self.own_optimizer_step is not None
         self.own_optimizer_step(optimizer, model=model, update_num=update_num)
-        log_update(optimizer, known_update(model, optimizer, self.updates), _state(model).cost_profile)
+        self.made = optimizer, known_update(model, optimizer, self.updates), _state(model).cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
-        """Runs after each update, too; the end of an epoch that no validation will follow is recorded here."""
+        """Runs after each update that counts, too: it is logged, and an epoch's end that no validation will follow."""
         assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
-        if (
-            self.recorder is None
-            or self.state is None
-            or not any(meters is train for meters in metrics.get_active_aggregators())
-        ):
+        if not any(meters is train for meters in metrics.get_active_aggregators()):
+            return
+        if self.made is not None:
+            log_update(*self.made)
+            self.made = None
+        if self.recorder is None or self.state is None:
             return
         if self._ends() and not self._will_validate(int(train.get_smoothed_value("num_updates"))):
             self.recorder.add(self.state, self.epoch, ended=True, counts=False)

@@ -3,6 +3,7 @@
 Trainings run in forks of this process, which has imported everything: what takes long is fairseq's start.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo  # every optimizer does, in every fork otherwise
 from fairseq import checkpoint_utils
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq_cli.preprocess import cli_main as preprocess
 from fairseq_cli.train import cli_main
 
@@ -154,10 +156,32 @@ def test_bfloat16_trains_at_the_same_costs_with_the_schedule_s_state_in_full(tra
     run = train(flag)
     assert_learns(run)
     assert_same_costs(run, plain)
+    # Half of float32's, and the float copies' own.
+    share = 0.5 if "memory" in flag else 1.5
+    assert run.logged("train_dsq_gradient_bytes") == [share * held for held in plain.logged("train_dsq_gradient_bytes")]
     best = run.state["dsq.best_loss"]
     assert best.dtype == torch.float64
     assert float(best) in [pytest.approx(loss, abs=5e-4) for loss in run.logged("valid_loss")]
     assert any(not torch.equal(value, plain.weights[name]) for name, value in run.weights.items())
+
+
+def with_an_overflow():
+    """As on a GPU, whose scaler leaves out the step: the first norm of the second update is infinite."""
+    norms, steps = itertools.count(1), itertools.count(1)
+    clip, step = AMPOptimizer.clip_grad_norm, AMPOptimizer.step
+    AMPOptimizer.clip_grad_norm = lambda self, *args, **kwargs: (
+        clip(self, *args, **kwargs) * (math.inf if next(norms) == 2 else 1)
+    )
+    AMPOptimizer.step = lambda self: None if next(steps) == 2 else step(self)
+
+
+def test_an_update_that_overflows_under_amp_is_charged_where_it_is_made_again(train):
+    flags = ("--amp", "--dsq-cost-profile", "operands", "--max-epoch", 1)
+    once, again = train(*flags), train(*flags, before=with_an_overflow)
+    assert_equal_weights(again, once)
+    assert_same_costs(again, once)
+    for name in ("train_num_updates", "train_dsq_dram_baseline_bytes", "train_dsq_gradient_bytes"):
+        assert again.logged(name) == once.logged(name)
 
 
 def as_on_a_gpu():
