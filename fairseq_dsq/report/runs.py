@@ -101,7 +101,7 @@ class Run:
         incomplete: why the run counts as unfinished; empty if it does not.
         trained: (precision, updates at it) one after the other, as known from validation to validation; empty without
             a record.
-        levels: the same by the index among the levels that the run was given last; empty where one is not among them.
+        levels: the same by the level's index; empty where the run was resumed with other levels.
         notes: what a reader has to know of how it was resumed.
     """
 
@@ -206,7 +206,7 @@ def _recorded(path: Path, file: Path) -> Run:
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
     trained = list(_trained(points))
-    known = all(precision in start.levels for precision, _ in trained)
+    known = not others and all(precision in start.levels for precision, _ in trained)
     notes = []
     if others:
         notes.append(f"trained at other levels up to update {others[-1].update}")

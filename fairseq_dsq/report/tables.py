@@ -428,7 +428,9 @@ def seeds(table: Table) -> list[list[str]]:
     return lines
 
 
-LEVELS_NOTE = "Share of the updates at each level, and after how many updates the level changed, as of the validations."
+LEVELS_NOTE = (
+    "Share of the updates at each level, and after how many updates it changed, as of the lines of the record."
+)
 
 
 def trained_levels(table: Table) -> list[list[str]]:

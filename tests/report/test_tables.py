@@ -118,7 +118,7 @@ Levels & Shares & Changed after & Updates \\
 DSQ (BFP) [2,2,2,16] [16,4,4,16] & [2,2,2,16] 33.3 \%, [16,4,4,16] 66.7 \% & 40 & 120 \\
 \bottomrule
 \end{tabular}
-% Share of the updates at each level, and after how many updates the level changed, as of the validations.
+% Share of the updates at each level, and after how many updates it changed, as of the lines of the record.
 """
     )
 
@@ -303,11 +303,6 @@ def test_levels_are_labelled_by_value_where_a_resumed_run_was_given_others(tmp_p
     assert [note for note in table.notes if "never rose" in note] == [
         "the precision of resumed never rose to [16,4,4,16]"
     ]
-    again = samples.start_line(5, 40, 5, **before) + samples.point_line(5, 50, 5.0, levels=samples.values(**before))
-    text = (
-        samples.start_line(5, 40, 5, **after) + samples.point_line(4, 40, 5.0, levels=samples.values(**after)) + again
-    )
-    assert table_of([samples.write(tmp_path, "known", text)])[1][0].levels == ((1, 40), (0, 10))
 
 
 def test_costs_of_several_profiles_are_not_added_up(tmp_path):
