@@ -52,9 +52,9 @@ class Recorder:
         self.subsets = str(flag_of(args, "valid_subset") or "valid").split(",")
         self.begun = time.monotonic()
         self.valid: list[dict[str, float]] = []
-        self.update = updates
         source, stopped = _source(args, updates)
-        said = record.begin(self.path, _start(args, model, epoch, updates if source else 0), source, stopped)
+        self.update = updates if source else 0
+        said = record.begin(self.path, _start(args, model, epoch, self.update), source, stopped)
         if said:
             logger.warning(said)
 

@@ -139,8 +139,9 @@ def test_a_training_that_begins_anew_keeps_another_s_record_aside(train, undistu
     assert (tmp_path / "dsq.1.jsonl").read_bytes() == (undisturbed / record.NAME).read_bytes()
     assert [point.epoch for point in points(tmp_path)] == [epoch]
     if flag == "--finetune-from-model":
-        train(tmp_path, *FLAGS, *flags, "--max-epoch", 2)  # which fairseq resumes
-        assert [point.epoch for point in points(tmp_path)] == [1, 2]
+        # which fairseq resumes
+        train(tmp_path, *FLAGS, *flags, "--max-update", points(tmp_path)[-1].update + 1, "--disable-validation")
+        assert [(point.epoch, point.epoch_ended) for point in points(tmp_path)] == [(1, True), (2, False)]
 
 
 def test_there_is_no_record_without_checkpoints(train, tmp_path):
