@@ -57,6 +57,13 @@ def supervised(cli, ranks, folder, *flags, **environment):
     return out, err
 
 
+def assert_alike(a, b):
+    """Equal trainings by other numbers of workers, whose validation's loss is one sum in float32 in another order."""
+    best, other = (state["model"]["dsq.best_loss"] for state in (a, b))
+    assert float(best) == pytest.approx(float(other), rel=2 * torch.finfo(torch.float32).eps)
+    assert_equal_trainings(a, {**b, "model": {**b["model"], "dsq.best_loss": best}})
+
+
 def records(log, split="train"):
     lines = [line for line in log.splitlines() if f'"{split}_loss"' in line]
     return [json.loads(line[line.index("{") :]) for line in lines]
@@ -83,7 +90,7 @@ def test_two_workers_are_one_that_accumulates_two_batches(cli, two, tmp_path):
     for split in ("train", "valid"):
         assert costs(log, split) == costs(one_log, split) and "0" not in costs(log)[0][1:]
     assert load_model(folder / "run")["dsq.level"] == 1
-    assert_equal_trainings(load(folder / "run"), load(tmp_path / "one"))
+    assert_alike(load(folder / "run"), load(tmp_path / "one"))
 
 
 def test_workers_hold_the_same_parameters(two):
@@ -104,7 +111,7 @@ def test_a_training_goes_on_with_another_number_of_workers(cli, two, tmp_path):
     """1, 2 and 1 again: each sees the batches of one training's updates."""
     cli.train(tmp_path, *FLAGS, "--max-epoch", 1, "--update-freq", 2)
     train(cli, 2, tmp_path, *FLAGS, "--max-epoch", 2)
-    assert_equal_trainings(load(tmp_path), load(two[0] / "run"))
+    assert_alike(load(tmp_path), load(two[0] / "run"))
     log = cli.train(tmp_path, *FLAGS, "--max-epoch", 3, "--update-freq", 2)
     assert [record["train_dsq_level"] for record in records(log)] == ["1"]
 
