@@ -8,6 +8,7 @@ from e2e.test_distributed import FLAGS as TWO_WORKERS
 from e2e.test_distributed import train as train_ranks
 
 from fairseq_dsq import record
+from fairseq_dsq.kernels import native
 from fairseq_dsq.record import Point, Start
 from fairseq_dsq.report.runs import read_run
 
@@ -157,3 +158,4 @@ def test_two_workers_write_one_record(cli, tmp_path):
     assert shown(points(tmp_path)[-1].train) == values
     starts = [line for line in record.read(tmp_path / record.NAME) if isinstance(line, Start)]
     assert [start.machine["workers"] for start in starts] == ["2", "2"]
+    assert {start.machine["cpu_kernels"] for start in starts} == {native.kernels.isa if native.kernels else "none"}
