@@ -19,6 +19,11 @@ from fairseq_dsq.kernels import checks, native, ops
 MOST_TERMS = 2
 
 
+def isa() -> str:
+    """The instruction set of the CPU's kernels, or none."""
+    return native.kernels.isa if native.kernels else "none"
+
+
 class NativeEngine(Engine):
     """float32 tensors on the CPU, of one or two bfloat16 terms."""
 

@@ -139,7 +139,7 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         choice(*VALUE_BOXES),
         "MODE",
         "what shares an exponent of attention's values, of which no two positions do: row, all of a position and head; "
-        "feature, boxes along the features",
+        "feature, boxes along the features, as in float16 and of nvfp4 either way",
     )
     dsq_attention_matmul: str = flag("on", choice("on", "off"), "SWITCH", "quantize attention's two batched products:")
     dsq_fixed_scale: str = flag(

@@ -17,7 +17,7 @@ from torch import nn
 
 from fairseq_dsq import artefact, record
 from fairseq_dsq.cost.hardware import processor
-from fairseq_dsq.kernels import native
+from fairseq_dsq.gemm.native import isa
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, DSQOptimizerConfig, defaults
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.state import DSQState
@@ -136,7 +136,7 @@ def _start(args: Any, model: nn.Module, epoch: int, update: int) -> Start:
         "processor": processor(),
         "device": torch.cuda.get_device_name(first.device) if first.is_cuda else first.device.type,
         "torch": torch.__version__,
-        "cpu_kernels": native.kernels.isa if native.kernels else "none",
+        "cpu_kernels": isa(),
         "workers": str(get_global_world_size()),
     }
     flags = (*defaults(DSQConfig), *defaults(DSQOptimizerConfig), *FAIRSEQ_FLAGS)
