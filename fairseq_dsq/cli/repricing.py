@@ -34,6 +34,8 @@ def reprice(run: Run, profiles: list[CostProfile]) -> list[tuple[float, float]]:
         ValueError: the run has no record or checkpoint, or one that cannot be run; names it.
     """
     best = run.path / artefact.BEST
+    if run.trained and not run.levels:
+        raise ValueError(f"{run.path}: got levels that it was resumed without, expected one list, to price it anew")
     if not run.levels or not best.is_file():
         raise ValueError(f"{run.path}: got no {record.NAME} or no {artefact.BEST}, expected both, to price it anew")
     logging.disable(logging.WARNING)  # what is said of the flags of a training that is over

@@ -7,6 +7,7 @@ import json
 import pytest
 from report import samples
 
+from fairseq_dsq.cli.repricing import reprice
 from fairseq_dsq.report import tables
 from fairseq_dsq.report.runs import read_run
 from fairseq_dsq.report.scores import scores
@@ -299,6 +300,8 @@ def test_levels_are_labelled_by_value_where_a_resumed_run_was_given_others(tmp_p
     assert table.rows[0].levels == (("[bfp2,bfp2,bfp2,bfp16]", 10), ("[4,4,4,16]", 20), ("[8,8,8,16]", 10))
     assert run.levels == ()
     assert [epoch.level for epoch in run.epochs] == [None, None, None, 1]
+    with pytest.raises(ValueError, match="resumed: got levels that it was resumed without, expected one list"):
+        reprice(run, [])
     assert table.rows[0].notes == ("trained at other levels up to update 25",)
     assert [note for note in table.notes if "never rose" in note] == [
         "the precision of resumed never rose to [16,4,4,16]"
