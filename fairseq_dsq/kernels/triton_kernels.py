@@ -353,7 +353,7 @@ def _fake_quantize(
     inside = exists & (along < BOX_SIZE) & (place * BOX_SIZE + along < length)
     x = _load(x_ptr + index, inside)
     if GROUPED:
-        largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
+        largest = _magnitude_bits(tl.load(largest_ptr + fibre * after + column, mask=exists, other=0.0))
     else:
         largest = tl.max(_magnitude_bits(x), axis=1)[:, None]
     scale = _scale(largest, headroom, FIXED, ELEMENT, LEAST, MAX_CODE, FLOAT_SCALE)
@@ -386,7 +386,7 @@ def _pack(
         box, fibre, place, column, total, length, full, after, shorts, BITS, BOX_SIZE, RAGGED, GROUPED, FLOAT_SCALE
     )
     if GROUPED:
-        largest = tl.load(largest_ptr + fibre * after + column, mask=exists, other=0)
+        largest = _magnitude_bits(tl.load(largest_ptr + fibre * after + column, mask=exists, other=0.0))
     else:
         along = tl.arange(0, BOX).to(base.dtype)[None, :]
         x = _load(x_ptr + base + along * after, exists & (along < BOX_SIZE) & (begins + along < length))
@@ -933,7 +933,7 @@ def quantize_both(
         stash: packed in boxes along M.
     """
     specs = [part[1] for part in (along, across, stash) if part]
-    if all(map(_is_whole, specs)):
+    if any(map(_is_whole, specs)):  # then all, see reads_once
         _quantize_whole(
             xs[0], shape, _largest_of(xs[0], shape, specs[0]), [part for part in (along, across) if part], stash
         )
@@ -1056,12 +1056,11 @@ def _shape_of_groups(shape: Shape, spec: KernelSpec) -> Shape:
 
 
 def _largest_of(x: Tensor, shape: Shape, spec: KernelSpec) -> Tensor:
-    """The bits of the largest magnitude of each group, where they go in chunks; else ``x``, which nothing reads."""
+    """The largest magnitude of each group, where they go in chunks; else ``x``, which nothing reads."""
     if not _grouped(spec, shape):
         return x
     groups = x.view(_shape_of_groups(shape, spec))
-    largest: Tensor = torch.linalg.vector_norm(groups, math.inf, 1, dtype=torch.float32)
-    return largest.view(torch.int32)
+    return torch.linalg.vector_norm(groups, math.inf, 1, dtype=torch.float32)  # type: ignore[no-any-return]
 
 
 def _tile(shape: Shape, spec: KernelSpec, elements: int) -> tuple[dict[str, int], dict[str, Any]]:

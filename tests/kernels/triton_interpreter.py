@@ -169,6 +169,15 @@ def test_one_scale_for_a_row_or_the_tensor(text, seed):
     assert_equals_definition(awkward_tensor((9, 5), seed=1), fmt, 0, seed)
 
 
+@pytest.mark.parametrize("text", ["fixed8", "fixed8/row", "int8/row"])
+def test_the_sign_of_a_nan_that_torch_finds_to_be_the_largest_does_not_count(text, monkeypatch):
+    found = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **rest: -found(*args, **rest))
+    x = torch.randn(3, 1030, generator=seeded(1))
+    x[1, 7] = math.nan
+    assert_equals_definition(x, parse(text), 1, None)
+
+
 FLOAT_SCALED = ["int8/row", "int4/16", "int2/5", "int16/tensor", "int11/row"]
 FLOAT_SCALED += ["fp8e4m3/tensor", "fp8e5m2/row", "fp8e4m3/32", "fp8e5m2/tensor", "fp8e4m3/row"]
 
