@@ -51,4 +51,6 @@ echo
 echo "test sacreBLEU: DSQ $(< "$run/dsq.bleu"), float32 $(< "$run/float32.bleu")"
 echo
 echo "five translations (source, DSQ, reference):"
-paste -d '\n' "$run/data/test.de" "$run/dsq/hypotheses.en" "$run/data/test.en" /dev/null | head -n 20
+# A pipe into head would end what fills it, and with pipefail the script, by a signal.
+paste -d '\n' <(head -n 5 "$run/data/test.de") <(head -n 5 "$run/dsq/hypotheses.en") <(head -n 5 "$run/data/test.en") \
+    /dev/null
