@@ -220,11 +220,12 @@ def quickstart(argv, fixture):
         f"with open({str(folder / 'calls')!r}, 'a') as file: print(json.dumps(sys.argv[1:]), file=file)\n"
         "if sys.argv[1] == 'run-translate':\n"
         "    pathlib.Path(sys.argv[4]).mkdir(parents=True, exist_ok=True)\n"
-        "    (pathlib.Path(sys.argv[4]) / 'hypotheses.en').touch()\n"
+        "    (pathlib.Path(sys.argv[4]) / 'hypotheses.en').write_text('a line\\n' * 40_000)\n"
         "    print(1.0)\n"
         "if sys.argv[1] == 'corpus':\n"
         "    pathlib.Path(sys.argv[2]).mkdir(parents=True)\n"
-        "    [(pathlib.Path(sys.argv[2]) / f'test.{language}').touch() for language in ('de', 'en')]\n"
+        "    for name in ('test.de', 'test.en'):\n"
+        "        (pathlib.Path(sys.argv[2]) / name).write_text('a line\\n' * 40_000)  # more than a pipe holds\n"
     )
     stand_in.chmod(0o755)
     environment = {**os.environ, "DSQ_ENV": str(folder)}
