@@ -8,4 +8,4 @@ show_help "$@"
 use_env dev,glue
 export OMP_NUM_THREADS=1
 cd "$DSQ_ROOT"
-python -m pytest -m slow tests/e2e "$@"
+python -m pytest -m slow -o faulthandler_timeout=0 tests/e2e "$@"
