@@ -94,6 +94,8 @@ def _in_bytes(
     SIZE: tl.constexpr = (BOX_SIZE * BITS + 7) // 8
     SCALE: tl.constexpr = 4 if FLOAT_SCALE else 1
     nbytes = tl.full(box.shape, SIZE, tl.int32)
+    # In as many bits as the boxes' numbers: bytes may be more than 32 hold.
+    total, shorts, length = box * 0 + total, box * 0 + shorts, box * 0 + length
     if GROUPED:
         fibre = fibre * after + column
         scale_at = fibre * SCALE
@@ -107,7 +109,7 @@ def _in_bytes(
         number = (fibre * full + place) * after + column
         short = fibre * after + column
         rest = (((length - full * BOX_SIZE) * BITS + 7) // 8).to(tl.int32)
-        begin = (number * 0 + total) * (SCALE + SIZE)  # in as many bits as the number
+        begin = total * (SCALE + SIZE)
         scale_at = tl.where(is_short, begin + short * SCALE, number * SCALE)
         code_at = tl.where(is_short, begin + shorts * SCALE + short * rest, total * SCALE + number * SIZE)
         nbytes = tl.where(is_short, rest, nbytes)
@@ -315,9 +317,10 @@ def _store_terms(pointers, plane, value, mask, TERMS: tl.constexpr):
     """Store float32 as the exact sum of TERMS bfloat16, ``plane`` elements apart; without terms, as it is."""
     if TERMS == 0:
         _store(pointers, value, mask)
-    for term in tl.static_range(TERMS):
+    for _term in tl.static_range(TERMS):
         upper = value.to(tl.uint32, bitcast=True) & 0xFFFF0000
-        tl.store(pointers + term * plane, (upper >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(pointers, (upper >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        pointers += plane  # step by step: 32 bits may not hold a multiple
         # NaN - NaN is NaN too: a product with any term is.
         value = value - upper.to(tl.float32, bitcast=True)
 

@@ -134,6 +134,29 @@ def test_kernels_compile_without_fusing_flushing_or_spilling(architecture, call,
             assert re.search(r"ld\.global\.v4", ptx), name
 
 
+@pytest.mark.parametrize(
+    ("text", "shape", "terms"),
+    [("bfp24", (1 << 26, 16, 1), 3), ("int8/2", (1 << 29, 2, 1), 2), ("bfp32/row", (4, 1 << 29, 1), 4)],
+)
+def test_no_product_of_a_size_is_cut_to_32_bits_where_offsets_have_64(text, shape, terms, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    fmt = parse(text)
+    x = torch.empty(shape, device="meta")
+    data = torch.empty(fmt.nbytes(shape, 1), dtype=torch.uint8, device="meta")
+    of_terms = torch.empty((terms, *shape), dtype=torch.bfloat16, device="meta")
+
+    def call(kernels):
+        kernels.fake_quantize(x, of_terms, shape, fmt.spec, None, terms)
+        kernels.pack(x, data, shape, fmt.spec, None)
+        kernels.unpack(data, of_terms, shape, fmt.spec, terms)
+
+    for launch in arguments_of(call, monkeypatch):
+        assert launch[3]["WIDE"]
+        code = compiled(launch, 80).asm["ttir"]
+        assert not re.findall(r"arith\.muli .*%(?:plane|total|shorts|length)\b.* : i32", code), launch[0].__name__
+
+
 def test_a_device_on_which_they_do_not_work_runs_the_definition(monkeypatch):
     pytest.importorskip("triton")
     x = torch.randn(4, 20)
