@@ -202,10 +202,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: tuple[int, ...], eps: float | None, x: Tensor, weight: Tensor | None) -> Tensor:
         kept, deviations = [], []
+        # torch's own, of the dtype that it computes in
+        added = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
         for rows in pieces(x, math.prod(shape)):
             rows = rows.float()
             mean = rows.square().mean(-1, keepdim=True)
-            deviations.append(mean.add_(torch.finfo(x.dtype).eps if eps is None else eps).rsqrt_())
+            deviations.append(mean.add_(added).rsqrt_())
             kept.append(pack(rows * deviations[-1], KEPT))
         ctx.save_for_backward(torch.cat(deviations), weight, *(packed.data for packed in kept))
         ctx.specs, ctx.shape = [packed.spec for packed in kept], shape
