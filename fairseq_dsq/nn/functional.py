@@ -260,10 +260,14 @@ class _Quantizer:
         side_a, side_b = output.sides
         rounding, generator = self.config.rounding, self.generator
         per_row = side_b.fmt.by_row()
-        # A row's scale times a probability may lie below all exponents of float16.
-        if self.config.value_boxes == "feature" or per_row is None or b.dtype is torch.float16 or not b.numel():
+        # A row's scale times a probability may lie below all exponents of float16; of values over a float scale,
+        # bfloat16 holds eight bits.
+        wide = per_row is not None and per_row.outer_scale and ops.terms(per_row.significand_bits) > 1
+        lacking = b.dtype is torch.float16 or (wide and b.dtype is torch.bfloat16)
+        if self.config.value_boxes == "feature" or per_row is None or lacking or not b.numel():
             if self.config.value_boxes != "feature" and b.numel():
-                _say_in_features("float16" if per_row else side_b.fmt.text)
+                dtype = str(b.dtype).removeprefix("torch.")
+                _say_in_features(side_b.fmt.text if per_row is None else f"{side_b.fmt.text} in {dtype}")
             b = fake_quantize(b, side_b.fmt, -1, rounding, generator)
             across = side_b._replace(along=False)
             output = plan(side_a, across, a.device, a.dtype, self.config.gemm)

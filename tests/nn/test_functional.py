@@ -685,7 +685,14 @@ def test_an_in_place_activation_follows_a_converted_layer():
     assert all(value.isfinite().all() for value in step(twin))
 
 
-@pytest.mark.parametrize(("fmt", "dtype", "what"), [("bfp4", torch.float16, "float16"), ("nvfp4", None, "nvfp4")])
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "what"),
+    [
+        ("bfp4", torch.float16, "bfp4 in float16"),
+        ("int16/row", torch.bfloat16, "int16/row in bfloat16"),
+        ("nvfp4", None, "nvfp4"),
+    ],
+)
 def test_what_has_no_scale_for_a_row_of_values_says_so(fmt, dtype, what):
     how = {
         boxes: GemmConfig(PrecisionConfig(parse_q(f"[{fmt},{fmt},{fmt},bfp16]")), value_boxes=boxes)
