@@ -86,7 +86,7 @@ class SmallFloat(MinifloatElements, Format):
 
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
         values, largest = self.element.round(groups, noise), self.element.largest
-        if self.element is E4M3:
+        if self.element == E4M3:
             return torch.where(groups.isfinite(), values.clamp_(-largest, largest), torch.nan)
         infinite = torch.full_like(values, torch.inf).copysign_(values)
         return torch.where(values.abs() > largest, infinite, values)
