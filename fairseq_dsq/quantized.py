@@ -155,18 +155,21 @@ def fake_quantize(
         x: any shape and strides; float32, bfloat16 or float16.
         fmt: the number format.
         dim: the dimension along which the groups lie: the reduction dimension of the GEMM that reads the result.
-        rounding: ``nearest`` (ties to even) or ``stochastic``: up or down, the expected value being the value itself.
-            That holds for values that do not clip: none does in a format whose ``scale`` is ``fit``, nor from 25 bits
-            on; under ``floor`` those above the largest code's value do, which shrinks a Gaussian by 8 % at 2 bits.
+        rounding: ``nearest`` (ties to even) or ``stochastic``: up or down, the expected value being the value itself,
+            to 2^-24 of a code. That holds for values that do not clip: none does in a format whose ``scale`` is
+            ``fit``, nor from 25 bits on; under ``floor`` those above the largest code's value do, which takes 9 % of a
+            Gaussian's mean magnitude at 2 bits.
         generator: draws one seed a call for stochastic rounding; None takes torch's default; an integer, 0 to
-            2^62 - 1, is the seed.
+            2^62 - 1, is the seed, such as :func:`noise_seed` gives: integers side by side have one stream of noise,
+            shifted by an element.
         dtype: of the result; None takes ``x``'s. float32, or bfloat16 for formats of up to 8 significant bits, whose
             values it holds exactly, but for those below its smallest, 2^-133, that minifloats have in tiny blocks.
 
     Returns:
         A tensor of ``x``'s shape, without gradient; ``x`` itself for :class:`Float32`. A group that holds Inf or NaN
         comes back as NaN throughout. Exact in each dtype where the scale is a power of two: rounding to a coarser grid
-        never needs more significant bits than the input had. The result of a transposed matrix may be transposed in
+        never needs more significant bits than the input had; but what is rounded up past float16's largest number is
+        Inf there. The result of a transposed matrix may be transposed in
         memory too.
 
     Raises:

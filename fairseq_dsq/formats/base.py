@@ -270,7 +270,7 @@ def rounded(x: Tensor, noise: Tensor | None) -> Tensor:
     """Integers beside float32 ``x``, which may be overwritten: the nearest, of two the even one; zeros keep the sign.
 
     With ``noise``, uniform in [0, 1), stochastically: the one below, or above where ``noise`` is below the fraction.
-    That is exact at any magnitude, and noise comes in multiples of 2^-24: no bias.
+    Noise comes in multiples of 2^-24: the expected integer is ``x`` to within that.
     """
     if noise is None:
         return x.round_()

@@ -111,7 +111,8 @@ class CodedLinear(DSQLinear):
         A row, or a tensor of one scale, is NaN from then on where the step holds Inf or NaN.
 
         Args:
-            seed: of the noise: the same on all replicas, another one for each parameter and update.
+            seed: of the noise, from :func:`~fairseq_dsq.quantized.noise_seed`: the same on all replicas, another one
+                for each parameter and update.
             leave_rest: ``step`` holds afterwards what of it rounding left undone: the weight held less the exact one,
                 the latter clamped to what the codes can hold.
         """

@@ -82,6 +82,8 @@ def _signs(rotation: Rotation, device: torch.device) -> Tensor:
 def rotate(x: Tensor, dim: int, rotation: Rotation) -> Tensor:
     """``x`` rotated along ``dim``, a new tensor of its dtype; computed in float32.
 
+    A block's values may grow by the root of its size: in float16 those past 65504 are Inf.
+
     Adds and subtracts, as the fast Walsh-Hadamard transform does: no setting of torch cuts a product's operands.
     """
     if x.numel() == 0:
