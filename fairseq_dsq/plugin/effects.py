@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -59,22 +61,31 @@ class TrainingFlags:
             interval > 0 and update % interval == 0
         )
 
+    def updates_by(self, epoch: int, batches: int) -> int:
+        """How many updates are done when ``epoch`` ends, of epochs of so many batches."""
+        own = self.update_freq[:epoch]
+        ended = sum(math.ceil(batches / count) for count in own)
+        return ended + (epoch - len(own)) * math.ceil(batches / self.update_freq[-1])
+
     def validations(self, epoch: int, batches: int, done: int, enough: int) -> int:
         """How many validations will count from ``done`` of an epoch's batches on; counted up to ``enough``."""
-
-        def updates(epoch: int, batches: int) -> int:
-            return math.ceil(batches / self.update_freq[min(epoch, len(self.update_freq)) - 1])
-
-        update = sum(updates(earlier, batches) for earlier in range(1, epoch)) + updates(epoch, done)
-        max_epoch, max_update = self.max_epoch or math.inf, self.max_update or math.inf
-        count = 0
-        while not self.disable_validation and count < enough and epoch <= max_epoch and update < max_update:
-            end = update + updates(epoch, batches) - updates(epoch, done)
-            while update < min(end, max_update):
-                update += 1
-                if update >= self.validate_after_updates:
-                    count += self.validates(update, epoch if update == end else None)
-            epoch, done = epoch + 1, 0
+        if self.disable_validation:
+            return 0
+        if not (self.max_epoch or self.max_update):
+            return enough
+        update = self.updates_by(epoch - 1, batches)
+        update += math.ceil(done / self.update_freq[min(epoch, len(self.update_freq)) - 1])
+        first = max(update + 1, self.validate_after_updates)
+        last_epoch = self.max_epoch or self.max_update  # an epoch has an update at least
+        last = min(self.updates_by(last_epoch, batches), self.max_update or math.inf)
+        # No loop over updates or epochs, of which there may be billions: both kinds of validation lie at even steps.
+        interval, every = self.validate_interval_updates, self.validate_interval
+        count = max(0, int(last // interval) - (first - 1) // interval) if interval > 0 else 0
+        epochs = range(epoch + -epoch % every, last_epoch + 1, every)
+        ends = functools.partial(self.updates_by, batches=batches)
+        found = epochs[bisect.bisect_left(epochs, first, key=ends) : bisect.bisect_right(epochs, last, key=ends)]
+        # Epochs' ends that are among the counted are fewer than enough, or the counted are enough: twice that decides.
+        count += sum(interval <= 0 or ends(each) % interval > 0 for each in found[: 2 * enough])
         return min(count, enough)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import random
 
 import pytest
 from omegaconf import OmegaConf
@@ -106,6 +107,52 @@ def warnings(schedule=PAPERS, state=FRESH, **flags):
 )
 def test_the_validations_of_a_training_are_counted(flags, count):
     assert TrainingFlags(**flags).validations(epoch=1, batches=10, done=0, enough=20) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ({"validate_interval": 10**9}, 20),
+        ({"validate_after_updates": 10**15}, 20),
+        ({"max_epoch": 10**10, "validate_interval": 10**9}, 10),
+        ({"max_update": 10**12, "validate_interval_updates": 10**11}, 20),
+        ({"max_update": 10**12, "validate_interval": 10**13, "validate_interval_updates": 10**11}, 10),
+        ({"max_update": 10**12, "validate_after_updates": 10**12 - 70}, 8),
+    ],
+)
+def test_a_long_training_s_validations_are_counted_at_once(flags, count):
+    assert TrainingFlags(**flags).validations(epoch=1, batches=10, done=0, enough=20) == count
+
+
+def walked(flags, epoch, batches, done, enough):
+    """The validations of a training that is walked through, update by update."""
+    update = count = 0
+    for number in range(1, flags.max_epoch + 1):
+        ends = range(0, batches, flags.update_freq[min(number, len(flags.update_freq)) - 1])
+        for begin in ends:
+            if update == (flags.max_update or math.inf):
+                return min(count, enough)
+            update += 1
+            if (number, begin) >= (epoch, done) and update >= flags.validate_after_updates:
+                count += flags.validates(update, number if begin == ends[-1] else None)
+    return min(count, enough)
+
+
+def test_validations_are_those_of_a_training_that_is_walked_through():
+    draw = random.Random(1)
+    for _ in range(500):
+        flags = TrainingFlags(
+            validate_interval=draw.randint(1, 3),
+            validate_interval_updates=draw.choice([0, *range(1, 9)]),
+            validate_after_updates=draw.choice([0, draw.randint(1, 40)]),
+            max_epoch=draw.randint(1, 9),
+            max_update=draw.choice([0, draw.randint(1, 60)]),
+            update_freq=tuple(draw.choices(range(1, 5), k=draw.randint(1, 3))),
+        )
+        epoch, batches = draw.randint(1, 4), draw.randint(1, 12)
+        freq = flags.update_freq[min(epoch, len(flags.update_freq)) - 1]
+        place = epoch, batches, draw.choice([0, draw.randrange(0, batches, freq)]), draw.randint(1, 12)
+        assert flags.validations(*place) == walked(flags, *place), (flags, place)
 
 
 def test_a_resumed_training_counts_from_where_it_is():
