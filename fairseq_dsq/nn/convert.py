@@ -184,6 +184,7 @@ def convert(
     Under the stash scope ``all``, every LayerNorm, RMSNorm and dropout too; activation functions between fairseq's fc1
     and fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
     already. One warning names whatever else multiplies, see :func:`left_float`; a pattern of ``skip`` silences it.
+    Rules that never win are warned of.
 
     Args:
         model: any torch module, changed in place; itself a layer that has a twin, that is returned.
@@ -206,20 +207,26 @@ def convert(
         convert(holder, context, skip, optional, warn, rules)
         return holder[0]
     float_context = context.float32()
-    choices = dict.fromkeys(skip, float_context)
+    choices = [(pattern, float_context) for pattern in skip]
     for rule in rules:
         own = context.ruled(rule.levels) if any(level.rounds for level in rule.levels) else float_context
-        choices.setdefault(rule.pattern, own)
-    left_out = [pattern for pattern, own in choices.items() if own is float_context]
-    unused = set(choices) - set(optional)
+        choices.append((rule.pattern, own))
+    left_out = [pattern for pattern, own in choices if own is float_context]
+    used: set[int] = set()
+    first: dict[int, str] = {}  # where a choice matches: the pattern that wins
 
     def choose(name: str) -> DSQContext:
         """The context of a module: the first pattern's that matches it or what contains it."""
-        matching = matching_patterns(list(choices), name)
-        unused.difference_update(matching)
-        return next((own for pattern, own in choices.items() if pattern in matching), context)
+        matching = matching_patterns([pattern for pattern, _ in choices], name)
+        found = [number for number, (pattern, _) in enumerate(choices) if pattern in matching]
+        if not found:
+            return context
+        winner, own = choices[found[0]]
+        used.update(number for number in found if choices[number][1] is own)
+        first.update((number, winner) for number in found if number not in first)
+        return own
 
-    twins: list[tuple[nn.Module, str, nn.Module]] = []
+    twins: dict[str, tuple[nn.Module, str, nn.Module]] = {}
     for parent, attribute, name in _convertible(model):
         module = parent.get_submodule(attribute)
         if any(_has_hooks(part) for part in module.modules()):
@@ -233,17 +240,25 @@ def convert(
         for part, layer in twin.named_children():
             if isinstance(layer, DSQLinear):
                 layer.context = choose(f"{name}.{part}")
-        twins.append((parent, attribute, twin))
+        twins[name] = parent, attribute, twin
     if context.stash_scope == "all":
         for _, _, name in _keepers(model):
             choose(name)
-    for name in left_float(model):
-        unused -= matching_patterns(left_out, name)
-    if unused:
-        kind = "skip" if unused <= set(skip) else "rule"
-        patterns = ", ".join(sorted(map(repr, unused)))
+    replaced = tuple(f"{name}." for name in twins)
+    left = [name for name in left_float(model) if not f"{name}.".startswith(replaced)]
+    excused = set(optional).union(*(matching_patterns(left_out, name) for name in left))
+    idle = {n: pattern for n, (pattern, _) in enumerate(choices) if n not in used and pattern not in excused}
+    if unknown := {pattern for number, pattern in idle.items() if number not in first}:
+        kind = "skip" if unknown <= set(skip) else "rule"
+        patterns = ", ".join(sorted(map(repr, unknown)))
         raise ValueError(f"{kind} pattern {patterns} matches no layer, expected such as decoder.output_projection")
-    for parent, attribute, twin in twins:
+    # Not refused: checkpoints of trainings under such rules are to load.
+    for number, pattern in idle.items():
+        warnings.warn(
+            f"rule pattern {pattern!r}: has no effect, its layers match a pattern before it, {first[number]!r}",
+            stacklevel=2,
+        )
+    for parent, attribute, twin in twins.values():
         setattr(parent, attribute, twin)
     _keep_less(model, context, lambda name: None if (own := choose(name)) is float_context else own)
     for module in model.modules():

@@ -1,6 +1,7 @@
 """Levels of modules by name: which rule a module follows, when its level rises, and what is refused."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -34,6 +35,29 @@ def test_the_first_rule_that_matches_a_module_or_what_contains_it_wins():
     assert levels(model) == ["[8,8,8,16]", "[4,4,4,16]", "[32,32,32,32]"]
     model = ruled("body=int8/row; *.fc2=[4,4,4,16]; head=[bfp4/32,4,4,16]")
     assert levels(model) == ["[int8/row,int8/row,int8/row,int8/row]"] * 2 + ["[bfp4/32,4,4,16]"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "skip", "shadowed"),
+    [
+        ("body=[8,8,8,16]; body.fc2=[4,4,4,16]", "", {"body.fc2": "body"}),
+        ("body=float32; *.fc2=[4,4,4,16]", "", {"*.fc2": "body"}),
+        ("*.fc1=[4,4,4,16]; *2=[8,8,8,16]; body=[9,9,9,16]; head=bfp4; *=float32", "", {"body": "*.fc1", "*": "*.fc1"}),
+        ("head=[4,4,4,16]; *.fc1=[8,8,8,16]", "head *.fc2", {"head": "head"}),
+        ("head=[4,4,4,16]; head=[8,8,8,16]", "", {"head": "head"}),
+        ("*.fc2=[4,4,4,16]; body=[8,8,8,16]; *=int8/row", "", {}),
+        ("head=[4,4,4,16]; *=[4,4,4,16]; body=[4,4,4,16]", "", {}),  # gets what it says
+        ("", "body *.fc2", {}),
+    ],
+)  # fmt: skip
+def test_a_rule_that_others_win_everywhere_is_named(rules, skip, shadowed):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ruled(rules, skip=skip)
+    assert [str(each.message) for each in caught] == [
+        f"rule pattern {pattern!r}: has no effect, its layers match a pattern before it, {winner!r}"
+        for pattern, winner in shadowed.items()
+    ]
 
 
 def test_skip_is_the_rule_float32_before_all_others():
