@@ -15,6 +15,9 @@ from fairseq_dsq.cost.metrics import GRADIENT_BYTES, RELATIVE, STATE_BYTES
 from fairseq_dsq.ledger import Update
 from fairseq_dsq.nn import parameter_bytes
 
+# Of a training's steps, those whose bytes are kept.
+MOST_KNOWN = 64
+
 
 def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
     """Bytes of the distinct storages that autograd saves while ``run`` runs; the model's own tensors do not count."""
@@ -57,6 +60,8 @@ def known_update(model: nn.Module, optimizer: Any, known: dict[Any, Update]) -> 
     """:func:`update_of`, once for the same gradients and states: it takes a twentieth of a small step's Python time."""
     key = tuple(p.grad is not None for p in model.parameters()), *(len(each.state) for each in _inner(optimizer))
     if key not in known:
+        if len(known) >= MOST_KNOWN:
+            known.clear()  # with LayerDrop hardly two steps have the same gradients
         known[key] = update_of(model, optimizer)
     return known[key]
 

@@ -1,11 +1,13 @@
 """What a step is said to hold, against the bytes that a real model, its optimizer and autograd hold."""
 
+import argparse
 import dataclasses
 
 import pytest
 import torch
 from fairseq import optim
 from nn.common import tensors_of
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fairseq_dsq.bench import train_step
@@ -13,7 +15,7 @@ from fairseq_dsq.ledger import Update
 from fairseq_dsq.nn import attention
 from fairseq_dsq.plugin import probe
 from fairseq_dsq.plugin.footprint import Step, quantized
-from fairseq_dsq.plugin.held import saved_bytes, update_of
+from fairseq_dsq.plugin.held import MOST_KNOWN, known_update, saved_bytes, update_of
 from fairseq_dsq.precision import PrecisionConfig
 
 TINY = probe.ModelSpec(
@@ -66,6 +68,19 @@ def test_weights_gradients_and_states_are_the_bytes_reachable_after_an_update(fl
     assert (said.weights, said.gradients, said.states) == update[1:]
     if flags == "":
         assert update == update.in_float32 == Update(update.values, *(update.values * n for n in (4, 4, 8)))
+
+
+def test_the_bytes_of_few_steps_are_kept_where_each_drops_other_layers():
+    model = nn.Sequential(*(nn.Linear(size, 1, bias=False) for size in range(1, 8)))
+    optimizer = argparse.Namespace(optimizer=torch.optim.SGD(model.parameters(), momentum=0.9))
+    known = {}
+    for mask in (*range(128), 127, 3, 127):
+        for bit, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.ones_like(parameter) if mask >> bit & 1 else None
+        optimizer.optimizer.step()
+        update = known_update(model, optimizer, known)
+        assert update == update_of(model, optimizer) and len(known) <= MOST_KNOWN
+        assert update.values == sum(bit + 1 for bit in range(7) if mask >> bit & 1)
 
 
 @pytest.mark.parametrize("scope", [None, "gemm", "all"])
