@@ -15,6 +15,7 @@ from fairseq_dsq.cost import CostProfile
 from fairseq_dsq.ledger import Update
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warnings, unpriced_formats
 from fairseq_dsq.plugin.held import known_update, log_update
+from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.recorder import Recorder, goes_on, loss_of, recorder
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.plugin.workers import refuse_lone_workers
@@ -79,6 +80,8 @@ class _Hooks:
             logger.info(line)
         if self.flags is None:
             return
+        if flag_of(self.args, "dsq_cost_profile") is None:
+            logger.info("--criterion: logs neither the level nor costs, which the criterions dsq_<criterion> alone do")
         if get_global_world_size() > 1 and any(count > 1 for count in self.flags.update_freq):
             logger.warning(
                 "--update-freq above 1 with several workers: where a worker's last batch and an empty one fall into "
@@ -93,7 +96,10 @@ class _Hooks:
         """The task's. Where a gradient overflows it raises, or under --amp another try follows, and not its metrics."""
         assert self.own_optimizer_step is not None
         self.own_optimizer_step(optimizer, model=model, update_num=update_num)
-        self.made = optimizer, known_update(model, optimizer, self.updates), _state(model).cost_profile
+        state = _state(model)
+        if state.cost_profile is None:
+            state.context.ledger.drain()  # nobody charges what ran
+        self.made = optimizer, known_update(model, optimizer, self.updates), state.cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update that counts, too: it is logged, and an epoch's end that no validation will follow."""

@@ -1,6 +1,8 @@
 """What the dsq_ criterion charges, against the GEMMs that the probe says a step executes."""
 
+import argparse
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from fairseq_dsq.cost import load_profile, total_cost
 from fairseq_dsq.errors import DSQError
 from fairseq_dsq.ledger import Gemm
 from fairseq_dsq.plugin import probe
+from fairseq_dsq.plugin.config import set_defaults
+from fairseq_dsq.plugin.hooks import hang_on_training
 from fairseq_dsq.precision import PrecisionConfig
 
 SPEC = probe.ModelSpec(
@@ -132,6 +136,34 @@ def test_scores_that_attention_computes_twice_are_charged_twice(profile):
     assert twice["arithmetic"] - once["arithmetic"] == pytest.approx(sum(cost.arithmetic for cost in repeated))
     for name in ("arithmetic_baseline", "dram_baseline_bytes"):
         assert twice[name] == once[name]
+
+
+@pytest.mark.parametrize("charges", [True, False])
+def test_a_criterion_that_charges_nothing_is_said_and_leaves_no_ledger_behind(charges, caplog):
+    class Task:
+        def begin_epoch(self, epoch, model):
+            pass
+
+        begin_valid_epoch = begin_epoch
+
+        def optimizer_step(self, optimizer, model, update_num):
+            optimizer.optimizer.step()
+
+    model, task = probe.build(SPEC, "cpu"), Task()
+    args = argparse.Namespace(validate_interval=1, no_save=True, dsq_levels="[16,4,4,16]")
+    if charges:
+        args.dsq_cost_profile = "paper"
+        model.dsq.cost_profile = load_profile("paper")
+    set_defaults(args)
+    hang_on_training(task, args)
+    with caplog.at_level(logging.INFO):
+        task.begin_epoch(1, model)
+    said = "--criterion: logs neither the level nor costs, which the criterions dsq_<criterion> alone do"
+    assert (said in caplog.messages) == (not charges)
+    model(**probe.sample(model, SPEC)["net_input"])[0].sum().backward()
+    sgd = argparse.Namespace(optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    task.optimizer_step(sgd, model=model, update_num=1)
+    assert bool(model.dsq.context.ledger.gemms) == charges
 
 
 def test_an_unknown_profile_stops_with_one_line_that_names_the_flag():
