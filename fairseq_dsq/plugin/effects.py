@@ -18,6 +18,7 @@ from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.precision import GemmKind, PrecisionConfig, Rule, parse_levels, parse_rules
 from fairseq_dsq.schedules import Policy, own_flags
+from fairseq_dsq.schedules.cyclic import Cyclic
 from fairseq_dsq.schedules.plateau import Plateau, PlateauState
 from fairseq_dsq.schedules.updates import Updates
 
@@ -129,13 +130,32 @@ def schedule_warnings(
         batches: of an epoch; None if that is not known.
     """
     if isinstance(schedule, Updates):
-        name = "max_epoch" if schedule.in_epochs else "max_update"
-        limit = getattr(flags, name)
-        late = [str(point) for point in schedule.at if 0 < limit < point + (not schedule.in_epochs)]
-        if late:
-            yield f"--dsq-raise-at {schedule.raise_at}: {option(name)} {limit} ends training before {', '.join(late)}"
+        given = f"--dsq-raise-at {schedule.raise_at}"
+        yield from _late_warnings(flags, given, schedule.at, schedule.in_epochs, batches)
+    if isinstance(schedule, Cyclic):
+        at = [schedule.cycle * number for number in range(1, schedule.num_levels)]
+        yield from _late_warnings(flags, f"--dsq-cycle {schedule.cycle}", at, False, batches)
     if isinstance(schedule, Plateau) and state.level + 1 < schedule.num_levels:
         yield from _plateau_warnings(flags, schedule, state, epoch, batches, done)
+
+
+def _late_warnings(
+    flags: TrainingFlags, given: str, points: Sequence[int], in_epochs: bool, batches: int | None
+) -> Iterator[str]:
+    """One line for each limit that ends training before a point: so many updates are done, or such an epoch begins."""
+
+    def updates(number: int, of_epochs: bool) -> int:
+        return number if batches is None or not of_epochs else flags.updates_by(number, batches)
+
+    for name, of_epochs in (("max_epoch", True), ("max_update", False)):
+        limit = getattr(flags, name)
+        if limit <= 0 or (batches is None and of_epochs != in_epochs):
+            continue
+        end = updates(limit, of_epochs)
+        late = [str(point) for point in points if end <= updates(point - in_epochs, in_epochs)]
+        if late:
+            ends = f"{option(name)} {limit}" + (f" ({end} updates)" if of_epochs > in_epochs else "")
+            yield f"{given}: {ends} ends training before {', '.join(late)}"
 
 
 def _plateau_warnings(

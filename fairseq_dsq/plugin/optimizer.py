@@ -50,6 +50,9 @@ class DSQAdam(FairseqAdam):
         coded = any(hasattr(p, "dsq_codes") for group in self._optimizer.param_groups for p in group["params"])
         if cfg.dsq_residual != "none" and not coded:
             logger.warning(f"--dsq-residual {cfg.dsq_residual}: has no effect without --dsq-weights direct")
+        rounding = cfg.dsq_moment_rounding
+        if rounding != DSQOptimizerConfig.dsq_moment_rounding and cfg.dsq_moment1 == cfg.dsq_moment2 == "float32":
+            logger.warning(f"--dsq-moment-rounding {rounding}: has no effect with moments in float32")
 
     @property
     def optimizer_config(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 
 from fairseq_dsq.plugin.config import DSQConfig, defaults, set_defaults
 from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, levels_of, schedule_warnings, unpriced_formats
+from fairseq_dsq.schedules.cyclic import Cyclic
 from fairseq_dsq.schedules.plateau import Plateau, PlateauState
+from fairseq_dsq.schedules.updates import Updates
 
 
 def idle(**changes):
@@ -175,6 +177,43 @@ def test_a_schedule_that_cannot_rise_is_said(flags, expected):
     lines = warnings(**flags)
     assert len(lines) == len(expected)
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "flags", "expected"),
+    [
+        (Updates(2, "30"), {"max_epoch": 3}, ["--dsq-raise-at 30: --max-epoch 3 (30 updates) ends training before 30"]),
+        (Updates(2, "29"), {"max_epoch": 3}, []),
+        (Updates(2, "29"), {"max_epoch": 3, "update_freq": (1, 2)}, ["--dsq-raise-at 29: --max-epoch 3 (20 updates)"]),
+        (Updates(3, "3,7"), {"max_update": 7}, ["--dsq-raise-at 3,7: --max-update 7 ends training before 7"]),
+        (Updates(3, "3,7"), {"max_update": 8, "max_epoch": 9}, []),
+        (Updates(2, "epoch:3"), {"max_update": 20}, ["--dsq-raise-at epoch:3: --max-update 20 ends training before 3"]),
+        (Updates(2, "epoch:3"), {"max_update": 21}, []),
+        (Updates(2, "epoch:3"), {"max_epoch": 2}, ["--dsq-raise-at epoch:3: --max-epoch 2 ends training before 3"]),
+        (Updates(2, "epoch:3"), {"max_epoch": 3}, []),
+        (Updates(2, "99"), {"max_update": 5, "max_epoch": 1}, ["--dsq-raise-at 99: --max-epoch", "--dsq-raise-at 99"]),
+        (Updates(2, "99"), {}, []),
+        (Cyclic(2, 1000), {"max_update": 2}, ["--dsq-cycle 1000: --max-update 2 ends training before 1000"]),
+        (Cyclic(3, 5), {"max_epoch": 1}, ["--dsq-cycle 5: --max-epoch 1 (10 updates) ends training before 10"]),
+        (Cyclic(3, 5), {"max_update": 11}, []),
+        (Cyclic(1, 5), {"max_update": 1}, []),
+    ],
+)
+def test_a_level_that_lies_behind_the_end_of_training_is_said(schedule, flags, expected):
+    lines = warnings(schedule, schedule.start(), **flags)
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+
+
+def test_without_the_number_of_batches_points_are_held_against_limits_of_their_kind():
+    flags = TrainingFlags(max_epoch=2, max_update=20)
+    for points, late in (
+        ("epoch:3", ["--dsq-raise-at epoch:3: --max-epoch 2 ends training before 3"]),
+        ("epoch:2", []),
+        ("20", ["--dsq-raise-at 20: --max-update 20 ends training before 20"]),
+        ("19", []),
+    ):
+        assert list(schedule_warnings(flags, Updates(2, points), None, epoch=1, batches=None, done=0)) == late
 
 
 def test_what_has_been_reached_is_taken_into_account():

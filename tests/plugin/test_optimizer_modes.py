@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fairseq_dsq.plugin import modes
+from fairseq_dsq.plugin.optimizer import DSQAdam, DSQAdamConfig
 
 HALF = {"fp16": True, "optimizer": "dsq_adam"}
 
@@ -50,3 +51,19 @@ def test_a_static_scale_of_gradients_is_refused_beside_a_loss_scale(flags, refus
     found = dict(modes._refused(argparse.Namespace(**flags)))
     assert list(found) == refused
     assert all("beside --dsq-fixed-scale static" in why or "fixed16.8 in --dsq-" in why for why in found.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("float32", "float32", "nearest"), True),
+        (("float32", "log8/row", "nearest"), False),
+        (("int8/row", "float32", "nearest"), False),
+        (("float32", "float32", "stochastic"), False),
+    ],
+)
+def test_rounding_of_moments_that_are_float32_is_said_to_have_no_effect(flags, said, caplog):
+    fields = dict(zip(("dsq_moment1", "dsq_moment2", "dsq_moment_rounding"), flags, strict=True))
+    config = DSQAdamConfig(lr=[0.1], adam_betas="(0.9, 0.98)", seed=1, **fields)
+    DSQAdam(config, [torch.nn.Parameter(torch.zeros(2))])
+    assert caplog.messages == ["--dsq-moment-rounding nearest: has no effect with moments in float32"] * said
