@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ SEED = 0
 DEGREES = 3
 # The bits of a float32.
 _INFINITE = 0x7F800000
+_LEAST = 2.0**-149
 _EXACT = {1: "yes", 2: "as a sum of two", None: "no"}
 
 
@@ -78,23 +80,30 @@ def _row(fmt: Format, samples: tuple[Tensor, Tensor]) -> dict[str, Any]:
 
 
 def _range(fmt: Format) -> tuple[float, float]:
-    """The smallest positive value and the largest, under whichever scale: of tensors of one value.
+    """The smallest positive value and the largest, under whichever scale.
 
-    Steps are powers of two, or the scale is any float32: the smallest value is what a power of two becomes.
+    Steps are powers of two, or the scale is any float32. The largest is that of one value alone. The smallest is what a
+    power of two becomes, or the least float32 beside another value of its group: of a few between powers of two, since
+    a scale that is next to the least float32 is rounded itself.
     """
-    found = [_rounded(2.0**exponent, fmt) for exponent in range(-149, 1)]
+    powers = [(2.0**exponent,) for exponent in range(-149, 1)]
+    pairs = [(quarters / 4 * 2.0**exponent, _LEAST) for exponent in range(-149, -124) for quarters in range(4, 8)]
+    found = [value for values in powers + pairs for value in _rounded(values, fmt)]
     # What is rounded to Inf is larger than what is not: bisect the bits of float32.
     finite, infinite = 0, _INFINITE
     while infinite - finite > 1:
         middle = (finite + infinite) // 2
-        value = _rounded(float(torch.tensor(middle, dtype=torch.int32).view(torch.float32)), fmt)
-        finite, infinite = (middle, infinite) if math.isfinite(value) else (finite, middle)
-    largest = float(torch.tensor(finite, dtype=torch.int32).view(torch.float32))
-    return min(value for value in found if value > 0), _rounded(largest, fmt)
+        finite, infinite = (middle, infinite) if math.isfinite(_of_bits(middle, fmt)) else (finite, middle)
+    return min(value for value in found if value > 0), _of_bits(finite, fmt)
 
 
-def _rounded(value: float, fmt: Format) -> float:
-    return float(definition.fake_quantize(torch.tensor([value]), fmt, 0, None, torch.float32))
+def _of_bits(bits: int, fmt: Format) -> float:
+    """What the float32 of these bits becomes by itself."""
+    return _rounded((float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)),), fmt)[0]
+
+
+def _rounded(values: Sequence[float], fmt: Format) -> list[float]:
+    return definition.fake_quantize(torch.tensor(values), fmt, 0, None, torch.float32).tolist()
 
 
 def _sqnr(fmt: Format, x: Tensor) -> float | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fairseq_dsq import formats
 from fairseq_dsq.cli import main
+from fairseq_dsq.formats import definition
 
 
 def rows(capsys, *texts):
@@ -35,6 +37,15 @@ def test_numbers_that_the_standards_print(capsys):
     assert (found["fixed8.4"]["largest"], found["fixed8.4"]["smallest"]) == (127 / 16, 1 / 16)
     assert (found["mxfp4"]["largest"], found["mxfp4"]["smallest"]) == (1.5 * 2.0**127, 2.0**-128)
     assert [found[text]["bfloat16_terms"] for text in ("mxfp4", "nvfp4", "bf16", "fp16")] == [1, 1, 1, 2]
+
+
+def test_under_a_float_scale_the_smallest_value_is_the_least_float32(capsys):
+    texts = ("int8/row", "int4/row", "fp8e4m3/row")
+    found = rows(capsys, *texts)
+    assert [found[text]["smallest"] for text in texts] == [2.0**-149] * 3
+    # A largest magnitude of 180 steps, whose scale of 180 / 127 steps is rounded to one.
+    row = torch.tensor([180.0, 1.0]) * 2.0**-149
+    assert definition.fake_quantize(row, formats.parse("int8/row"), 0, None, torch.float32)[1] == 2.0**-149
 
 
 def test_signal_to_noise_of_a_known_format(capsys):
