@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
+import torch
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import (
@@ -16,6 +19,7 @@ from fairseq_dsq.formats import (
     Integer,
     Logarithmic,
     Ternary,
+    definition,
     make_format,
     parse,
 )
@@ -24,6 +28,21 @@ from fairseq_dsq.precision import parse_levels
 WIDTHS = range(2, 33)
 MX = ["mxfp4", "mxfp6e2m3", "mxfp6e3m2", "mxfp8e4m3", "mxfp8e5m2", "mxint8"]
 FAMILIES = ["bfp", "fixed", "float32", "fp8e4m3", "fp8e5m2", "int", *MX, "nvfp4", "ternary"]
+
+
+@pytest.mark.parametrize("text", [text for texts in formats.examples().values() for text in texts])
+def test_a_format_that_was_used_and_pickled_is_the_same_and_rounds_alike(text):
+    fmt, x = parse(text), torch.tensor([500.0, -1000.0, math.inf, 0.3])
+
+    def rounded(by):
+        # Of parts, too: an Inf makes its group NaN.
+        values = [definition.fake_quantize(part, by, 0, None, torch.float32) for part in (x, x[:2], x[2:], x[3:])]
+        return torch.cat(values).view(torch.int32).tolist()
+
+    first = rounded(fmt)
+    for again in (pickle.loads(pickle.dumps(fmt)), copy.deepcopy(fmt)):
+        assert again == fmt and hash(again) == hash(fmt) and again.text == text
+        assert rounded(again) == first
 
 
 # Limits of the codes
