@@ -88,7 +88,7 @@ def _patterns(value: Any) -> str:
 class _LevelConfig:
     dsq_format: str = flag("bfp", Choice(formats.names), "NAME", "number format:", "levels")
     dsq_levels: str = flag(
-        "[2,2,2,16] [16,4,4,16]",
+        "[4,4,4,16] [16,4,4,16]",
         _levels,
         "LEVELS",
         "precision levels [q0,q1,q2,q3], rising under --dsq-schedule plateau: q0 both operands of the output GEMM, q1 "

@@ -54,7 +54,7 @@ class Plateau(Policy[PlateauState]):
 
     name: ClassVar[str] = "plateau"
     patience: int = flag(
-        5,
+        1,
         integer("an integer >= 1", lambda value: value >= 1),
         "N",
         "validations in a row without a new best before the level rises",

@@ -80,11 +80,11 @@ def test_a_flag_has_an_effect_where_a_rule_s_modules_are_quantized():
     assert list(idle(format="float32", rules="head=bfp4", rounding="stochastic", gemm="float32")) == []
 
 
-PAPERS = Plateau(2, patience=5)
+PATIENT = Plateau(2, patience=5)
 FRESH = PlateauState()
 
 
-def warnings(schedule=PAPERS, state=FRESH, **flags):
+def warnings(schedule=PATIENT, state=FRESH, **flags):
     """Of a training from its start, 10 batches an epoch."""
     return list(schedule_warnings(TrainingFlags(**flags), schedule, state, epoch=1, batches=10, done=0))
 

@@ -19,7 +19,7 @@ MEANINGS = [
     ("dsq_levels", [[2, 2, 2, 16], [16, 4, 4, 16]], "[2,2,2,16] [16,4,4,16]"),
     ("dsq_levels", [4, 4, 4, 16], "[4,4,4,16]"),
     ("dsq_levels", ["[2,2,2,16]", "[16,4,4,16]"], "[2,2,2,16] [16,4,4,16]"),
-    ("dsq_levels", None, "[2,2,2,16] [16,4,4,16]"),
+    ("dsq_levels", None, "[4,4,4,16] [16,4,4,16]"),
     ("dsq_skip", ["decoder.*", "encoder.a b"], "'decoder.*' 'encoder.a b'"),
     ("token_types", "2", 2),
     ("layer_norm_eps", "1e-12", 1e-12),

@@ -104,7 +104,7 @@ def test_heads_of_a_checkpoint_are_quantized_as_they_are_registered():
     model.load_state_dict(trained.state_dict())
     assert model.classification_heads["mnli"].out_proj.out_features == 7
     assert isinstance(model.classification_heads["mnli"].dense, DSQLinear)
-    assert model.classification_heads["mnli"].dense.context.config.precision.q == (2, 2, 2, 16)
+    assert model.classification_heads["mnli"].dense.context.config.precision.q == (4, 4, 4, 16)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_no_such_recipe(capsys):
         (("--format", "nope"), "--format: got 'nope', expected one of bfp, fixed, float32"),
         (
             ("--format", "mxfp4"),
-            "--levels: level 0: q0 = 2: bits: got 2, expected 4 for mxfp4, or name formats: [mxfp4,",
+            "--levels: level 0: q3 = 16: bits: got 16, expected 4 for mxfp4, or name formats: [mxfp4,",
         ),
         (("--min-delta", "-1"), "--min-delta: got '-1', expected a finite number >= 0"),
         (("--", "--dsq-level", "[2,2,2,16]"), "--dsq-level: no such flag, expected --dsq-levels"),

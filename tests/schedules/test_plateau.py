@@ -111,11 +111,11 @@ def test_one_level_never_rises():
     assert levels(Plateau(num_levels=1, patience=1), [1.0] * 5) == [0] * 5
 
 
-def test_the_papers_patience_is_the_default():
+def test_one_validation_without_a_new_best_raises_by_default():
     schedule = Plateau(num_levels=2)
-    assert schedule.patience == 5
     assert schedule.min_delta == 0.0
-    assert levels(schedule, [3.0] * 7) == [0, 0, 0, 0, 0, 1, 1]
+    assert levels(schedule, [3.0, 2.9, 2.9, 2.8]) == [0, 0, 1, 1]
+    assert levels(Plateau(num_levels=2, patience=5), [3.0] * 7) == [0, 0, 0, 0, 0, 1, 1]
 
 
 def test_a_schedule_goes_on_from_a_saved_state():
