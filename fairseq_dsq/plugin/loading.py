@@ -251,6 +251,8 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
         found = load(cfg, trainer, **passthrough_args)
         refuse_foreign_states(trainer.optimizer)
+        # fairseq has told the model the checkpoint's count; without an optimizer's state it counts from 0 itself.
+        trainer.get_model().set_num_updates(trainer.get_num_updates())
         return found
 
     return load_checkpoint

@@ -16,6 +16,7 @@ FLAGS = (
     "--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", 2, "--dsq-min-delta", 100,
     "--update-epoch-batch-itr", "True",
 )  # fmt: skip
+RISES_AT_ONCE = (*FLAGS, "--dsq-patience", 1)
 TIMES = {"wps", "ups", "train_wall", "wall"}
 
 
@@ -143,6 +144,18 @@ def test_a_training_that_begins_anew_keeps_another_s_record_aside(train, undistu
         # which fairseq resumes
         train(tmp_path, *FLAGS, *flags, "--max-update", points(tmp_path)[-1].update + 1, "--disable-validation")
         assert [(point.epoch, point.epoch_ended) for point in points(tmp_path)] == [(1, True), (2, False)]
+
+
+def test_a_checkpoint_without_an_optimizer_s_state_begins_another_record_since_fairseq_counts_anew(train, tmp_path):
+    flags = (*RISES_AT_ONCE, "--no-save-optimizer-state")
+    train(tmp_path, *flags, "--max-epoch", 2)
+    updates = points(tmp_path)[-1].update
+    log = train(tmp_path, *flags, "--max-epoch", 4, "--validate-interval", 2)
+    assert "has another training; it is dsq.1.jsonl now" in log
+    start, *lines = record.read(tmp_path / record.NAME)
+    assert (start.update, start.epoch) == (0, 3)
+    assert [(line.epoch, line.update, line.counts) for line in lines] == [(3, updates // 2, False), (4, updates, True)]
+    assert read_run(tmp_path).trained == (("[16,4,4,16]", updates),)
 
 
 def test_there_is_no_record_without_checkpoints(train, tmp_path):
