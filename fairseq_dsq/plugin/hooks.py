@@ -23,6 +23,9 @@ from fairseq_dsq.plugin.workers import refuse_lone_workers
 logger = logging.getLogger(__name__)
 
 
+_OF_TRAINING = "update_epoch_batch_itr"
+
+
 class _Hooks:
     """What a task calls beside its own methods while it trains a DSQ model."""
 
@@ -49,8 +52,8 @@ class _Hooks:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
         assert self.own_get_batch_iterator is not None
         iterator = self.own_get_batch_iterator(*args, **kwargs)
-        dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
-        if self.flags is not None and dataset is self.task.datasets.get(self.flags.train_subset):
+        # What fairseq's trainer passes for training alone: a validation may be of the same dataset.
+        if _OF_TRAINING in kwargs:
             self.epoch_itr = iterator
         return iterator
 
@@ -86,6 +89,12 @@ class _Hooks:
             logger.warning(
                 "--update-freq above 1 with several workers: where a worker's last batch and an empty one fall into "
                 "one update, fairseq leaves that batch out of the update's size, log and costs"
+            )
+        subsets = str(flag_of(self.args, "valid_subset")).split(",")
+        if self.flags.train_subset in subsets and not flag_of(self.args, _OF_TRAINING):
+            logger.warning(
+                f"--valid-subset {','.join(subsets)}: fairseq reads {self.flags.train_subset} by one iterator for "
+                "training and validation, which ends the epoch; --update-epoch-batch-itr True gives each its own"
             )
         batches = None if self.epoch_itr is None else len(self.epoch_itr)
         done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch

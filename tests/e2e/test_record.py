@@ -86,6 +86,16 @@ def test_the_record_holds_what_fairseq_logs(train, tmp_path, flags):
     assert start.levels == ("[bfp2,bfp2,bfp2,bfp16]", "[bfp16,bfp4,bfp4,bfp16]")
 
 
+def test_a_validation_of_the_training_set_ends_no_epoch(train, tmp_path):
+    flags = (*FLAGS[:-2], "--valid-subset", "valid,train", "--save-interval-updates", 2)
+    shared = "by one iterator for training and validation"
+    assert shared not in train(tmp_path, *flags, *FLAGS[-2:], "--max-epoch", 1)
+    *within, last = points(tmp_path)
+    assert len(within) > 1 and {(point.epoch_ended, point.counts) for point in within} == {(False, False)}
+    assert (last.epoch_ended, last.counts) == (True, True)
+    assert shared in train(tmp_path / "shared", *flags, "--max-update", 1)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(cli, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
