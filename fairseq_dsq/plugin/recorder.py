@@ -42,7 +42,7 @@ class Recorder:
     Args:
         args: a model's configuration.
         epoch: that begins, or goes on.
-        updates: of the checkpoint that was loaded; 0 without one.
+        updates: done by then, as fairseq counts them.
 
     Attributes:
         update: of the last line.
@@ -53,9 +53,9 @@ class Recorder:
         self.subsets = str(flag_of(args, "valid_subset") or "valid").split(",")
         self.begun = time.monotonic()
         self.valid: list[dict[str, float]] = []
+        self.update = updates
         source, stopped = _source(args, updates)
-        self.update = updates if source else 0
-        said = record.begin(self.path, _start(args, model, epoch, self.update), source, stopped)
+        said = record.begin(self.path, _start(args, model, epoch, updates), source, stopped)
         if said:
             logger.warning(said)
 

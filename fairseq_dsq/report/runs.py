@@ -205,7 +205,7 @@ def _recorded(path: Path, file: Path) -> Run:
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
-    trained = list(_trained(points))
+    trained = list(_trained(lines))
     known = not others and all(precision in start.levels for precision, _ in trained)
     notes = []
     if others:
@@ -244,16 +244,16 @@ def _shown(start: Start, precision: str) -> str:
     return levels_to_str((names[precision],)) if precision in names else precision
 
 
-def _trained(points: Iterable[Point]) -> Iterator[tuple[str, int]]:
+def _trained(lines: Iterable[Line]) -> Iterator[tuple[str, int]]:
     """Each precision in turn, with its updates: a line's was in force since the line before."""
     precision, updates, before = "", 0, 0
-    for point in points:
-        if point.update == before:
-            continue
-        if point.precision != precision and updates:
-            yield precision, updates
-            updates = 0
-        precision, updates, before = point.precision, updates + point.update - before, point.update
+    for line in lines:
+        if isinstance(line, Point) and line.update > before:
+            if line.precision != precision and updates:
+                yield precision, updates
+                updates = 0
+            precision, updates = line.precision, updates + line.update - before
+        before = line.update
     if updates:
         yield precision, updates
 

@@ -149,7 +149,10 @@ def test_a_training_that_begins_anew_keeps_another_s_record_aside(train, undistu
     log = train(tmp_path, *FLAGS, *flags, "--max-epoch", epoch)
     assert f"{own}: has another training; it is dsq.1.jsonl now" in log
     assert (tmp_path / "dsq.1.jsonl").read_bytes() == (undisturbed / record.NAME).read_bytes()
-    assert [point.epoch for point in points(tmp_path)] == [epoch]
+    start, point = record.read(own)
+    counted = 0 if flag in ("--finetune-from-model", "--reset-optimizer") else points(undisturbed)[-1].update
+    assert (start.update, point.epoch) == (counted, epoch)
+    assert sum(updates for _, updates in read_run(tmp_path).trained) == points(undisturbed)[-1].update // 3
     if flag == "--finetune-from-model":
         # which fairseq resumes
         train(tmp_path, *FLAGS, *flags, "--max-update", points(tmp_path)[-1].update + 1, "--disable-validation")
