@@ -123,7 +123,7 @@ def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
     if not updates or any(flag_of(args, name) for name in _RESETS):
         return None, False
     if restored == _LAST:
-        if (own / _LAST).exists():
+        if (own / _LAST.replace(".pt", f"{flag_of(args, 'checkpoint_suffix') or ''}.pt")).exists():
             return own / record.NAME, True
         restored = flag_of(args, "continue_once")
     return (Path(restored).parent / record.NAME if restored else None), False

@@ -119,6 +119,14 @@ def test_a_record_goes_on_where_the_checkpoint_of_a_killed_training_is(train, un
     assert [path.name for path in tmp_path.glob("dsq.*")] == [record.NAME]
 
 
+def test_a_record_goes_on_where_checkpoints_have_a_suffix(train, tmp_path):
+    for updates in (1, 2):
+        log = train(tmp_path, *FLAGS, "--checkpoint-suffix=-a", "--disable-validation", "--max-update", updates)
+    assert f"{tmp_path}/checkpoint_last-a.pt (epoch 1 @ 1 updates)" in log
+    assert [line.update for line in record.read(tmp_path / record.NAME)] == [0, 1, 1, 2]
+    assert [path.name for path in tmp_path.glob("dsq.*")] == [record.NAME]
+
+
 def test_a_record_reports_wherever_it_lies(undisturbed, tmp_path):
     shutil.copy(undisturbed / record.NAME, tmp_path / "mine.jsonl")
     copy, own = read_run(tmp_path / "mine.jsonl"), read_run(undisturbed)
