@@ -249,6 +249,8 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
             given = None
         if given and not PathManager.isfile(given[1]):  # fairseq would train from the beginning, and say so in its log
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
+        # Of a training before in this process: what this one has reached, its checkpoint says.
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
         found = load(cfg, trainer, **passthrough_args)
         refuse_foreign_states(trainer.optimizer)
         # fairseq has told the model the checkpoint's count; without an optimizer's state it counts from 0 itself.

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from e2e.test_distributed import FLAGS as TWO_WORKERS
 from e2e.test_distributed import train as train_ranks
+from fairseq import checkpoint_utils
 
 from fairseq_dsq import record
 from fairseq_dsq.kernels import native
@@ -154,7 +155,9 @@ def test_a_training_that_begins_anew_keeps_another_s_record_aside(train, undistu
     shutil.copy(undisturbed / record.NAME, own)
     checkpoint = undisturbed / "checkpoint_last.pt"
     flags = (flag, checkpoint) if flag == "--finetune-from-model" else (flag, "--restore-file", checkpoint)
+    checkpoint_utils.save_checkpoint.best = 9.0  # as a training before in this process leaves it
     log = train(tmp_path, *FLAGS, *flags, "--max-epoch", epoch)
+    assert ("the precision schedule starts anew" in log) == (flag != "--reset-dataloader")
     assert f"{own}: has another training; it is dsq.1.jsonl now" in log
     assert (tmp_path / "dsq.1.jsonl").read_bytes() == (undisturbed / record.NAME).read_bytes()
     start, point = record.read(own)
