@@ -111,7 +111,7 @@ class _Hooks:
         self.made = optimizer, known_update(model, optimizer, self.updates), state.cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
-        """Runs after each update that counts, too: it is logged, and an epoch's end that no validation will follow."""
+        """Runs after each update that counts, too: it is logged, and an epoch's end, for which a validation stands in."""
         assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
@@ -122,7 +122,7 @@ class _Hooks:
             self.made = None
         if self.recorder is None or self.state is None:
             return
-        if self._ends() and not self._will_validate(int(train.get_smoothed_value("num_updates"))):
+        if self._ends():
             self.recorder.add(self.state, self.epoch, ended=True, counts=False)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
@@ -150,7 +150,8 @@ class _Hooks:
         update = int(stats.get("num_updates", -1))
         if update >= 0 and update == state.counted_update:
             return False  # fairseq validates again where a gradient overflowed and no update came between
-        if self.flags is None or self.epoch_itr is None or self.flags.validates(update, self._ended_epoch()):
+        ended_epoch = self.epoch if self._ends() else None
+        if self.flags is None or self.epoch_itr is None or self.flags.validates(update, ended_epoch):
             state.validated(loss_of(stats, agg), update)
             return True
         # fairseq also validates where it stops or saves, where an undisturbed training would not.
@@ -160,15 +161,6 @@ class _Hooks:
     def _ends(self) -> bool:
         """Whether the update before was the epoch's last one."""
         return self.epoch_itr is not None and bool(self.epoch_itr.end_of_epoch())
-
-    def _ended_epoch(self) -> int | None:
-        return self.epoch if self._ends() else None
-
-    def _will_validate(self, update: int) -> bool:
-        flags = self.flags
-        if flags is None or flags.disable_validation or update < flags.validate_after_updates:
-            return False
-        return flags.validates(update, self._ended_epoch()) or 0 < flags.max_update <= update
 
 
 def _state(model: nn.Module) -> DSQState:

@@ -46,6 +46,7 @@ class Recorder:
 
     Attributes:
         update: of the last line.
+        unvalidated: where the last line begins in the file, if it has no validation.
     """
 
     def __init__(self, args: Any, model: nn.Module, epoch: int, updates: int) -> None:
@@ -54,6 +55,7 @@ class Recorder:
         self.begun = time.monotonic()
         self.valid: list[dict[str, float]] = []
         self.update = updates
+        self.unvalidated: int | None = None
         source, stopped = _source(args, updates)
         said = record.begin(self.path, _start(args, model, epoch, updates), source, stopped)
         if said:
@@ -74,7 +76,7 @@ class Recorder:
         return len(self.valid) == len(self.subsets)
 
     def add(self, state: DSQState, epoch: int, ended: bool, counts: bool) -> None:
-        """Write a line, with what was validated since the last one."""
+        """Write a line, with what was validated since the last one, and in its place where it is of the same update."""
         train = metrics.get_meters("train")
         numbers = _numbers(train.get_smoothed_values(), train)
         level = state.level_in_force
@@ -89,8 +91,9 @@ class Recorder:
             valid=dict(zip(self.subsets, self.valid, strict=False)),
             wall_s=round(time.monotonic() - self.begun, 3),
         )
+        begins = record.append(self.path, point, self.unvalidated if point.update == self.update else None)
+        self.unvalidated = None if point.valid else begins
         self.valid, self.update = [], point.update
-        record.append(self.path, point)
 
 
 def loss_of(stats: Mapping[str, Any], meters: Mapping[str, Any] | None) -> float:

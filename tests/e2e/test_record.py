@@ -61,6 +61,7 @@ def shown(values):
         ("--save-interval-updates", 4, "--max-update", 9),
         ("--stop-time-hours", 1e-9),
         ("--stop-time-hours", 1e-9, "--disable-validation"),
+        ("--stop-time-hours", 1e-9, "--validate-interval", 2, "--save-interval", 2, "--update-freq", 99),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -76,6 +77,7 @@ def test_the_record_holds_what_fairseq_logs(train, tmp_path, flags):
         assert all(values["loss"] != round(values["loss"], 3) for values in valid.values())
         trained = {key: values for key, values in trained.items() if key not in valid}
     assert trained == {}
+    assert len({point.update for point in found}) == len(found)
     assert sum(updates for _, updates in read_run(tmp_path).levels) == found[-1].update
     for point in found:
         assert point.level == float(point.valid.get("valid", point.train)["dsq_level"])
