@@ -111,7 +111,7 @@ class _Hooks:
         self.made = optimizer, known_update(model, optimizer, self.updates), state.cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
-        """Runs after each update that counts, too: it is logged, and an epoch's end, for which a validation stands in."""
+        """Runs after each update that counts, too: it is logged, and an epoch's end, which a validation may replace."""
         assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
