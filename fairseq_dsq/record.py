@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,14 +143,24 @@ def begin(path: Path, start: Start, source: Path | None = None, stopped: bool = 
     return said
 
 
-def append(path: Path, point: Point) -> None:
+def append(path: Path, point: Point, at: int | None = None) -> int:
     """Add a line, by one write.
+
+    Args:
+        at: the byte that it begins at, in place of what stands there; None for the end.
+
+    Returns:
+        The byte that it begins at.
 
     Raises:
         OSError: it cannot be written.
     """
     with open(path, "ab", buffering=0) as file:
+        if at is not None and at < file.tell():
+            file.truncate(at)
+        begins = file.seek(0, os.SEEK_END)
         file.write(_to_text(point).encode())
+    return begins
 
 
 def _lines(path: Path | None) -> tuple[list[Line], str | None]:

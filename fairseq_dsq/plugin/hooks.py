@@ -23,6 +23,9 @@ from fairseq_dsq.plugin.workers import refuse_lone_workers
 logger = logging.getLogger(__name__)
 
 
+_OF_TRAINING = "update_epoch_batch_itr"
+
+
 class _Hooks:
     """What a task calls beside its own methods while it trains a DSQ model."""
 
@@ -49,8 +52,8 @@ class _Hooks:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
         assert self.own_get_batch_iterator is not None
         iterator = self.own_get_batch_iterator(*args, **kwargs)
-        dataset = kwargs["dataset"] if "dataset" in kwargs else args[0]
-        if self.flags is not None and dataset is self.task.datasets.get(self.flags.train_subset):
+        # What fairseq's trainer passes for training alone: a validation may be of the same dataset.
+        if _OF_TRAINING in kwargs:
             self.epoch_itr = iterator
         return iterator
 
@@ -87,6 +90,12 @@ class _Hooks:
                 "--update-freq above 1 with several workers: where a worker's last batch and an empty one fall into "
                 "one update, fairseq leaves that batch out of the update's size, log and costs"
             )
+        subsets = str(flag_of(self.args, "valid_subset")).split(",")
+        if self.flags.train_subset in subsets and not flag_of(self.args, _OF_TRAINING):
+            logger.warning(
+                f"--valid-subset {','.join(subsets)}: fairseq reads {self.flags.train_subset} by one iterator for "
+                "training and validation, which ends the epoch; --update-epoch-batch-itr True gives each its own"
+            )
         batches = None if self.epoch_itr is None else len(self.epoch_itr)
         done = 0 if self.epoch_itr is None else self.epoch_itr.iterations_in_epoch
         for warning in schedule_warnings(self.flags, state.schedule, state.state, epoch, batches, done):
@@ -102,7 +111,7 @@ class _Hooks:
         self.made = optimizer, known_update(model, optimizer, self.updates), state.cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
-        """Runs after each update that counts, too: it is logged, and an epoch's end that no validation will follow."""
+        """Runs after each update that counts, too: it is logged, and an epoch's end, which a validation may replace."""
         assert self.own_reduce_metrics is not None
         self.own_reduce_metrics(logging_outputs, criterion)
         train = metrics.get_meters("train")
@@ -113,7 +122,7 @@ class _Hooks:
             self.made = None
         if self.recorder is None or self.state is None:
             return
-        if self._ends() and not self._will_validate(int(train.get_smoothed_value("num_updates"))):
+        if self._ends():
             self.recorder.add(self.state, self.epoch, ended=True, counts=False)
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
@@ -141,7 +150,8 @@ class _Hooks:
         update = int(stats.get("num_updates", -1))
         if update >= 0 and update == state.counted_update:
             return False  # fairseq validates again where a gradient overflowed and no update came between
-        if self.flags is None or self.epoch_itr is None or self.flags.validates(update, self._ended_epoch()):
+        ended_epoch = self.epoch if self._ends() else None
+        if self.flags is None or self.epoch_itr is None or self.flags.validates(update, ended_epoch):
             state.validated(loss_of(stats, agg), update)
             return True
         # fairseq also validates where it stops or saves, where an undisturbed training would not.
@@ -151,15 +161,6 @@ class _Hooks:
     def _ends(self) -> bool:
         """Whether the update before was the epoch's last one."""
         return self.epoch_itr is not None and bool(self.epoch_itr.end_of_epoch())
-
-    def _ended_epoch(self) -> int | None:
-        return self.epoch if self._ends() else None
-
-    def _will_validate(self, update: int) -> bool:
-        flags = self.flags
-        if flags is None or flags.disable_validation or update < flags.validate_after_updates:
-            return False
-        return flags.validates(update, self._ended_epoch()) or 0 < flags.max_update <= update
 
 
 def _state(model: nn.Module) -> DSQState:

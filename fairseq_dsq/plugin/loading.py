@@ -47,6 +47,8 @@ _PLAIN = (
 )  # fmt: skip
 # What a checkpoint must hold beside "model" for fairseq to read it.
 _PARTS = ("cfg", "args")
+# Where training goes on; fairseq's crash.pt, of a training that failed, lacks it.
+_POSITION = "train_iterator"
 # The default of --restore-file: what is in --save-dir, if anything is.
 _LAST = "checkpoint_last.pt"
 
@@ -164,8 +166,11 @@ def _newest_sound_beside(path: str) -> str:
     others = [other for other in others if os.path.isfile(other) and not os.path.samefile(other, path)]
     for other in sorted(others, key=os.path.getmtime, reverse=True):
         try:
-            check_configuration(other, peek(other))
+            state = peek(other)
+            check_configuration(other, state)
         except (OSError, ValueError):
+            continue
+        if _POSITION not in (state.get("extra_state") or {}):
             continue
         return f"; the newest sound checkpoint beside it is {other}"
     return ""
@@ -249,8 +254,21 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
             given = None
         if given and not PathManager.isfile(given[1]):  # fairseq would train from the beginning, and say so in its log
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
-        found = load(cfg, trainer, **passthrough_args)
+        # Of a training before in this process: what this one has reached, its checkpoint says.
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        try:
+            found = load(cfg, trainer, **passthrough_args)
+        except KeyError as error:
+            if error.args != (_POSITION,):
+                raise
+            path = given[1] if given else last
+            raise DSQError(
+                f"{path}: has no {_POSITION!r}, expected a checkpoint that training goes on from: fairseq's crash.pt, "
+                "of a training that failed, is none"
+            ) from None
         refuse_foreign_states(trainer.optimizer)
+        # fairseq has told the model the checkpoint's count; without an optimizer's state it counts from 0 itself.
+        trainer.get_model().set_num_updates(trainer.get_num_updates())
         return found
 
     return load_checkpoint

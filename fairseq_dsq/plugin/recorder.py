@@ -42,10 +42,11 @@ class Recorder:
     Args:
         args: a model's configuration.
         epoch: that begins, or goes on.
-        updates: of the checkpoint that was loaded; 0 without one.
+        updates: done by then, as fairseq counts them.
 
     Attributes:
         update: of the last line.
+        unvalidated: where the last line begins in the file, if it has no validation.
     """
 
     def __init__(self, args: Any, model: nn.Module, epoch: int, updates: int) -> None:
@@ -53,9 +54,10 @@ class Recorder:
         self.subsets = str(flag_of(args, "valid_subset") or "valid").split(",")
         self.begun = time.monotonic()
         self.valid: list[dict[str, float]] = []
+        self.update = updates
+        self.unvalidated: int | None = None
         source, stopped = _source(args, updates)
-        self.update = updates if source else 0
-        said = record.begin(self.path, _start(args, model, epoch, self.update), source, stopped)
+        said = record.begin(self.path, _start(args, model, epoch, updates), source, stopped)
         if said:
             logger.warning(said)
 
@@ -74,7 +76,7 @@ class Recorder:
         return len(self.valid) == len(self.subsets)
 
     def add(self, state: DSQState, epoch: int, ended: bool, counts: bool) -> None:
-        """Write a line, with what was validated since the last one."""
+        """Write a line, with what was validated since the last one, and in its place where it is of the same update."""
         train = metrics.get_meters("train")
         numbers = _numbers(train.get_smoothed_values(), train)
         level = state.level_in_force
@@ -89,8 +91,9 @@ class Recorder:
             valid=dict(zip(self.subsets, self.valid, strict=False)),
             wall_s=round(time.monotonic() - self.begun, 3),
         )
+        begins = record.append(self.path, point, self.unvalidated if point.update == self.update else None)
+        self.unvalidated = None if point.valid else begins
         self.valid, self.update = [], point.update
-        record.append(self.path, point)
 
 
 def loss_of(stats: Mapping[str, Any], meters: Mapping[str, Any] | None) -> float:
@@ -123,7 +126,7 @@ def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
     if not updates or any(flag_of(args, name) for name in _RESETS):
         return None, False
     if restored == _LAST:
-        if (own / _LAST).exists():
+        if (own / _LAST.replace(".pt", f"{flag_of(args, 'checkpoint_suffix') or ''}.pt")).exists():
             return own / record.NAME, True
         restored = flag_of(args, "continue_once")
     return (Path(restored).parent / record.NAME if restored else None), False

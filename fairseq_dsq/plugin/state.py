@@ -162,6 +162,8 @@ class DSQState(nn.Module):
         except ValueError as error:
             refuse_field(error)
         self._begun = True
+        if not self.updates:  # a checkpoint without an optimizer's state, of which fairseq takes no count
+            self.counted_update = -1
         if restart:
             if self.state != self.schedule.start():
                 logger.info(f"the precision schedule starts anew; the checkpoint was at level {self.state.level}")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from fairseq_dsq import record
 from fairseq_dsq.cost.metrics import GRADIENT_BYTES, LEVEL, RELATIVE, STASH_BYTES, STATE_BYTES, WEIGHT_BYTES
-from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults
+from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults, option
 from fairseq_dsq.precision import levels_to_str, parse_levels
 from fairseq_dsq.record import Line, Point, Start
 from fairseq_dsq.schedules import own_flags
-from fairseq_dsq.text import printable
+from fairseq_dsq.text import printable, quoted
 
 # Validation metrics that say how good a model is: fairseq's tasks and criteria log them beside the loss.
 QUALITY_METRICS = (
@@ -205,13 +205,15 @@ def _recorded(path: Path, file: Path) -> Run:
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
-    trained = list(_trained(points))
+    trained = list(_trained(lines))
     known = not others and all(precision in start.levels for precision, _ in trained)
     notes = []
     if others:
         notes.append(f"trained at other levels up to update {others[-1].update}")
     if len(profiles) > 1:
         notes.append(f"charged by several profiles in turn ({', '.join(profiles)}), whose costs do not add up")
+    if changed := _changed_flags([line for line in lines if isinstance(line, Start)]):
+        notes.append(f"trained with other flags in turn: {', '.join(changed)}")
     return dataclasses.replace(
         run,
         trained=tuple((_shown(start, precision), updates) for precision, updates in trained),
@@ -234,6 +236,21 @@ def _of_another_start(lines: Iterable[Line], last: Start) -> tuple[list[Point], 
     return others, list(profiles)
 
 
+def _changed_flags(starts: Iterable[Start]) -> list[str]:
+    """Each flag of this package that a resume changed, with its values in turn; levels have a note of their own."""
+    values: dict[str, list[str]] = {}
+    for start in starts:
+        for name, value in start.flags.items():
+            turns = values.setdefault(name, [])
+            if turns[-1:] != [quoted(value)]:
+                turns.append(quoted(value))
+    return [
+        f"{option(name)} {' then '.join(turns)}"
+        for name, turns in values.items()
+        if name.startswith("dsq_") and name != "dsq_levels" and len(turns) > 1
+    ]
+
+
 def _shown(start: Start, precision: str) -> str:
     """A precision as ``--dsq-levels`` has it, if it is among these levels; else by value."""
     try:
@@ -244,16 +261,16 @@ def _shown(start: Start, precision: str) -> str:
     return levels_to_str((names[precision],)) if precision in names else precision
 
 
-def _trained(points: Iterable[Point]) -> Iterator[tuple[str, int]]:
+def _trained(lines: Iterable[Line]) -> Iterator[tuple[str, int]]:
     """Each precision in turn, with its updates: a line's was in force since the line before."""
     precision, updates, before = "", 0, 0
-    for point in points:
-        if point.update == before:
-            continue
-        if point.precision != precision and updates:
-            yield precision, updates
-            updates = 0
-        precision, updates, before = point.precision, updates + point.update - before, point.update
+    for line in lines:
+        if isinstance(line, Point) and line.update > before:
+            if line.precision != precision and updates:
+                yield precision, updates
+                updates = 0
+            precision, updates = line.precision, updates + line.update - before
+        before = line.update
     if updates:
         yield precision, updates
 

@@ -86,6 +86,15 @@ def test_a_training_does_not_begin_anew_where_its_checkpoint_is_missing(cli, tmp
     )
 
 
+def test_training_does_not_go_on_from_what_a_failed_one_left(runs, train, tmp_path):
+    state = load(runs[0] / "dsq/checkpoint_last.pt")
+    del state["extra_state"]["train_iterator"]  # as in fairseq's crash.pt
+    torch.save(state, tmp_path / "crash.pt")
+    for flag in ("--restore-file", "--finetune-from-model"):
+        with pytest.raises(DSQError, match=f"{tmp_path}/crash.pt: has no 'train_iterator', expected a checkpoint"):
+            train(tmp_path / "run", flag, tmp_path / "crash.pt")
+
+
 def test_generation_names_a_missing_checkpoint(cli, tmp_path):
     assert last_line(cli, *generate(cli, tmp_path / "nix.pt")).endswith(f"Model file not found: {tmp_path}/nix.pt")
 

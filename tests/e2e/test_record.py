@@ -6,6 +6,7 @@ import shutil
 import pytest
 from e2e.test_distributed import FLAGS as TWO_WORKERS
 from e2e.test_distributed import train as train_ranks
+from fairseq import checkpoint_utils
 
 from fairseq_dsq import record
 from fairseq_dsq.kernels import native
@@ -16,6 +17,7 @@ FLAGS = (
     "--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-patience", 2, "--dsq-min-delta", 100,
     "--update-epoch-batch-itr", "True",
 )  # fmt: skip
+RISES_AT_ONCE = (*FLAGS, "--dsq-patience", 1)
 TIMES = {"wps", "ups", "train_wall", "wall"}
 
 
@@ -59,6 +61,7 @@ def shown(values):
         ("--save-interval-updates", 4, "--max-update", 9),
         ("--stop-time-hours", 1e-9),
         ("--stop-time-hours", 1e-9, "--disable-validation"),
+        ("--stop-time-hours", 1e-9, "--validate-interval", 2, "--save-interval", 2, "--update-freq", 99),
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
@@ -74,6 +77,7 @@ def test_the_record_holds_what_fairseq_logs(train, tmp_path, flags):
         assert all(values["loss"] != round(values["loss"], 3) for values in valid.values())
         trained = {key: values for key, values in trained.items() if key not in valid}
     assert trained == {}
+    assert len({point.update for point in found}) == len(found)
     assert sum(updates for _, updates in read_run(tmp_path).levels) == found[-1].update
     for point in found:
         assert point.level == float(point.valid.get("valid", point.train)["dsq_level"])
@@ -83,6 +87,16 @@ def test_the_record_holds_what_fairseq_logs(train, tmp_path, flags):
     (start,) = (line for line in record.read(tmp_path / record.NAME) if isinstance(line, Start))
     assert (start.arch, start.criterion) == ("transformer_dsq", "dsq_label_smoothed_cross_entropy")
     assert start.levels == ("[bfp2,bfp2,bfp2,bfp16]", "[bfp16,bfp4,bfp4,bfp16]")
+
+
+def test_a_validation_of_the_training_set_ends_no_epoch(train, tmp_path):
+    flags = (*FLAGS[:-2], "--valid-subset", "valid,train", "--save-interval-updates", 2)
+    shared = "by one iterator for training and validation"
+    assert shared not in train(tmp_path, *flags, *FLAGS[-2:], "--max-epoch", 1)
+    *within, last = points(tmp_path)
+    assert len(within) > 1 and {(point.epoch_ended, point.counts) for point in within} == {(False, False)}
+    assert (last.epoch_ended, last.counts) == (True, True)
+    assert shared in train(tmp_path / "shared", *flags, "--max-update", 1)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +119,14 @@ def test_a_record_goes_on_where_the_checkpoint_of_a_killed_training_is(train, un
     assert untimed(tmp_path) == untimed(undisturbed)
     starts = [line.update for line in record.read(tmp_path / record.NAME) if isinstance(line, Start)]
     assert starts == [0, points(undisturbed)[1].update]
+    assert [path.name for path in tmp_path.glob("dsq.*")] == [record.NAME]
+
+
+def test_a_record_goes_on_where_checkpoints_have_a_suffix(train, tmp_path):
+    for updates in (1, 2):
+        log = train(tmp_path, *FLAGS, "--checkpoint-suffix=-a", "--disable-validation", "--max-update", updates)
+    assert f"{tmp_path}/checkpoint_last-a.pt (epoch 1 @ 1 updates)" in log
+    assert [line.update for line in record.read(tmp_path / record.NAME)] == [0, 1, 1, 2]
     assert [path.name for path in tmp_path.glob("dsq.*")] == [record.NAME]
 
 
@@ -135,14 +157,31 @@ def test_a_training_that_begins_anew_keeps_another_s_record_aside(train, undistu
     shutil.copy(undisturbed / record.NAME, own)
     checkpoint = undisturbed / "checkpoint_last.pt"
     flags = (flag, checkpoint) if flag == "--finetune-from-model" else (flag, "--restore-file", checkpoint)
+    checkpoint_utils.save_checkpoint.best = 9.0  # as a training before in this process leaves it
     log = train(tmp_path, *FLAGS, *flags, "--max-epoch", epoch)
+    assert ("the precision schedule starts anew" in log) == (flag != "--reset-dataloader")
     assert f"{own}: has another training; it is dsq.1.jsonl now" in log
     assert (tmp_path / "dsq.1.jsonl").read_bytes() == (undisturbed / record.NAME).read_bytes()
-    assert [point.epoch for point in points(tmp_path)] == [epoch]
+    start, point = record.read(own)
+    counted = 0 if flag in ("--finetune-from-model", "--reset-optimizer") else points(undisturbed)[-1].update
+    assert (start.update, point.epoch) == (counted, epoch)
+    assert sum(updates for _, updates in read_run(tmp_path).trained) == points(undisturbed)[-1].update // 3
     if flag == "--finetune-from-model":
         # which fairseq resumes
         train(tmp_path, *FLAGS, *flags, "--max-update", points(tmp_path)[-1].update + 1, "--disable-validation")
         assert [(point.epoch, point.epoch_ended) for point in points(tmp_path)] == [(1, True), (2, False)]
+
+
+def test_a_checkpoint_without_an_optimizer_s_state_begins_another_record_since_fairseq_counts_anew(train, tmp_path):
+    flags = (*RISES_AT_ONCE, "--no-save-optimizer-state")
+    train(tmp_path, *flags, "--max-epoch", 2)
+    updates = points(tmp_path)[-1].update
+    log = train(tmp_path, *flags, "--max-epoch", 4, "--validate-interval", 2)
+    assert "has another training; it is dsq.1.jsonl now" in log
+    start, *lines = record.read(tmp_path / record.NAME)
+    assert (start.update, start.epoch) == (0, 3)
+    assert [(line.epoch, line.update, line.counts) for line in lines] == [(3, updates // 2, False), (4, updates, True)]
+    assert read_run(tmp_path).trained == (("[16,4,4,16]", updates),)
 
 
 def test_there_is_no_record_without_checkpoints(train, tmp_path):

@@ -108,6 +108,7 @@ def test_a_file_that_is_no_sound_checkpoint_is_named_with_the_newest_sound_one_b
         return tmp_path / name
 
     whole = write(tmp_path / "whole.pt").read_bytes()
+    write(tmp_path / "crash.pt", extra_state={"metrics": {}})  # newer, and nothing goes on from it
     write(tmp_path / "older.pt")
     os.utime(tmp_path / "older.pt", (1, 1))
     assert refusal(damaged("cut.pt", whole[:-3000])).startswith("is cut")

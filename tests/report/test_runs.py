@@ -90,6 +90,26 @@ def test_early_stopping_counts_from_where_the_training_went_on(tmp_path):
     assert read_run(samples.write(tmp_path, "run", text)).incomplete == "ended after epoch 3 of 9"
 
 
+def test_only_updates_since_a_record_begins_or_goes_on_are_charged_to_a_level(tmp_path):
+    """A float training's 14 updates, then 7, then 9 that have no line, then 5."""
+    text = samples.start_line(9, 14, 3, **samples.DSQ) + samples.point_line(3, 21, 6.0)
+    text += samples.start_line(9, 30, 4, **samples.DSQ) + samples.point_line(5, 35, 5.0, level=1)
+    run = read_run(samples.write(tmp_path, "run", text))
+    assert (run.trained, run.levels) == ((("[2,2,2,16]", 7), ("[16,4,4,16]", 5)), ((0, 7), (1, 5)))
+
+
+def test_flags_that_a_resume_changed_are_named_with_their_values_in_turn(tmp_path):
+    text = ""
+    for epoch, skip, rounding in ((1, "", "nearest"), (2, "decoder.*", "nearest"), (3, "", "stochastic")):
+        flags = {**samples.DSQ, "dsq_skip": skip, "dsq_rounding": rounding, "seed": epoch}
+        text += samples.start_line(epoch, 10 * epoch - 10, epoch, **flags) + samples.point_line(epoch, 10 * epoch, 6.0)
+    assert read_run(samples.write(tmp_path, "run", text)).notes == (
+        "trained with other flags in turn: --dsq-skip '' then 'decoder.*' then '', "
+        "--dsq-rounding 'nearest' then 'stochastic'",
+    )
+    assert read_run(samples.write(tmp_path, "one", samples.record(samples.DSQ, [7.0]))).notes == ()
+
+
 def test_losses_that_are_no_number_are_no_best(tmp_path):
     run = read_run(samples.write(tmp_path, "run", samples.record(samples.DSQ, [7.0, float("nan")])))
     assert run.best == {"loss": 7.0}
