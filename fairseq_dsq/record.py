@@ -1,6 +1,6 @@
 """A training's own record, SAVE_DIR/dsq.jsonl: a line where it begins or goes on, and one for each validation.
 
-An epoch's end, a checkpoint and the training's end have a line without a validation, too.
+An epoch's end, a checkpoint, the training's end and a level's have a line without a validation, too.
 
 The lines are JSON objects; a float that JSON lacks is text (``"nan"``). A line is appended by one write, before fairseq
 writes the checkpoint of the same update: whatever is killed when, a checkpoint's training has its lines. A last line
@@ -55,7 +55,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Point:
-    """A validation; or the end of an epoch, a checkpoint or the end of the training, that has none.
+    """A validation; or the end of an epoch, of a level or of the training, or a checkpoint, that has none.
 
     Attributes:
         update, epoch: updates done by then; the epoch they are in.

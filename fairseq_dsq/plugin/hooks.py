@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from fairseq import checkpoint_utils
@@ -17,7 +19,7 @@ from fairseq_dsq.plugin.effects import TrainingFlags, idle_flags, schedule_warni
 from fairseq_dsq.plugin.held import known_update, log_update
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.recorder import Recorder, goes_on, loss_of, recorder
-from fairseq_dsq.plugin.state import DSQState
+from fairseq_dsq.plugin.state import DSQState, observers
 from fairseq_dsq.plugin.workers import refuse_lone_workers
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class _Hooks:
             self.recorder = recorder(self.args, model, epoch, state.updates)
         self.started, self.epoch, self.state = True, epoch, _state(model)
         self.state.epoch = epoch
+        observers[self.state] = _weakly(self._record_rest)
         # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
         # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
         gc.collect()
@@ -127,9 +130,13 @@ class _Hooks:
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """Runs before each checkpoint, and where training stops; what no validation has recorded is recorded here."""
-        if self.recorder is not None and self.state is not None and self.recorder.behind:
-            self.recorder.add(self.state, self.epoch, self._ends(), counts=False)
+        self._record_rest(self._ends())
         return {} if self.own_get_checkpoint_dict is None else dict(self.own_get_checkpoint_dict())
+
+    def _record_rest(self, ended: bool = False) -> None:
+        """A line of the updates since the last one, if there are any; an epoch's last one has its own."""
+        if self.recorder is not None and self.state is not None and self.recorder.behind:
+            self.recorder.add(self.state, self.epoch, ended, counts=False)
 
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
         self.epoch, self.pending = epoch, True
@@ -161,6 +168,17 @@ class _Hooks:
     def _ends(self) -> bool:
         """Whether the update before was the epoch's last one."""
         return self.epoch_itr is not None and bool(self.epoch_itr.end_of_epoch())
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call of a method that keeps nothing alive."""
+    held = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (alive := held()) is not None:
+            alive()
+
+    return call
 
 
 def _state(model: nn.Module) -> DSQState:

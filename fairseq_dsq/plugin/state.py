@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -78,6 +78,10 @@ class SavedSchedule:
     def is_entry(name: str) -> bool:
         """Whether a name, without its prefix, may be an entry's; another policy's say nothing here."""
         return name.isidentifier() or _IN_FORCE.fullmatch(name) is not None
+
+
+# What is called before another level comes into force in training: no attributes, which copies of a model would have.
+observers: weakref.WeakKeyDictionary[DSQState, Callable[[], object]] = weakref.WeakKeyDictionary()
 
 
 class DSQState(nn.Module):
@@ -197,6 +201,8 @@ class DSQState(nn.Module):
     def _keep_up(self) -> None:
         """Train at the schedule's level."""
         if self.level_in_force != self.state.level:
+            if observe := observers.get(self):
+                observe()
             self._put_in_force(self.state.level)
         if self._trained_at:
             self._trained_at[0] = max(self._trained_at[0], self.level_in_force)

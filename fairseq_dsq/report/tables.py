@@ -216,7 +216,8 @@ def make_table(
         if profile := _profile(name):
             notes += filter(None, [profile.says_of_unpriced(_priced_levels(runs, name))])
     for run in runs:
-        trained = [epoch.level for epoch in run.epochs if epoch.level is not None]
+        trained = [each.level for each in run.epochs if each.level is not None]
+        trained += [level for level, _ in run.levels]
         if trained and (unreached := levels(run)[math.ceil(max(trained)) + 1 :]):
             notes.append(f"the precision of {run.name} never rose to {levels_to_str(unreached)}")
     rows = []

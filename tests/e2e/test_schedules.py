@@ -7,6 +7,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_dsq import record
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.report.runs import read_run
 
 THREE = ("--dsq-levels", "[2,2,2,16] [4,4,4,16] [16,4,4,16]")
 EXACT_RESUME = ("--update-epoch-batch-itr", "True")
@@ -86,7 +87,7 @@ def test_two_workers_are_at_one_level(cli, tmp_path):
 
 
 def test_a_training_that_diverges_rises_early_and_resumes(train, tmp_path):
-    flags = (*THREE, *EXACT_RESUME, "--lr", 0, "--dropout", 0, "--dsq-raise-on-divergence")
+    flags = (*THREE, *EXACT_RESUME, "--lr", 0, "--dropout", 0, "--dsq-patience", 5, "--dsq-raise-on-divergence")
     log = train(tmp_path, *flags, "--max-epoch", 2)
     assert load_model(tmp_path)["dsq.only_first"] == 1
     log = train(tmp_path, *flags, "--max-epoch", 4)
@@ -98,6 +99,7 @@ def test_a_training_that_diverges_rises_early_and_resumes(train, tmp_path):
 def test_another_policy_goes_on_from_a_checkpoint_s_level(train, tmp_path):
     train(tmp_path, *THREE, *POLICIES["cyclic"][0], "--max-update", 5)
     assert load_model(tmp_path)["dsq.level"] == 2
+    assert read_run(tmp_path).levels == ((0, 2), (1, 2), (2, 1))  # of which one validation tells the last alone
     log = train(tmp_path, *THREE, "--dsq-patience", 9, "--max-epoch", 2)
     assert "precision level in force: 2, [16,4,4,16]" in log
     assert list(load_model(tmp_path))[-5:-1] == [
