@@ -92,7 +92,7 @@ class PrecisionConfig:
                 if isinstance(member, int) and not formats.MIN_BITS <= member <= formats.MAX_BITS:
                     raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
                 try:
-                    self._format(member)
+                    _ = self._format(member).text  # which is checked when it is made
                 except ValueError as error:
                     raise ValueError(f"q{index} = {q}: {error}{self._instead(member)}") from None
         for index, pair_of in enumerate(self.formats):

@@ -111,7 +111,7 @@ _CLAIMS = {
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``.
+    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``: :attr:`text` refuses one of which not.
 
     Attributes:
         bits: stored bits of an element.
@@ -235,8 +235,23 @@ class Format(ABC):
 
     @cached_property
     def text(self) -> str:
-        """``str``, made once."""
-        return str(self)
+        """``str``, made and checked once: whatever runs the format is told of it by its text alone.
+
+        Raises:
+            ValueError: the text stands for another format, or for none.
+        """
+        text, instead = str(self), ""
+        try:
+            if (found := parse(text)) != self:
+                instead = f"which is {found!r}"
+        except ValueError:
+            instead = "which no registered format has"
+        if instead:
+            raise ValueError(
+                f"{type(self).__name__}.__str__: got {text!r} of {self!r}, {instead}: expected a text of its own, "
+                "all attributes in it, that formats.parse reads back"
+            )
+        return text
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor: for each group its scale and its codes, these rounded up to whole bytes.
