@@ -22,8 +22,8 @@ ARROWS = {
     "kernels": {"formats"},
     "quantized": {"formats", "kernels"},
     "gemm": {"formats", "kernels"},
-    "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized"},
-    "adam": {"formats", "kernels", "quantized"},
+    "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized", "text"},
+    "adam": {"formats", "kernels", "quantized", "text"},
     "data_files": {"text"},
     "cost": {"data_files", "formats", "ledger", "precision"},
     # What knows fairseq, and what is made of it.

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.text import LONGEST, quoted
+from fairseq_dsq.text import LONGEST, check_choice, quoted
 
 MIN_BITS, MAX_BITS = 2, 32
 # Significant bits of a float32.
@@ -395,12 +395,20 @@ class FormatOptions:
             (``--dsq-scale``).
         box_size: values that share a scale, of formats that leave it open (``--dsq-box-size``); None takes the
             format's own default.
+
+    Raises:
+        ValueError: another value.
     """
 
     sign_bit_extra: bool = False
     fixed_scale: FixedScale = "dynamic"
     scale: ScaleRule = "floor"
     box_size: Group | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("sign_bit_extra", self.sign_bit_extra, (False, True))
+        check_choice("fixed_scale", self.fixed_scale, FIXED_SCALES)
+        check_choice("scale", self.scale, SCALE_RULES)
 
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
