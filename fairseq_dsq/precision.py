@@ -202,7 +202,7 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
     """Four q from ``[2,2,2,16]`` (brackets optional).
 
     Raises:
-        ValueError: anything else; the message quotes the text.
+        ValueError: anything else; the message quotes the text, and says why a format is none.
     """
     expected = "expected four integers such as [2,2,2,16], or formats such as [int8/row,bfp4,bfp4,bfp16]"
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
@@ -214,9 +214,9 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
             if not _INTEGER.fullmatch(member):
                 try:
                     formats.parse(member)
-                except ValueError:
+                except ValueError as error:
                     shown = shortened(printable(member), 20)
-                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}") from None
+                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}: {error}") from None
     q0, q1, q2, q3 = (int(piece) if _INTEGER.fullmatch(piece) else piece for piece in pieces)
     return q0, q1, q2, q3
 
@@ -224,15 +224,16 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:
-    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order.
+    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order, spaces between them.
 
     Raises:
         ValueError: no level, a malformed one, or a q outside the format's widths; the message names the level
             (counted from 0) and the index.
     """
-    pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
+    pieces = re.findall(r"\[[^\[\]]*\]", text) or re.sub(r"\s*,\s*", ",", text).split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
-        raise ValueError(f"got {quoted(text)}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
+        example = "'[2,2,2,16] [16,4,4,16]', nothing but spaces between them"
+        raise ValueError(f"got {quoted(text)}, expected one or more levels such as {example}")
     levels: list[PrecisionConfig] = []
     for number, piece in enumerate(pieces):
         try:
