@@ -78,6 +78,8 @@ class PrecisionConfig:
     options: FormatOptions = FormatOptions()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.q, tuple):
+            raise TypeError(f"q: got {quoted(self.q)}, expected a tuple such as (2, 2, 2, 16); parse_levels reads text")
         if len(self.q) != 4:
             raise ValueError(f"got {len(self.q)} numbers in {list(self.q)}, expected four: [q0,q1,q2,q3]")
         for index, q in enumerate(self.q):

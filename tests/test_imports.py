@@ -20,7 +20,7 @@ ARROWS = {
     "schedules": {"errors", "flags", "precision", "text"},
     "ledger": {"precision"},
     "kernels": {"formats"},
-    "quantized": {"formats", "kernels"},
+    "quantized": {"formats", "kernels", "text"},
     "gemm": {"formats", "kernels"},
     "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized", "text"},
     "adam": {"formats", "kernels", "quantized", "text"},

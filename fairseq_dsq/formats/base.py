@@ -491,7 +491,10 @@ def parse(text: str) -> Format:
 
     Raises:
         ValueError: text that names no format.
+        TypeError: no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"format: got {quoted(text)}, expected a text such as {_examples()}")
     if len(text) > LONGEST or not text.isascii():  # int() reads digits of other scripts too
         raise ValueError(f"format: got {quoted(text)}, expected such as {_examples()}")
     return _parsed(text)
