@@ -165,7 +165,10 @@ class Format(ABC):
 
     @abstractmethod
     def scale_of(self, groups: Tensor) -> Tensor:
-        """The scales of float32 groups (..., values), as they are stored, (..., 1)."""
+        """The scales of float32 groups (..., values), as they are stored, (..., 1).
+
+        (..., n) where a group stores n values of ``scale_dtype``, in ``scale_bytes`` bytes: a scale and an offset, say.
+        """
 
     @abstractmethod
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
