@@ -37,6 +37,7 @@ from fairseq_dsq.formats import Float32, Format, Square
 from fairseq_dsq.kernels import native
 from fairseq_dsq.kernels.native import AdamMoments, AdamStep
 from fairseq_dsq.quantized import ROUNDINGS, QuantizedTensor, Rounding, noise_seed, pack
+from fairseq_dsq.text import check_choice
 
 # Parameters of fewer values, and all of one dimension, hold their moments in float32.
 SMALL = 4096
@@ -70,8 +71,7 @@ class Moments:
         for name, fmt in (("moment1", self.first), ("moment2", self.second)):
             if isinstance(fmt.group, Square):
                 raise ValueError(f"{name}: got {fmt}, expected no squares, which are a weight's boxes")
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"moment_rounding: got {self.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+        check_choice("moment_rounding", self.rounding, ROUNDINGS)
 
     @property
     def of_ratio(self) -> bool:
@@ -206,8 +206,7 @@ class LowBitAdam(torch.optim.Optimizer):
         residual: Residual = "none",
     ) -> None:
         _moments(moment1, moment2, rounding)
-        if residual not in RESIDUALS:
-            raise ValueError(f"residual: got {residual!r}, expected one of {', '.join(RESIDUALS)}")
+        check_choice("residual", residual, RESIDUALS)
         if residual == "moment1" and betas[0] == 0:
             raise ValueError("residual: got moment1 with a beta1 of 0, expected a first moment that keeps it")
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

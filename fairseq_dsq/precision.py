@@ -78,6 +78,8 @@ class PrecisionConfig:
     options: FormatOptions = FormatOptions()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.q, tuple):
+            raise TypeError(f"q: got {quoted(self.q)}, expected a tuple such as (2, 2, 2, 16); parse_levels reads text")
         if len(self.q) != 4:
             raise ValueError(f"got {len(self.q)} numbers in {list(self.q)}, expected four: [q0,q1,q2,q3]")
         for index, q in enumerate(self.q):
@@ -92,7 +94,7 @@ class PrecisionConfig:
                 if isinstance(member, int) and not formats.MIN_BITS <= member <= formats.MAX_BITS:
                     raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
                 try:
-                    self._format(member)
+                    _ = self._format(member).text  # which is checked when it is made
                 except ValueError as error:
                     raise ValueError(f"q{index} = {q}: {error}{self._instead(member)}") from None
         for index, pair_of in enumerate(self.formats):
@@ -202,7 +204,7 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
     """Four q from ``[2,2,2,16]`` (brackets optional).
 
     Raises:
-        ValueError: anything else; the message quotes the text.
+        ValueError: anything else; the message quotes the text, and says why a format is none.
     """
     expected = "expected four integers such as [2,2,2,16], or formats such as [int8/row,bfp4,bfp4,bfp16]"
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
@@ -214,9 +216,9 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
             if not _INTEGER.fullmatch(member):
                 try:
                     formats.parse(member)
-                except ValueError:
+                except ValueError as error:
                     shown = shortened(printable(member), 20)
-                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}") from None
+                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}: {error}") from None
     q0, q1, q2, q3 = (int(piece) if _INTEGER.fullmatch(piece) else piece for piece in pieces)
     return q0, q1, q2, q3
 
@@ -224,15 +226,16 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
 def parse_levels(
     text: str, format_name: str = "bfp", options: FormatOptions = FormatOptions()
 ) -> tuple[PrecisionConfig, ...]:
-    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order.
+    """The levels of a schedule from ``'[2,2,2,16] [16,4,4,16]'``, in their order, spaces between them.
 
     Raises:
         ValueError: no level, a malformed one, or a q outside the format's widths; the message names the level
             (counted from 0) and the index.
     """
-    pieces = re.findall(r"\[[^\[\]]*\]", text) or text.split()
+    pieces = re.findall(r"\[[^\[\]]*\]", text) or re.sub(r"\s*,\s*", ",", text).split()
     if not pieces or "".join("".join(pieces).split()) != "".join(text.split()):
-        raise ValueError(f"got {quoted(text)}, expected one or more levels such as '[2,2,2,16] [16,4,4,16]'")
+        example = "'[2,2,2,16] [16,4,4,16]', nothing but spaces between them"
+        raise ValueError(f"got {quoted(text)}, expected one or more levels such as {example}")
     levels: list[PrecisionConfig] = []
     for number, piece in enumerate(pieces):
         try:

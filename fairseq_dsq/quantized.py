@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.kernels import checks, ops
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
+from fairseq_dsq.text import quoted
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
@@ -88,8 +89,10 @@ class QuantizedTensor:
         return replace(self, data=self.data.to(device))
 
 
-def _check(x: Tensor, dim: int, rounding: str) -> None:
+def _check(x: Tensor, fmt: Format, dim: int, rounding: str) -> None:
     checks.tensor(x)
+    if not isinstance(fmt, Format):
+        raise TypeError(f"fmt: got {quoted(fmt)}, expected a format such as formats.parse('bfp4')")
     checks.along(x.shape, dim)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: got {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
@@ -175,7 +178,7 @@ def fake_quantize(
     Raises:
         TypeError, IndexError, ValueError: a dtype, dim or rounding that is not supported.
     """
-    _check(x, dim, rounding)
+    _check(x, fmt, dim, rounding)
     dtype = _result_dtype(x.dtype, fmt, dtype)
     if isinstance(fmt, Float32):
         return x.to(dtype)
@@ -197,7 +200,7 @@ def round_terms(
     Eight significant bits of ``fmt`` take one each, the largest first. Bits below the smallest bfloat16, 2^-133, are
     lost.
     """
-    _check(x, dim, rounding)
+    _check(x, fmt, dim, rounding)
     return ops.round_terms(_without_grad(x), dim, fmt.text, _seed(rounding, generator))
 
 
@@ -218,7 +221,7 @@ def factorize(
     Raises:
         TypeError, IndexError, ValueError: as for :func:`fake_quantize`, or a format with groups inside of a row.
     """
-    _check(x, dim, rounding)
+    _check(x, fmt, dim, rounding)
     if not isinstance(fmt.group, str) and not fmt.outer_scale:
         raise ValueError(f"fmt: got {fmt}, expected one scale for each row or for the tensor")
     return ops.factorize(_without_grad(x), dim, fmt.text, _seed(rounding, generator))
@@ -236,7 +239,7 @@ def pack(
     ``pack(x, fmt, dim).dequantize()`` equals ``fake_quantize(x, fmt, dim)`` bit for bit, also under stochastic rounding
     with generators of equal state. Arguments and errors as for :func:`fake_quantize`.
     """
-    _check(x, dim, rounding)
+    _check(x, fmt, dim, rounding)
     if isinstance(fmt, Float32):
         return QuantizedTensor(x, x.shape, x.dtype, fmt, dim)
     data = ops.pack(_without_grad(x), dim, fmt.text, _seed(rounding, generator))
@@ -265,6 +268,6 @@ def quantize_and_pack(
     # Where a whole tensor shares a scale there is nothing to go group by group.
     if not fused or any(isinstance(fmt, Float32) or fmt.group == "tensor" for fmt in (operand_fmt, stash_fmt)):
         return fake_quantize(x, operand_fmt, operand_dim), pack(x, stash_fmt, stash_dim)
-    _check(x, operand_dim, "nearest")
+    _check(x, operand_fmt, operand_dim, "nearest")
     operand, data = ops.quantize_and_pack(_without_grad(x), operand_fmt.text, stash_fmt.text, x.dtype)
     return operand, QuantizedTensor(data, x.shape, x.dtype, stash_fmt, stash_dim)

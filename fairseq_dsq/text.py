@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LONGEST = 80
 
 
@@ -18,3 +20,13 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 def quoted(value: object) -> str:
     """A value as Python would write it, shortened."""
     return shortened(repr(value[: LONGEST + 1] if isinstance(value, str) else value))
+
+
+def check_choice(name: str, value: object, values: Sequence[object]) -> None:
+    """Refuse an argument's value that is none of those there are.
+
+    Raises:
+        ValueError: one line names the argument.
+    """
+    if value not in values:
+        raise ValueError(f"{name}: got {quoted(value)}, expected one of {', '.join(map(str, values))}")

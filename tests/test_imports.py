@@ -20,10 +20,10 @@ ARROWS = {
     "schedules": {"errors", "flags", "precision", "text"},
     "ledger": {"precision"},
     "kernels": {"formats"},
-    "quantized": {"formats", "kernels"},
+    "quantized": {"formats", "kernels", "text"},
     "gemm": {"formats", "kernels"},
-    "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized"},
-    "adam": {"formats", "kernels", "quantized"},
+    "nn": {"formats", "gemm", "kernels", "ledger", "precision", "quantized", "text"},
+    "adam": {"formats", "kernels", "quantized", "text"},
     "data_files": {"text"},
     "cost": {"data_files", "formats", "ledger", "precision"},
     # What knows fairseq, and what is made of it.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fairseq_dsq.formats import parse
+from fairseq_dsq.precision import PrecisionConfig
 from fairseq_dsq.quantized import fake_quantize, pack
 
 
@@ -33,3 +34,21 @@ def test_it_moves_with_its_format():
     held = pack(torch.randn(6, 20), parse("bfp4"))
     moved = held.to("meta")
     assert moved.data.device.type == "meta" and moved.spec == held.spec
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: fake_quantize(x, "bfp4"), r"fmt: got 'bfp4', expected a format such as formats.parse\('bfp4'\)"),
+        (lambda x: pack(x, "bfp4"), r"fmt: got 'bfp4', expected a format such as formats.parse\('bfp4'\)"),
+        (lambda x: fake_quantize(x.numpy(), parse("bfp4")), "x: got numpy.ndarray, expected a torch.Tensor"),
+        (lambda x: fake_quantize(x.tolist(), parse("bfp4")), "x: got builtins.list, expected a torch.Tensor"),
+        (lambda x: fake_quantize(x.int(), parse("bfp4")), "x: got torch.int32, expected float32, bfloat16 or float16"),
+        (lambda x: parse(4), "format: got 4, expected a text such as bfp4"),
+        (lambda x: PrecisionConfig("2,2,2,16"), r"q: got '2,2,2,16', expected a tuple such as \(2, 2, 2, 16\)"),
+        (lambda x: PrecisionConfig([2, 2, 2, 16]), r"q: got \[2, 2, 2, 16\], expected a tuple such as"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(call, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        call(torch.randn(6, 20))

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fairseq_dsq.text import LONGEST, quoted
+from fairseq_dsq.text import LONGEST, check_choice, quoted
 
 MIN_BITS, MAX_BITS = 2, 32
 # Significant bits of a float32.
@@ -111,7 +111,7 @@ _CLAIMS = {
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``.
+    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``: :attr:`text` refuses one of which not.
 
     Attributes:
         bits: stored bits of an element.
@@ -165,7 +165,10 @@ class Format(ABC):
 
     @abstractmethod
     def scale_of(self, groups: Tensor) -> Tensor:
-        """The scales of float32 groups (..., values), as they are stored, (..., 1)."""
+        """The scales of float32 groups (..., values), as they are stored, (..., 1).
+
+        (..., n) where a group stores n values of ``scale_dtype``, in ``scale_bytes`` bytes: a scale and an offset, say.
+        """
 
     @abstractmethod
     def encode(self, groups: Tensor, scale: Tensor, noise: Tensor | None) -> Tensor:
@@ -235,8 +238,23 @@ class Format(ABC):
 
     @cached_property
     def text(self) -> str:
-        """``str``, made once."""
-        return str(self)
+        """``str``, made and checked once: whatever runs the format is told of it by its text alone.
+
+        Raises:
+            ValueError: the text stands for another format, or for none.
+        """
+        text, instead = str(self), ""
+        try:
+            if (found := parse(text)) != self:
+                instead = f"which is {found!r}"
+        except ValueError:
+            instead = "which no registered format has"
+        if instead:
+            raise ValueError(
+                f"{type(self).__name__}.__str__: got {text!r} of {self!r}, {instead}: expected a text of its own, "
+                "all attributes in it, that formats.parse reads back"
+            )
+        return text
 
     def nbytes(self, shape: Sequence[int], dim: int = -1) -> int:
         """Bytes of a packed tensor: for each group its scale and its codes, these rounded up to whole bytes.
@@ -380,12 +398,20 @@ class FormatOptions:
             (``--dsq-scale``).
         box_size: values that share a scale, of formats that leave it open (``--dsq-box-size``); None takes the
             format's own default.
+
+    Raises:
+        ValueError: another value.
     """
 
     sign_bit_extra: bool = False
     fixed_scale: FixedScale = "dynamic"
     scale: ScaleRule = "floor"
     box_size: Group | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("sign_bit_extra", self.sign_bit_extra, (False, True))
+        check_choice("fixed_scale", self.fixed_scale, FIXED_SCALES)
+        check_choice("scale", self.scale, SCALE_RULES)
 
     def bits(self, q: int) -> int:
         """Bits of an element, sign included, for a flag's ``q``."""
@@ -468,7 +494,10 @@ def parse(text: str) -> Format:
 
     Raises:
         ValueError: text that names no format.
+        TypeError: no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"format: got {quoted(text)}, expected a text such as {_examples()}")
     if len(text) > LONGEST or not text.isascii():  # int() reads digits of other scripts too
         raise ValueError(f"format: got {quoted(text)}, expected such as {_examples()}")
     return _parsed(text)

@@ -23,6 +23,7 @@ from fairseq_dsq.formats.base import (
 from fairseq_dsq.formats.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, MinifloatElements
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, NEXT_EXPONENT, PowerOfTwoScaled, descaled, scaled
 from fairseq_dsq.formats.scaled_integer import ScaledInteger
+from fairseq_dsq.text import check_choice
 
 BLOCK_SIZE = 32
 # The smallest scale is 2^-127.
@@ -56,8 +57,7 @@ def _check(fmt: Any, bits: int) -> None:
         raise ValueError(f"bits: got {fmt.bits}, expected {bits} for {fmt.family}")
     if fmt.box_size != "row":
         check_box_size(fmt.box_size)
-    if fmt.scale not in MX_RULES:
-        raise ValueError(f"scale: got {fmt.scale!r}, expected one of {', '.join(MX_RULES)}")
+    check_choice("scale", fmt.scale, MX_RULES)
 
 
 def _text(fmt: Any) -> str:

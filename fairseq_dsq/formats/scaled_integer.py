@@ -22,6 +22,7 @@ from fairseq_dsq.formats.base import (
     rounded,
 )
 from fairseq_dsq.formats.power_of_two import EXPONENT_BIAS, PowerOfTwoScaled, descaled, scaled
+from fairseq_dsq.text import check_choice
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class ScaledInteger(PowerOfTwoScaled):
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.scale not in self.rules:
-            raise ValueError(f"scale: got {self.scale!r}, expected one of {', '.join(self.rules)}")
+        check_choice("scale", self.scale, self.rules)
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ from fairseq_dsq.gemm.float32 import Float32Engine
 from fairseq_dsq.gemm.int8 import Int8Engine
 from fairseq_dsq.gemm.native import NativeEngine
 
-# Cheapest first; the last takes everything.
+# Cheapest first; float32 takes everything.
 for _engine in (Int8Engine(), NativeEngine(), CudaEngine(), Float32Engine()):
     register(_engine)
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from fairseq_dsq.formats import Float32, Format
 
 AUTO = "auto"
+# The engine that multiplies what no other does.
+LAST = "float32"
 
 
 class Side(NamedTuple):
@@ -75,7 +77,9 @@ class Operand(NamedTuple):
 
 
 class Engine(ABC):
-    """What multiplies. Registered with :func:`register`; the order of registration is the order of trial."""
+    """What multiplies. Registered with :func:`register`; the order of registration is the order of trial, but that
+    ``float32`` is the last.
+    """
 
     name: ClassVar[str]
     # Whether it takes operands as terms, and a float32 one has to be cut into these else.
@@ -175,14 +179,15 @@ generation = 0
 
 
 def register(engine: Engine, first: bool = False) -> None:
-    """Have products try an engine after those before it, or before all.
+    """Have products try an engine after those before it, or before all; ``float32``, which takes all, stays the last.
 
     Raises:
         ValueError: its name is taken.
     """
     if engine.name in names():
         raise ValueError(f"engine {engine.name!r} is registered already")
-    _ENGINES.insert(0 if first else len(_ENGINES), engine)
+    last = names()[-1:] == [LAST]
+    _ENGINES.insert(0 if first else len(_ENGINES) - last, engine)
     forget_plans()
 
 
@@ -229,7 +234,7 @@ def plan(a: Side, b: Side, device: torch.device, dtype: torch.dtype, mode: str =
         mode: ``auto``, or the name of an engine: products that it does not accept run on ``float32``, which is said.
     """
     by_name = {engine.name: engine for engine in _ENGINES}
-    engines = _ENGINES if mode == AUTO else [by_name[name] for name in dict.fromkeys((mode, "float32"))]
+    engines = _ENGINES if mode == AUTO else [by_name[name] for name in dict.fromkeys((mode, LAST))]
     accepted = [engine for engine in engines if engine.accepts(a, b, device, dtype)]
     rounded = all(not isinstance(side.fmt, Float32) for side in (a, b))
     if rounded and mode not in (AUTO, accepted[0].name):

@@ -25,8 +25,10 @@ def tensor(x: Tensor) -> None:
     """Refuse what is no float32, bfloat16 or float16.
 
     Raises:
-        TypeError: another dtype.
+        TypeError: another dtype, or no tensor.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__module__}.{type(x).__name__}, expected a torch.Tensor")
     if x.dtype not in DTYPES:
         raise TypeError(f"x: got {x.dtype}, expected {_NAMES}")
 

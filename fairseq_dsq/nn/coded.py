@@ -22,6 +22,7 @@ from torch import Tensor
 from fairseq_dsq.formats import Integer, definition, parse
 from fairseq_dsq.formats.float_scaled import scale_for
 from fairseq_dsq.gemm import Operand, Side
+from fairseq_dsq.text import check_choice
 
 WeightScale = Literal["own", "absmean", "absmax", "mse"]
 WEIGHT_SCALES: tuple[WeightScale, ...] = ("own", "absmean", "absmax", "mse")
@@ -58,8 +59,9 @@ def weight_scale(weight: Tensor, fmt: Integer, rule: WeightScale) -> Tensor:
             multiple of the mean magnitude is that has the least squared error; ``own``, as the format does.
 
     Raises:
-        ValueError: nothing but zeros.
+        ValueError: nothing but zeros, or another rule.
     """
+    check_choice("rule", rule, WEIGHT_SCALES)
     groups = weight.detach().float().reshape(1 if fmt.group == "tensor" else len(weight), -1)
     mean = groups.abs().mean(-1, keepdim=True, dtype=torch.float64).float()
     if rule == "own":

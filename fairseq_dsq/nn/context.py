@@ -12,7 +12,8 @@ from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.rotation import Rotation
 from fairseq_dsq.nn.together import Together
 from fairseq_dsq.precision import FLOAT32, GemmKind, PrecisionConfig
-from fairseq_dsq.quantized import Rounding
+from fairseq_dsq.quantized import ROUNDINGS, Rounding
+from fairseq_dsq.text import check_choice, quoted
 
 BoxDim = Literal["reduction", "last"]
 BOX_DIMS: tuple[BoxDim, ...] = ("reduction", "last")
@@ -36,6 +37,9 @@ class GemmConfig:
             another's: ``row``, all of one position and head; ``feature``, boxes along the features.
         coded: the weight is held as codes, see :meth:`with_weight`.
         rotation: of the operands of GEMMs that read a gradient; None for none.
+
+    Raises:
+        TypeError, ValueError: a value that is none of these; one line names the attribute.
     """
 
     precision: PrecisionConfig
@@ -45,6 +49,17 @@ class GemmConfig:
     value_boxes: ValueBoxes = "row"
     coded: bool = False
     rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.precision, PrecisionConfig):
+            raise TypeError(f"precision: got {quoted(self.precision)}, expected such as PrecisionConfig((2, 2, 2, 16))")
+        if not (self.rotation is None or isinstance(self.rotation, Rotation)):
+            raise TypeError(f"rotation: got {quoted(self.rotation)}, expected such as Rotation('grad_weight', 16, 1)")
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("box_dim", self.box_dim, BOX_DIMS)
+        check_choice("gemm", self.gemm, (gemm.AUTO, *gemm.names()))
+        check_choice("value_boxes", self.value_boxes, VALUE_BOXES)
+        check_choice("coded", self.coded, (False, True))
 
     def rotates(self, kind: GemmKind) -> bool:
         """Whether a GEMM's operands are rotated: not where neither is rounded, nor those that are codes already."""
@@ -63,6 +78,11 @@ class GemmConfig:
         return self._with_weight[fmt]
 
     @cached_property
+    def to_nearest(self) -> GemmConfig:
+        """The same with rounding to nearest, made once."""
+        return replace(self, rounding="nearest")
+
+    @cached_property
     def plans(self) -> dict[Any, Any]:
         """What multiplies in the GEMMs of calls like those before, see :mod:`fairseq_dsq.nn.functional`."""
         return {}
@@ -70,6 +90,9 @@ class GemmConfig:
     def dim(self, reduction_dim: int) -> int:
         """The dimension along which the boxes of an operand lie."""
         return reduction_dim if self.box_dim == "reduction" else -1
+
+
+_FLOAT32 = GemmConfig(FLOAT32)
 
 
 @dataclass
@@ -86,6 +109,9 @@ class DSQContext:
         layers: how many layers it has; their numbers tell the rounding noise of their weights apart.
         parent: of whom this one follows the levels, see :meth:`ruled`.
         level: the number of the level in force.
+
+    Raises:
+        TypeError, ValueError: a value that is none of these; one line names the attribute.
     """
 
     config: GemmConfig
@@ -97,6 +123,12 @@ class DSQContext:
     parent: DSQContext | None = None
     level: int = 0
     _ruled: dict[tuple[PrecisionConfig, ...], DSQContext] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, GemmConfig):
+            raise TypeError(f"config: got {quoted(self.config)}, expected such as GemmConfig(precision)")
+        check_choice("attention_matmul", self.attention_matmul, (False, True))
+        check_choice("stash_scope", self.stash_scope, STASH_SCOPES)
 
     def number_layer(self) -> int:
         """The number of one more layer, from 0."""
@@ -116,7 +148,11 @@ class DSQContext:
         return self.stash_scope == "all" and self.packs
 
     def set_precision(self, precision: PrecisionConfig, level: int = 0) -> None:
-        """Put a level in force; ``level`` is its number, by which modules with a rule find theirs."""
+        """Put a level in force; ``level`` is its number, by which modules with a rule find theirs.
+
+        Raises:
+            TypeError: no level.
+        """
         self.config, self.level = replace(self.config, precision=precision), level
         for levels, context in self._ruled.items():
             context.set_precision(levels[min(level, len(levels) - 1)])
@@ -125,11 +161,11 @@ class DSQContext:
         """The configuration of a module's forward: evaluation always rounds to nearest, so that it is repeatable."""
         if training or self.config.rounding == "nearest":
             return self.config
-        return replace(self.config, rounding="nearest")
+        return self.config.to_nearest
 
     def float32(self) -> DSQContext:
         """A context on the same ledger whose GEMMs stay float32."""
-        return DSQContext(GemmConfig(FLOAT32), ledger=self.ledger)
+        return DSQContext(_FLOAT32, ledger=self.ledger)
 
     def levels_of(self, other: DSQContext, own: tuple[PrecisionConfig, ...]) -> tuple[PrecisionConfig, ...]:
         """The levels that modules of ``other`` have: those of a rule, or ``own``, which are this one's; none else."""

@@ -171,6 +171,26 @@ def _keep_less(model: nn.Module, context: DSQContext, choose: Callable[[str], DS
             module.activation_fn = Activation(function, fc2.context)
 
 
+def _refuse(model: nn.Module, context: DSQContext, skip: Sequence[str]) -> None:
+    """Refuse what :func:`convert` would pass over without a word.
+
+    Raises:
+        TypeError: one pattern, whose letters would be the patterns.
+        ValueError: a module that was converted in another context, and would stay there.
+    """
+    if isinstance(skip, str):
+        raise TypeError(f"skip: got {skip!r}, expected a list of patterns: [{skip!r}]")
+    for name, module in model.named_modules():
+        own = getattr(module, "context", None)
+        if not isinstance(own, DSQContext) or own is context or own.parent is context:
+            continue
+        if own.packs or own.ledger is not context.ledger:
+            raise ValueError(
+                f"{name or 'model'}: converted already, in another context, expected a float model: set_precision "
+                "changes the level, and rules give modules levels of their own"
+            )
+
+
 def convert(
     model: nn.Module,
     context: DSQContext,
@@ -199,9 +219,12 @@ def convert(
         The converted model.
 
     Raises:
-        ValueError: a pattern that matches no layer, a layer with hooks (quant noise), or an attention
-            option that has no quantized path; the message names it. The model is left as it was.
+        ValueError: a pattern that matches no layer, a layer with hooks (quant noise), an attention option that has no
+            quantized path, or a module that was converted in another context; the message names it. The model is left
+            as it was.
+        TypeError: ``skip`` is a str.
     """
+    _refuse(model, context, skip)
     if _maker(model):
         holder = nn.Sequential(model)
         convert(holder, context, skip, optional, warn, rules)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import shlex
@@ -376,8 +377,13 @@ def _near(name: str) -> list[str]:
 
 
 def refuse_unknown_flags(words: Iterable[str]) -> None:
-    """The same as :func:`refuse_unknown`, of a command line's words; errors are its own."""
-    known = list(map(option, _names()))
+    """The same as :func:`refuse_unknown`, of a command line's words, and levels without quotes; errors are its own."""
+    words, known, name = list(words), list(map(option, _names())), ""
+    for before, word in itertools.pairwise(words):
+        if before.startswith("--"):
+            name, _, before = before.partition("=")
+        if name in known and word.startswith("[") and before.rpartition("=")[2].startswith("["):
+            raise DSQError(f"argument {name}: got {word} as a word of its own, expected quotes: '{before} {word}'")
     for given in (word.partition("=")[0] for word in words):
         if given.startswith("--dsq") and given not in known:
             near = " or ".join(map(option, _near(given))) or "one that fairseq-dsq flags lists"

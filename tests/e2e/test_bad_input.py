@@ -54,11 +54,20 @@ def test_a_bad_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, capsys, fla
         ("--dsq-level=[2,2,2,16]", "--dsq-level: no such flag, expected --dsq-levels"),
         ("--dsq_patience=5", "--dsq_patience: no such flag, expected --dsq-patience"),
         ("--dsq-cost-profil=paper", "--dsq-cost-profil: no such flag, expected --dsq-cost-profile"),
+        (
+            ("--dsq-levels", "[2,2,2,16]", "[16,4,4,16]"),
+            "argument --dsq-levels: got [16,4,4,16] as a word of its own, expected quotes: '[2,2,2,16] [16,4,4,16]'",
+        ),
+        (
+            ("--dsq-rules=*.fc2=[4,4,4,16]", "[8,8,8,16]"),
+            "argument --dsq-rules: got [8,8,8,16] as a word of its own, expected quotes: '*.fc2=[4,4,4,16] [8,8,8,16]'",
+        ),
         ("--dsq-zzz", "--dsq-zzz: no such flag, expected one that fairseq-dsq flags lists"),
     ],
 )
 def test_a_misspelt_flag_is_named_in_one_line(cli, tmp_path, monkeypatch, flag, expected):
-    monkeypatch.setattr(sys, "argv", [str(part) for part in cli.train_command(tmp_path / "run", flag)])
+    words = (flag,) if isinstance(flag, str) else flag
+    monkeypatch.setattr(sys, "argv", [str(part) for part in cli.train_command(tmp_path / "run", *words)])
     with pytest.raises(DSQError) as error:  # which ends a command in one line
         cli_main()
     assert str(error.value) == expected

@@ -288,8 +288,8 @@ def test_what_a_readme_links_to_is_there(path):
 def test_the_python_of_a_readme_runs(path):
     from torch import nn
 
+    scope = {"model": nn.ModuleDict({"body": nn.Linear(32, 32), "head": nn.Linear(32, 4)})}
     for block in readme.python_blocks(path.read_text(encoding="utf-8")):
-        scope = {"model": nn.ModuleDict({"body": nn.Linear(32, 32), "head": nn.Linear(32, 4)})}
         exec(block, scope)
 
 

@@ -24,7 +24,7 @@ from fairseq_dsq.formats import (
     parse,
 )
 from fairseq_dsq.nn import GemmConfig, linear, weight_format
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.precision import FLOAT32, PrecisionConfig, parse_levels
 from fairseq_dsq.quantized import fake_quantize, pack, quantize_and_pack
 
 MORE = 1 + 2.0**-9
@@ -56,6 +56,8 @@ TEXTS += ["mxfp4", "mxfp4/row", "mxint8", "nvfp4", "fp8e4m3/row", "fp8e4m3/tenso
 def parse_own(text):
     if not text.startswith("more-"):
         return None
+    if text == "more-boxless4":
+        return Boxless(4)
     plain = parse(text.removeprefix("more-"))
     return OWN[type(plain)](**vars(replace(plain)))
 
@@ -99,6 +101,54 @@ def test_products_are_those_of_its_values(mode, text, sizes):
 def test_it_holds_no_weight_of_codes(text):
     with pytest.raises(ValueError, match=f"got more-{text}, expected integers with a scale by row or tensor"):
         weight_format(f"more-{text}")
+
+
+@dataclass(frozen=True)
+class Mean(BlockFloat):
+    """The scale of a box from its mean magnitude; inherits its parent's text."""
+
+    def scale_of(self, groups):
+        return super().scale_of(groups.abs().mean(-1, keepdim=True).expand_as(groups))
+
+
+@dataclass(frozen=True)
+class Boxless(Mean):
+    def __str__(self):
+        return f"more-boxless{self.bits}"
+
+
+@dataclass(frozen=True)
+class Nameless(Mean):
+    def __str__(self):
+        return f"mean{self.bits}"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "message"),
+    [
+        (Mean(4), r"Mean.__str__: got 'bfp4' of Mean\(bits=4, .*\), which is BlockFloat\(bits=4, .*parse reads back$"),
+        (Boxless(4, 32), r"Boxless.__str__: got 'more-boxless4' of .*box_size=32.*, which is Boxless.*box_size=16"),
+        (
+            Nameless(4),
+            "Nameless.__str__: got 'mean4' of .*, which no registered format has",
+        ),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_format_whose_text_stands_for_another_is_refused(fmt, message):
+    """All that runs a format is told of it by its text."""
+    for run in (fake_quantize, pack, lambda x, fmt: GemmConfig(FLOAT32).with_weight(fmt)):
+        with pytest.raises(ValueError, match=message):
+            run(normal(3, 32), fmt)
+
+
+def test_levels_refuse_a_format_whose_text_stands_for_another():
+    formats.register("mean", lambda q, options: Mean(q))
+    try:
+        with pytest.raises(ValueError, match=r"level 0: q1 = 4: Mean.__str__: got 'bfp4' of"):
+            parse_levels("[bfp4,4,bfp4,bfp16]", "mean")
+    finally:
+        formats.unregister("mean")
 
 
 def test_claims_of_ones_own_stand():

@@ -13,7 +13,7 @@ from nn.common import multiply, normal, operand
 
 from fairseq_dsq import gemm
 from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
-from fairseq_dsq.formats import BlockFloat, FixedPoint, parse
+from fairseq_dsq.formats import BlockFloat, FixedPoint, Float32, parse
 from fairseq_dsq.gemm import Engine, Operand, Side, float32, int8, plan
 from fairseq_dsq.kernels import native, ops
 from fairseq_dsq.nn import GemmConfig, linear, matmul
@@ -453,6 +453,18 @@ def test_an_operand_of_another_format_than_planned_is_refused(first_engine):
 def test_engines_of_one_plan_round_the_same(first_engine):
     planned = first_engine(True)
     assert {engine.fuses_rounding(BlockFloat(4)) for engine in planned.engines} == {True}
+
+
+def test_an_engine_is_asked_before_float32_which_takes_everything():
+    before = gemm.names()
+    gemm.register(Trusting(False))
+    try:
+        assert gemm.names() == [*before[:-1], "trusting", "float32"]
+        planned = plan(Side(Float32(), True), Side(Float32(), True), CPU, torch.float32)
+        assert planned.engines[0].name == "trusting"
+    finally:
+        gemm.unregister("trusting")
+    assert gemm.names() == before
 
 
 def test_a_name_is_registered_once(first_engine):

@@ -24,7 +24,7 @@ class Double(Engine):
 
 
 double = Double()
-gemm.register(double, first=True)  # an engine is asked before those behind it, and float32 takes everything
+gemm.register(double, first=True)  # asked before all; without first, after those that are there, but for float32
 atexit.register(lambda: print(f"{double.products} products in float64"))
 '''
 

@@ -1,4 +1,8 @@
-"""How to add a number format: one file, used here through the real command lines."""
+"""How to add a number format: one file, used here through the real command lines.
+
+Its text has all its options in it: whatever runs the format is told of it by its text. Attention's values take one
+scale for each row, ``by_row``, here inherited; of a format that has None they take boxes along the features.
+"""
 
 PLUGIN = '''
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ from fairseq_dsq.nn import (
     linear,
 )
 from fairseq_dsq.plugin.attention import DSQMultiheadAttention
-from fairseq_dsq.precision import PrecisionConfig
+from fairseq_dsq.precision import PrecisionConfig, Rule
 
 ENCODER, DECODER = "encoder.layers.0", "decoder.layers.0"
 ATTENTIONS = (f"{ENCODER}.self_attn", f"{DECODER}.self_attn", f"{DECODER}.encoder_attn")
@@ -399,10 +399,28 @@ def test_a_model_without_a_layer_to_quantize_is_warned_of():
 
 def test_converting_twice_changes_nothing():
     how = context(*BFP_MIXED.q)
-    model = convert(tiny_transformer(), how)
+    rules = [Rule("*.fc2", (BFP_MIXED,))]
+    model = convert(tiny_transformer(), how, ["*.fc1"], rules=rules)
     modules = dict(model.named_modules())
-    convert(model, context())
+    convert(model, how)
     assert all(modules[name] is module for name, module in model.named_modules())
+
+
+@pytest.mark.parametrize("shares", ["a ledger", "nothing"])
+def test_a_model_converted_in_another_context_is_refused(shares):
+    """It would stay there: the second context would put nothing in force and count nothing."""
+    how = context(*BFP_MIXED.q)
+    torn = nn.Sequential(nn.Linear(4, 4), convert(nn.Linear(4, 4), how))
+    other = DSQContext(how.config, ledger=how.ledger) if shares == "a ledger" else context()
+    for model, name in ((torn, "1"), (torn[1], "model")):
+        with pytest.raises(ValueError, match=f"^{name}: converted already, in another context, expected a float model"):
+            convert(model, other)
+    assert type(torn[0]) is nn.Linear
+
+
+def test_a_lone_skip_pattern_is_refused():
+    with pytest.raises(TypeError, match=r"skip: got 'head', expected a list of patterns: \['head'\]"):
+        convert(nn.ModuleDict({"head": nn.Linear(4, 4)}), context(), skip="head")
 
 
 def test_a_layer_used_in_several_places_is_converted_in_all():
@@ -704,14 +722,15 @@ def test_the_ledger_sees_every_product_by_a_weight_of_a_hugging_face_model(huggi
 
 
 def test_what_a_hugging_face_model_still_multiplies_in_float_is_named(hugging_face_model):
+    how = context(*BFP_MIXED.q)
     with pytest.warns(UserWarning, match="stays float, neither quantized nor counted") as said:
-        convert(hugging_face_model, context(*BFP_MIXED.q))
+        convert(hugging_face_model, how)
     found = left_float(hugging_face_model)
     assert len(said) == 1 and all(name in str(said[0].message) for name in found)
     assert len(found) == 2 and all(what.endswith("multiplies activations by activations") for what in found.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert(hugging_face_model, context(*BFP_MIXED.q), skip=list(found))
+        convert(hugging_face_model, how, skip=list(found))
 
 
 @pytest.mark.parametrize("precision", [BFP_MIXED, FLOAT32], ids=["bfp", "float32"])
