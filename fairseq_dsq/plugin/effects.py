@@ -97,7 +97,7 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
         ValueError: levels that are malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
-    return parse_levels(flags.dsq_levels, flags.dsq_format, _options(flags))
+    return parse_levels(flags.dsq_levels, flags.dsq_format, options_of(flags))
 
 
 def rules_of(args: Any, levels: int) -> tuple[Rule, ...]:
@@ -107,10 +107,11 @@ def rules_of(args: Any, levels: int) -> tuple[Rule, ...]:
         ValueError: a rule that is malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
-    return parse_rules(flags.dsq_rules, levels, flags.dsq_format, _options(flags))
+    return parse_rules(flags.dsq_rules, levels, flags.dsq_format, options_of(flags))
 
 
-def _options(flags: Any) -> FormatOptions:
+def options_of(flags: Any) -> FormatOptions:
+    """How ``--dsq-format`` reads the q that are bits."""
     box_size = int(flags.dsq_box_size) if flags.dsq_box_size.isdigit() else flags.dsq_box_size or None
     return FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale, box_size)
 
