@@ -30,4 +30,9 @@ def test_a_model_of_fairseq_gets_its_quantized_twin(cli, tmp_path):
         "--save-dir", tmp_path,
     )  # fmt: skip
     assert '"train_dsq_arithmetic_relative"' in out + err
+    out, _ = cli.run(
+        "fairseq-dsq", "cost", "--user-dir", tmp_path / "my_plugin", "--arch", "transformer_align_dsq_tiny",
+        "--tokens", 64, "--vocabulary", 100, "--flags", "--dsq-levels [4,4,4,16]",
+    )  # fmt: skip
+    assert "[4,4,4,16]: bfp" in out
     cli.run("fairseq-dsq", "export-float", tmp_path / "checkpoint_last.pt", tmp_path / "plain.pt")

@@ -1,4 +1,4 @@
-"""How to add a number format: one file, used here through the real command lines."""
+"""How to add a number format: one file, used here through the real command lines; fairseq-dsq takes --user-dir too."""
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -48,6 +48,8 @@ def test_a_format_of_ones_own(cli, tmp_path):
         tmp_path / "run", "--user-dir", tmp_path, "--dsq-format", "power", "--dsq-levels", "[6,4,6,8]", "--max-epoch", 1
     )
     assert "done training" in log
+    out, _ = cli.run("fairseq-dsq", "formats", "--user-dir", tmp_path, "power4", "--json")
+    assert '"format": "power4"' in out
     check = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import torch, powers
