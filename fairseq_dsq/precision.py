@@ -172,6 +172,11 @@ class PrecisionConfig:
         return any(fmt != Float32() for pair in self.formats for fmt in pair)
 
     @cached_property
+    def has_bits(self) -> bool:
+        """Whether any q, or one of a pair, is bits of ``format_name``."""
+        return any(isinstance(member, int) for q in self.q for member in _pair(q))
+
+    @cached_property
     def squares(self) -> bool:
         """Whether a weight's boxes are squares."""
         return any(isinstance(fmt.group, Square) for fmt in (self.formats[0][1], self.formats[2][0]))

@@ -39,6 +39,9 @@ SUBCOMMANDS = (
     "run_train", "run_translate", "translation_prepare",
 )  # fmt: skip
 
+# Those that may meet formats, architectures, schedules or cost profiles of a user-dir.
+WITH_USER_DIR = ("average", "cost", "export_float", "flags", "formats", "report", "roofline")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. Bad input ends in one line on standard error and code 2."""
@@ -52,9 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in argv[:1]:
             called = importlib.import_module(f"fairseq_dsq.cli.{module}")
             called.add_arguments(command)
+            if module in WITH_USER_DIR:
+                text = "folder of Python with formats, architectures and the like of one's own, as fairseq-train's"
+                command.add_argument("--user-dir", metavar="DIR", help=text)
             command.set_defaults(run=called.main)
     args = parser.parse_args(argv)
     try:
+        if getattr(args, "user_dir", None) is not None:
+            _import_user_dir(args.user_dir)
         return int(args.run(args))
     except BrokenPipeError:  # into head, say: whoever reads has seen enough
         sys.stdout = None
@@ -64,6 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fairseq-dsq {args.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _import_user_dir(folder: str) -> None:
+    """Import a folder as ``fairseq-train --user-dir`` does."""
+    from fairseq.utils import import_user_module
+
+    try:
+        import_user_module(argparse.Namespace(user_dir=folder))
+    except FileNotFoundError as error:
+        raise ValueError(f"--user-dir: got {folder!r}, expected a folder of Python ({error})") from None
 
 
 def _summary(module: str) -> str:

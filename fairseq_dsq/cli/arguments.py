@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fairseq_dsq import data_files, formats
@@ -14,13 +14,14 @@ from fairseq_dsq.cli import blame
 from fairseq_dsq.text import quoted
 
 
-def add_format_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", default="bfp", metavar="NAME", help="number format: " + ", ".join(formats.names()))
+def add_format_argument(parser: argparse.ArgumentParser, default: str | None = "bfp") -> None:
+    text = f"number format: {', '.join(formats.names())} (default: {default or 'bfp, or --dsq-format in --flags'})"
+    parser.add_argument("--format", default=default, metavar="NAME", help=text)
 
 
-def check_format(name: str) -> None:
+def check_format(name: str | None) -> None:
     """Refuse a ``--format`` that is not registered."""
-    if name not in formats.names():
+    if name is not None and name not in formats.names():
         raise ValueError(f"--format: got {quoted(name)}, expected one of {', '.join(formats.names())}")
 
 
@@ -54,6 +55,38 @@ def find_model(args: argparse.Namespace, flag: str) -> Any:
         return dataclasses.replace(spec, **changes)
     except ValueError as error:  # begins with the field's name, which is the flag's
         raise ValueError(f"--{error}") from None
+
+
+def given_flags(args: argparse.Namespace, spec: Any, **own: str) -> dict[str, Any]:
+    """The flags of ``*_dsq`` architectures that ``--flags`` gives, and those that the command's ``own`` stand for.
+
+    Args:
+        spec: the model; None where there is none, and no ``--flags``.
+        own: an argument of the command, and the flag that it stands for.
+
+    Raises:
+        ValueError: both are given; or rules, whose q that are bits follow ``--flags``.
+    """
+    from fairseq_dsq.plugin import probe
+    from fairseq_dsq.plugin.config import option
+
+    given = {} if spec is None else probe.given_flags(spec)
+    for name, flag in own.items():
+        if (value := getattr(args, name)) is None:
+            continue
+        if beside := [other for other in (flag, "dsq_rules") if other in given]:
+            raise ValueError(
+                f"{option(name)}: got {value} beside {option(beside[0])} in --flags, expected {option(flag)} there"
+            )
+        given[flag] = value
+    return given
+
+
+def refuse_idle(args: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """Refuse arguments that have no effect, to say it: ``where`` is such as ``without --arch``."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')}: got it {where}, expected none")
 
 
 _UNITS = {f"{prefix}{ending}": base**power for power, prefix in enumerate("KMGT", 1)

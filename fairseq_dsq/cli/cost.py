@@ -13,35 +13,45 @@ from tabulate import tabulate
 
 from fairseq_dsq import data_files
 from fairseq_dsq.cli import blame
-from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model, size_in_bytes
+from fairseq_dsq.cli.arguments import (
+    add_format_argument,
+    add_model_arguments,
+    check_format,
+    find_model,
+    given_flags,
+    refuse_idle,
+    size_in_bytes,
+)
 from fairseq_dsq.cost import CostProfile, load_profile, pricing
 from fairseq_dsq.cost.profiles import FOLDER
 from fairseq_dsq.cost.published import compare
 from fairseq_dsq.formats import FormatOptions
 from fairseq_dsq.ledger import Update, Work
-from fairseq_dsq.precision import PrecisionConfig, parse_q
+from fairseq_dsq.precision import FLOAT32, PrecisionConfig, parse_q
 from fairseq_dsq.text import quoted
 
 DEFAULT_LAYER = "4096x512x2048"
 DEFAULT_PRECISION = "16,4,4,16"
+DEFAULT_PROFILE = "paper"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--paper-table", action="store_true", help="the paper's printed numbers beside the profile's")
-    what.add_argument("--precision", metavar="Q", help=f"one setting q0,q1,q2,q3 (default: {DEFAULT_PRECISION})")
+    what.add_argument(
+        "--precision", metavar="Q",
+        help=f"one setting q0,q1,q2,q3 (default: {DEFAULT_PRECISION}, or --dsq-levels in --flags)",
+    )  # fmt: skip
     what.add_argument(
         "--trajectory", metavar="Q:EPOCHS ...", help="settings with their epochs, such as '2,2,2,16:12 16,4,4,16:3'"
     )
-    add_format_argument(parser)
-    parser.add_argument(
-        "--sign-bit", choices=("counted", "extra"), default="counted", help="as --dsq-sign-bit (default: counted)"
-    )
+    add_format_argument(parser, default=None)
+    parser.add_argument("--sign-bit", choices=("counted", "extra"), help="as --dsq-sign-bit (default: counted)")
     parser.add_argument(
         "--profile",
-        default="paper",
         metavar="NAME",
-        help=f"cost profile: {', '.join(data_files.names(FOLDER))}, or the path of one's own (default: paper)",
+        help=f"cost profile: {', '.join(data_files.names(FOLDER))}, or the path of one's own "
+        f"(default: {DEFAULT_PROFILE})",
     )
     parser.add_argument(
         "--layer",
@@ -60,28 +70,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     check_format(args.format)
     with blame("--profile"):
-        profile = load_profile(args.profile)
+        profile = load_profile(args.profile or DEFAULT_PROFILE)
+    _refuse_idle(args)
+    if args.paper_table:
+        return _paper_table(profile, args.json)
+    spec = find_model(args, "--arch") if args.model else None
+    given = given_flags(args, spec, format="dsq_format", sign_bit="dsq_sign_bit")
+    levels = _levels(args, given)
+    if args.memory:
+        return _memory(args, spec, given, [level for level, _ in levels])
+    work_at, described = _workload(args, spec, profile)
+    result: dict[str, Any] = {"profile": profile.name, "format": levels[0][0].format_name, "workload": described}
+    if args.trajectory:
+        result |= pricing.price_trajectory(profile, [(work_at(level), level, count) for level, count in levels])
+        text = _trajectory_text(result)
+    else:
+        priced = [pricing.price_level(profile, work_at(level), level, details=bool(spec)) for level, _ in levels]
+        text = "\n\n".join(_setting_text({**result, **row}) for row in priced)
+        result |= priced[0] if len(priced) == 1 else {"levels": priced}
+    result["unpriced"] = profile.unpriced(level for level, _ in levels)
+    said = profile.says_of_unpriced(level for level, _ in levels)
+    print(json.dumps(result, indent=1) if args.json else "\n".join(filter(None, (text, said))))
+    return 0
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse arguments that have no effect beside the others."""
+    of_model = ("tokens", "length", "vocabulary", "flags")
     if args.paper_table:
         if args.model or args.layer:
             raise ValueError("--paper-table: got a model beside it, expected none")
-        return _paper_table(profile, args.json)
-    options = FormatOptions(sign_bit_extra=args.sign_bit == "extra")
-    with blame("--trajectory" if args.trajectory else "--precision"):
-        levels = _levels(args.trajectory or f"{args.precision or DEFAULT_PRECISION}:1", args.format, options)
-    if args.memory or args.fit:
-        return _memory(args, [level for level, _ in levels])
-    work_at, described = _workload(args, profile)
-    result: dict[str, Any] = {"profile": profile.name, "format": args.format, "workload": described}
-    if args.trajectory:
-        result |= pricing.price_trajectory(profile, [(work_at(level), level, count) for level, count in levels])
+        others = ("format", "sign_bit", "memory", "fit", "forward_only", *of_model)
+        refuse_idle(args, others, "beside --paper-table")
+    if args.model:
+        refuse_idle(args, ("layer",), "beside --arch")
+    elif args.memory:
+        raise ValueError("--memory: got no --arch beside it, expected one")
     else:
-        (level, _), *_ = levels
-        result |= pricing.price_level(profile, work_at(level), level, details=bool(args.model))
-    result["unpriced"] = profile.unpriced(level for level, _ in levels)
-    said = profile.says_of_unpriced(level for level, _ in levels)
-    text = _trajectory_text if args.trajectory else _setting_text
-    print(json.dumps(result, indent=1) if args.json else "\n".join(filter(None, (text(result), said))))
-    return 0
+        refuse_idle(args, of_model, "without --arch")
+    if args.memory:
+        refuse_idle(args, ("forward_only", "profile"), "beside --memory")
+    else:
+        refuse_idle(args, ("fit",), "without --memory")
 
 
 def _trajectory_text(result: Mapping[str, Any]) -> str:
@@ -135,7 +165,37 @@ def _paper_table(profile: CostProfile, as_json: bool) -> int:
     return 0
 
 
-def _levels(text: str, format_name: str, options: FormatOptions) -> list[tuple[PrecisionConfig, int]]:
+def _levels(args: argparse.Namespace, given: Mapping[str, Any]) -> list[tuple[PrecisionConfig, int]]:
+    """What is to be priced, each level with its epochs, 1 outside of a trajectory.
+
+    Args:
+        given: the flags of ``*_dsq`` architectures.
+    """
+    from fairseq_dsq.plugin.config import DSQConfig
+    from fairseq_dsq.plugin.effects import levels_of, options_of
+
+    flags: Any = DSQConfig(**given)
+    trained: tuple[PrecisionConfig, ...] = ()
+    if "dsq_levels" in given:
+        if args.precision:
+            raise ValueError(
+                f"--precision: got {quoted(args.precision)} beside --dsq-levels in --flags, expected one of the two"
+            )
+        with blame("--flags: --dsq-levels"):
+            trained = levels_of(flags)
+        if not args.trajectory:
+            return [(level, 1) for level in trained]
+    default = str(FLOAT32) if flags.dsq_format == FLOAT32.format_name else DEFAULT_PRECISION
+    text = args.trajectory or f"{args.precision or default}:1"
+    with blame("--trajectory" if args.trajectory else "--precision"):
+        levels = _parse(text, flags.dsq_format, options_of(flags))
+        for level, _ in levels:
+            if trained and level.by_value not in {known.by_value for known in trained}:
+                raise ValueError(f"got {level}, expected one of --dsq-levels in --flags, {flags.dsq_levels}")
+    return levels
+
+
+def _parse(text: str, format_name: str, options: FormatOptions) -> list[tuple[PrecisionConfig, int]]:
     """(precision, epochs) of ``Q:EPOCHS Q:EPOCHS ...``."""
     levels = []
     for piece in text.split():
@@ -152,15 +212,12 @@ def _levels(text: str, format_name: str, options: FormatOptions) -> list[tuple[P
 
 
 def _workload(
-    args: argparse.Namespace, profile: CostProfile
+    args: argparse.Namespace, spec: Any, profile: CostProfile
 ) -> tuple[Callable[[PrecisionConfig], Work], dict[str, Any]]:
     """What runs in a step at a level, and its description; a layer alone has no update."""
-    if args.model:
-        if args.layer:
-            raise ValueError("--layer: got it beside --arch, expected one of the two")
+    if spec:
         from fairseq_dsq.plugin import probe
 
-        spec = find_model(args, "--arch")
         described = _described(spec)
         updates: dict[Update, float] = {}
         if profile.prices_updates and not args.forward_only:
@@ -188,26 +245,20 @@ def _described(spec: Any) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in ("arch", "flags", "tokens", "length", "vocabulary")}
 
 
-def _memory(args: argparse.Namespace, levels: Sequence[PrecisionConfig]) -> int:
-    """Print what a training step holds: of the float model, and at each level with each stash scope."""
-    if not args.memory:
-        raise ValueError("--fit: got it without --memory, expected it beside that")
-    if not args.model:
-        raise ValueError("--memory: got no --arch beside it, expected one")
-    if args.layer or args.forward_only:
-        raise ValueError(f"{'--layer' if args.layer else '--forward-only'}: got it beside --memory, expected none")
+def _memory(args: argparse.Namespace, spec: Any, given: Mapping[str, Any], levels: Sequence[PrecisionConfig]) -> int:
+    """Print what a training step holds: of the float model, and at each level with each stash scope, or the given."""
     with blame("--fit"):
         limit = size_in_bytes(args.fit) if args.fit else None
     from fairseq_dsq.nn import STASH_SCOPES
     from fairseq_dsq.plugin import footprint
 
-    spec = find_model(args, "--arch")
+    scopes = (given["dsq_stash_scope"],) if "dsq_stash_scope" in given else STASH_SCOPES
     settings: list[tuple[str, str, Any, Any]] = []
     if not footprint.is_quantized(spec):
         settings.append(("float32", "", spec, None))
     with blame("--arch"):
         for level in levels:
-            settings += [(str(level), scope, footprint.quantized(spec, scope), level) for scope in STASH_SCOPES]
+            settings += [(str(level), scope, footprint.quantized(spec, scope), level) for scope in scopes]
     rows = []
     for name, scope, own, level in settings:
         step = footprint.Step(own, level)
@@ -218,7 +269,7 @@ def _memory(args: argparse.Namespace, levels: Sequence[PrecisionConfig]) -> int:
             row["largest_tokens"] = row["largest_batch"] * spec.length
         rows.append(row)
     described = {**_described(spec), "batch": spec.batch, "optimizer": step.optimizer_name}
-    result = {"format": args.format, "workload": described, "memory": rows}
+    result: dict[str, Any] = {"format": levels[0].format_name, "workload": described, "memory": rows}
     if limit is not None:
         result["fit"] = limit
     print(json.dumps(result, indent=1) if args.json else _memory_text(result))

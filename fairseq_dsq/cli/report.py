@@ -175,6 +175,8 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--quality", text]
     for name in args.profile:
         words += ["--profile", name]
+    if args.user_dir is not None:
+        words += ["--user-dir", args.user_dir]
     if args.bench is not None:
         words += ["--bench", str(args.bench)]
     return printable(shlex.join([*words, "--out", str(args.out)]))

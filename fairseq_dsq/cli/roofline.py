@@ -71,7 +71,9 @@ def main(args: argparse.Namespace) -> int:
     spec = find_model(args, "--model")
     from fairseq_dsq.plugin import probe
 
-    work, elements = probe.trace(spec), probe.traffic(spec)
+    work = probe.trace(spec)
+    with blame("--model"):
+        elements = probe.traffic(spec)
     rows = price_settings(work, elements, levels, args.format, hardware, args.float_bits)
     published = roofline_table() if args.model == PUBLISHED_MODEL else {}
     batch = f"{args.model}, {spec.tokens} tokens in sequences of {spec.length}"

@@ -20,10 +20,12 @@ from fairseq_dsq.cli import blame
 from fairseq_dsq.plugin import config, effects
 from fairseq_dsq.plugin.state import refuse_field
 from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
+from fairseq_dsq.recipes.fairseq_command import USER_DIR
 from fairseq_dsq.recipes.plan import Plan, Step, progress
 from fairseq_dsq.recipes.recipe import seeds_of
 from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
 from fairseq_dsq.recipes.side_by_side import SideBySide
+from fairseq_dsq.recipes.training import refuse_own
 from fairseq_dsq.translation.pieces import LEARN
 
 # What a recipe's parameters of these names are.
@@ -54,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
+    refuse_own(rest, {"--user-dir": str(USER_DIR), "--save-dir": "a folder in RUNS"})
     try:
         parser = _parser(name, recipe)
     except argparse.ArgumentError as error:
@@ -224,6 +227,8 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
             if method not in (*rows, *recipe.methods.split()):
                 expected = f"{' '.join(rows)}, or of the tables {recipe.methods}"
                 raise ValueError(f"--methods: got {method!r}, expected some of {expected}")
+        if options["format"] and options["methods"] != recipe.methods:
+            raise ValueError(f"--methods: got {options['methods']!r} beside --format, expected one of the two")
         if options["levels"] and not options["format"]:
             raise ValueError(f"--levels: got {options['levels']!r} without --format")
 

@@ -1,9 +1,10 @@
 """Cost profiles: what a GEMM costs at a precision, and what an update does.
 
-A profile is a data file in configs/cost/ (or anywhere) whose ``kind`` names one of the classes below; it holds the
-coefficients, where they come from and what they do not fit. Costs are given beside those of the same GEMMs and stashes
-in 32-bit fixed point, the paper's baseline, and of the same updates by Adam in float32. The baseline keeps all that its
-backward pass needs: what is repeated, and what is packed to be repeated, costs and is not in it.
+A profile is a data file in configs/cost/ (or anywhere) whose ``kind`` names one of the classes below, or one of one's
+own (:func:`register`); it holds the coefficients, where they come from and what they do not fit. Costs are given beside
+those of the same GEMMs and stashes in 32-bit fixed point, the paper's baseline, and of the same updates by Adam in
+float32. The baseline keeps all that its backward pass needs: what is repeated, and what is packed to be repeated, costs
+and is not in it.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class FormatCost:
 @dataclass(frozen=True)
 class CostProfile(ABC):
     """What all kinds of profile hold.
+
+    What is reported is a cost over its baseline, and below that of 16-bit fixed point: units cancel, if a kind has the
+    baseline in the same unit. What is shown as such is MACs of 32-bit fixed point, and bytes.
 
     Attributes:
         name: as the tables print it.
@@ -232,7 +236,17 @@ class OperandProfile(CostProfile):
         return Cost(dram_bytes=update_bytes(update), dram_baseline_bytes=update_bytes(update.in_float32))
 
 
-KINDS: dict[str, type[CostProfile]] = {"setting": SettingProfile, "operands": OperandProfile}
+_KINDS: dict[str, type[CostProfile]] = {"setting": SettingProfile, "operands": OperandProfile}
+
+
+def register(kind: str, profile: type[CostProfile]) -> None:
+    """Have files whose ``kind`` is this one make profiles of a class: a dataclass, whose fields are the file's keys.
+
+    Raises:
+        ValueError: the name is another class's already.
+    """
+    if _KINDS.setdefault(kind, profile) is not profile:
+        raise ValueError(f"kind {kind!r}: registered already")
 
 
 def load_profile(name: str) -> CostProfile:
@@ -241,7 +255,7 @@ def load_profile(name: str) -> CostProfile:
     Raises:
         ValueError: no such profile, or a file that is not one; the message says what is expected.
     """
-    return data_files.load_kind(KINDS, FOLDER, name)
+    return data_files.load_kind(_KINDS, FOLDER, name)
 
 
 def total_cost(

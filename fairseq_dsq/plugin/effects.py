@@ -97,7 +97,7 @@ def levels_of(args: Any) -> tuple[PrecisionConfig, ...]:
         ValueError: levels that are malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
-    return parse_levels(flags.dsq_levels, flags.dsq_format, _options(flags))
+    return parse_levels(flags.dsq_levels, flags.dsq_format, options_of(flags))
 
 
 def rules_of(args: Any, levels: int) -> tuple[Rule, ...]:
@@ -107,10 +107,11 @@ def rules_of(args: Any, levels: int) -> tuple[Rule, ...]:
         ValueError: a rule that is malformed or not of the format.
     """
     flags: Any = DSQConfig.of(args)
-    return parse_rules(flags.dsq_rules, levels, flags.dsq_format, _options(flags))
+    return parse_rules(flags.dsq_rules, levels, flags.dsq_format, options_of(flags))
 
 
-def _options(flags: Any) -> FormatOptions:
+def options_of(flags: Any) -> FormatOptions:
+    """How ``--dsq-format`` reads the q that are bits."""
     box_size = int(flags.dsq_box_size) if flags.dsq_box_size.isdigit() else flags.dsq_box_size or None
     return FormatOptions(flags.dsq_sign_bit == "extra", flags.dsq_fixed_scale, flags.dsq_scale, box_size)
 
@@ -208,12 +209,13 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
                 yield f"{option(name)} {value}: has no effect{why}"
 
     def idle(flag: str) -> bool:
-        """Whether the levels are the same without the flag."""
+        """Whether the levels, and the rules', are the same without the flag."""
+        without = replace(DSQConfig.of(args), **{flag: own[flag]})
         try:
-            others = levels_of(replace(DSQConfig.of(args), **{flag: own[flag]}))
+            others = [*levels_of(without), *(each for rule in rules_of(without, len(levels)) for each in rule.levels)]
         except ValueError:
             return False
-        return [level.formats for level in others] == [level.formats for level in levels]
+        return [level.formats for level in others] == [level.formats for level in [*levels, *ruled]]
 
     schedule = defaults(DSQConfig, "schedule")
     own_schedule = {f"dsq_{name}" for name in own_flags(args.dsq_schedule)} | {"dsq_schedule"}
@@ -239,9 +241,13 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     if rotation and not any(config.rotates(kind) for config in configs for kind in ROTATED):
         yield from given(": the operands of these GEMMs are float32", "dsq_rotate")
     if all(held.group == "tensor" for held in used - {formats.Float32()}):
-        yield from given(f" with --dsq-format {args.dsq_format}, which has no boxes", "dsq_box_dim", "dsq_value_boxes")
+        yield from given(": no q's format has boxes", "dsq_box_dim", "dsq_value_boxes")
     elif args.dsq_attention_matmul == "off":
         yield from given(" with --dsq-attention-matmul off", "dsq_value_boxes")
-    for flag in defaults(DSQConfig, "levels"):
+    of_bits = [flag for flag in defaults(DSQConfig, "levels") if flag != "dsq_levels"]
+    if not any(level.has_bits for level in [*levels, *ruled]):
+        yield from given(": no q is bits of --dsq-format", *of_bits)
+        return
+    for flag in of_bits:
         if flag not in THE_LEVELS and idle(flag):
             yield from given(f" with --dsq-format {args.dsq_format}", flag)

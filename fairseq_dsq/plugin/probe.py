@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from fairseq_dsq import data_files
 from fairseq_dsq.nn import FLOAT32, DSQContext, GemmConfig, Ledger, Work
 from fairseq_dsq.plugin.attach import quantize
+from fairseq_dsq.plugin.config import DSQConfig, defaults, option
 from fairseq_dsq.plugin.state import DSQState
 from fairseq_dsq.precision import PrecisionConfig
 
@@ -137,6 +139,40 @@ def training_config(flags: Sequence[str]) -> Any:
         return convert_namespace_to_omegaconf(args)
 
 
+def task_of(spec: ModelSpec) -> str:
+    """The task that a spec's architecture is trained with.
+
+    Raises:
+        ValueError: an architecture of another family than those in ``TASKS``.
+    """
+    family = ARCH_MODEL_REGISTRY[spec.arch]
+    names = [name for kind, name in TASKS.items() if issubclass(family, kind)]
+    if not names:
+        raise ValueError(f"arch: got {spec.arch!r}, expected a translation, language or masked language model")
+    return names[0]
+
+
+def configuration(spec: ModelSpec) -> Any:
+    """What fairseq-train makes of a spec's flags; the optimizer is ``adam`` unless they name one.
+
+    Raises:
+        ValueError: flags that it refuses; or as :func:`task_of`.
+    """
+    own = ["--arch", spec.arch, "--task", task_of(spec), "--optimizer", "adam"]
+    try:
+        return training_config(["data", *own, *shlex.split(spec.flags)])
+    except ValueError as error:
+        raise ValueError(f"--flags: {error}") from None
+
+
+def given_flags(spec: ModelSpec) -> dict[str, Any]:
+    """The flags of ``*_dsq`` architectures that a spec's flags give; errors as :func:`configuration`."""
+    model = configuration(spec).model
+    words = {word.partition("=")[0] for word in shlex.split(spec.flags)}
+    found = {name: (getattr(model, name, default), default) for name, default in defaults(DSQConfig).items()}
+    return {name: value for name, (value, default) in found.items() if value != default or option(name) in words}
+
+
 class Setup(NamedTuple):
     """What fairseq-train makes of a spec's flags: its configuration, task and model."""
 
@@ -146,26 +182,13 @@ class Setup(NamedTuple):
 
 
 def set_up(spec: ModelSpec, device: str = "meta") -> Setup:
-    """The float (or ``*_dsq``) model of a spec, in training mode; the optimizer is ``adam`` unless flags name one.
-
-    Raises:
-        ValueError: flags that fairseq-train refuses, or an architecture of another family than those in ``TASKS``.
-    """
-    family = ARCH_MODEL_REGISTRY[spec.arch]
-    names = [name for kind, name in TASKS.items() if issubclass(family, kind)]
-    if not names:
-        raise ValueError(f"arch: got {spec.arch!r}, expected a translation, language or masked language model")
-    task_class = TASK_REGISTRY[names[0]]
-    try:
-        own = ["--arch", spec.arch, "--task", names[0], "--optimizer", "adam"]
-        config = training_config(["data", *own, *spec.flags.split()])
-    except ValueError as error:
-        raise ValueError(f"--flags: {error}") from None
+    """The float (or ``*_dsq``) model of a spec, in training mode; errors as :func:`configuration`."""
+    config, name = configuration(spec), task_of(spec)
     dictionary = Dictionary()
     for index in range(spec.vocabulary - len(dictionary)):
         dictionary.add_symbol(f"token{index}")
-    dictionaries = (dictionary, dictionary) if names[0] == "translation" else (dictionary,)
-    task = task_class(config.task, *dictionaries)
+    dictionaries = (dictionary, dictionary) if name == "translation" else (dictionary,)
+    task = TASK_REGISTRY[name](config.task, *dictionaries)
     with torch.device(device), NoData():
         model: nn.Module = task.build_model(config.model)
     return Setup(config, task, model.train())
@@ -225,8 +248,15 @@ def traffic(spec: ModelSpec) -> tuple[int, int]:
 
     Returns:
         Elements moved within attention (between its projections), and elsewhere.
+
+    Raises:
+        ValueError: a ``*_dsq`` architecture, whose quantization would be counted as operators.
     """
     model = build(spec)
+    if hasattr(model, "dsq"):
+        raise ValueError(
+            f"got {spec.arch!r}, expected the float architecture: --format and --levels quantize its GEMMs"
+        )
     mode = _Traffic()
 
     def enter(*_: Any) -> None:

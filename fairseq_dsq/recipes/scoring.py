@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from fairseq_dsq import artefact
 from fairseq_dsq.recipes import fairseq_command
-from fairseq_dsq.recipes.training import identity
+from fairseq_dsq.recipes.training import identity, refuse_own
 
 
 def score_best(
@@ -33,10 +34,12 @@ def score_best(
 
     Raises:
         OSError: no checkpoint.
-        ValueError: another command is at work there; or of ``measure``.
+        ValueError: another command is at work there; a flag that is given already; or of ``measure``.
         FailedError: the command failed; what it said is in its output.
     """
     best, output, score = (folder / name for name in (artefact.BEST, *files))
+    own = {"--user-dir": str(fairseq_command.USER_DIR), "--path": str(best.resolve())}
+    refuse_own(flags, own)
     artefact.check_path("RUN", folder)
     if not best.is_file():
         raise OSError(f"{best}: does not exist, expected the checkpoint of a run")
@@ -46,8 +49,7 @@ def score_best(
             for path in (output, score):
                 artefact.stamp(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-            own = ["--user-dir", str(fairseq_command.USER_DIR), "--path", str(best.resolve())]
-            fairseq_command.call(command, [*flags, *own], output, pass_fds=[lock])
+            fairseq_command.call(command, [*flags, *itertools.chain(*own.items())], output, pass_fds=[lock])
             artefact.write(output, settings)
             measured = measure(output)
             with artefact.atomic(score) as partial:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fairseq_dsq import artefact
@@ -13,7 +14,7 @@ LOG = "train.log"
 DATA = "DATA"
 # They do not change what is trained. The data is known by its content, the package by its version.
 _WITHOUT_EFFECT = frozenset({
-    "--user-dir", "--log-format", "--log-interval", "--log-file", "--no-progress-bar", "--tensorboard-logdir",
+    "--log-format", "--log-interval", "--log-file", "--no-progress-bar", "--tensorboard-logdir",
     "--wandb-project", "--num-workers", "--keep-interval-updates", "--keep-last-epochs", "--keep-best-checkpoints",
     "--distributed-rank", "--distributed-init-method", "--distributed-port",
 })  # fmt: skip
@@ -29,25 +30,36 @@ def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
             in ``folder``/node-N.log.
 
     Raises:
-        ValueError: other settings trained in it; or another command is at work there.
+        ValueError: other settings trained in it; another command is at work there; or a flag that is given already.
         FailedError: fairseq-train failed; its output is in ``folder``/train.log.
     """
-    if any(flag.partition("=")[0] == "--save-dir" for flag in flags):
-        raise ValueError(f"--save-dir: is {folder}, the folder of the run")
+    own = {"--user-dir": str(fairseq_command.USER_DIR), "--save-dir": str(folder.resolve())}
+    refuse_own(flags, own)
     artefact.check_path("RUN", folder)
     settings = identity(flags)
     folder.mkdir(parents=True, exist_ok=True)
-    own = ["--user-dir", str(fairseq_command.USER_DIR), "--save-dir", str(folder.resolve())]
+    words = [*flags, *itertools.chain(*own.items())]
     if node:
         if not artefact.made_by(folder / LOG, settings):
-            fairseq_command.call("fairseq-train", [*flags, *own], folder / f"node-{node}.log")
+            fairseq_command.call("fairseq-train", words, folder / f"node-{node}.log")
         return
     with artefact.locked(folder, wait=False) as lock:
         if claim(folder, settings):
             return
         # Whoever kills this command alone leaves fairseq-train at work, which then still holds the lock.
-        fairseq_command.call("fairseq-train", [*flags, *own], folder / LOG, pass_fds=[lock])
+        fairseq_command.call("fairseq-train", words, folder / LOG, pass_fds=[lock])
         artefact.write(folder / LOG, settings)
+
+
+def refuse_own(flags: Iterable[str], own: Mapping[str, str]) -> None:
+    """Refuse flags of fairseq that are given already: ``own``, by flag its value. The last of two would stand, unsaid.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    for given in (word.partition("=")[0] for word in flags):
+        if given in own:
+            raise ValueError(f"{given}: is {own[given]}, expected none")
 
 
 def identity(arguments: Sequence[str]) -> dict[str, str]:

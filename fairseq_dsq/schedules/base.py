@@ -76,6 +76,10 @@ class Policy(Generic[S]):
         """The state before the next update, of ``epoch``, when ``updates`` are done. Called once for each.
 
         A training that goes on from a checkpoint calls it as one that was never stopped, with the state of then.
+
+        What fairseq logs is there too: the last update's gradient norm is ``.val`` of ``get_meter("train", "gnorm")``
+        in ``fairseq.logging.metrics``. fairseq resets it with each epoch: before the first update of one there is no
+        meter, or its value is None.
         """
         return state
 

@@ -109,6 +109,15 @@ def test_an_update_is_charged_where_the_profile_prices_it_and_shared_by_its_batc
         assert "update_dram_bytes" not in as_json(capsys, "cost", *small(), *argv)
 
 
+def test_flags_say_the_levels_and_their_format_as_in_training(capsys):
+    flags = "--dsq-format=fixed --dsq-sign-bit extra --dsq-levels '[8,8,8,8] [16,8,8,16]'"
+    found = as_json(capsys, "cost", *small(flags))
+    argv = ("--format", "fixed", "--sign-bit", "extra", "--precision", "8,8,8,8")
+    alone = as_json(capsys, "cost", *small(), *argv)
+    assert [level["precision"] for level in found["levels"]] == [[8, 8, 8, 8], [16, 8, 8, 16]]
+    assert found["format"] == "fixed" and all(alone[key] == value for key, value in found["levels"][0].items())
+
+
 def test_sixteen_bit_fixed_point_has_float_weights_and_states(capsys):
     for flags in ("", "--optimizer dsq_adam"):
         result = as_json(capsys, "cost", *small(flags), "--profile", "operands", "--format", "fixed", "--precision",
@@ -135,6 +144,8 @@ def test_what_a_step_holds_by_part_and_the_batch_that_fits(capsys):
     assert rows[0]["stash"] == 0 < rows[1]["stash"] and rows[2]["stash"] + rows[2]["saved"] < rows[1]["saved"]
     assert rows[2]["saved"] < rows[1]["saved"] < rows[0]["saved"]
     assert rows[0]["largest_batch"] < rows[1]["largest_batch"] < rows[2]["largest_batch"]
+    (scope,) = as_json(capsys, "cost", *small("--dsq-stash-scope gemm"), "--memory")["memory"]
+    assert scope["stash_scope"] == "gemm"
     text = run(capsys, "cost", *small(), "--memory", "--trajectory", "2,2,2,16:1 16,4,4,16:1")
     assert text.count("[2,2,2,16]") == text.count("[16,4,4,16]") == 2 and "float32" not in text
     assert "largest" not in text and "Not counted" in text
@@ -165,6 +176,26 @@ def test_flags_change_the_model_and_validation_has_no_backward(capsys):
         (("--arch", "roberta-base", "--tokens", "100"), "--tokens: got 100, expected a multiple of length 512"),
         (("--arch", "roberta-base", "--flags", "--nix 3"), "--flags: unrecognized arguments: --nix 3"),
         (("--arch", "roberta_dsq", "--flags", "--dsq-format nix"), "--flags: argument --dsq-format: got 'nix'"),
+        (("--arch", "roberta_dsq", "--flags", "--dsq-levels '[8"), "--flags: No closing quotation"),
+        (
+            ("--arch", "roberta_dsq", "--format", "bfp", "--flags", "--dsq-format fixed"),
+            "--format: got bfp beside --dsq-format in --flags, expected --dsq-format there",
+        ),
+        (
+            ("--arch", "roberta_dsq", "--format", "fixed", "--flags", "--dsq-rules '*.fc1=[8,8,8,16]'"),
+            "--format: got fixed beside --dsq-rules in --flags, expected --dsq-format there",
+        ),
+        (
+            ("--arch", "roberta_dsq", "--precision", "2,2,2,16", "--flags", "--dsq-levels [2,2,2,16]"),
+            "--precision: got '2,2,2,16' beside --dsq-levels in --flags, expected one of the two",
+        ),
+        (
+            ("--arch", "roberta_dsq", "--trajectory", "2,2,2,16:1 4,4,4,16:1", "--flags", "--dsq-levels [2,2,2,16]"),
+            "--trajectory: got [4,4,4,16], expected one of --dsq-levels in --flags, [2,2,2,16]",
+        ),
+        (("--flags", "--encoder-layers 1"), "--flags: got it without --arch, expected none"),
+        (("--paper-table", "--format", "fixed"), "--format: got it beside --paper-table, expected none"),
+        (("--arch", "transformer", "--memory", "--profile", "paper"), "--profile: got it beside --memory"),
         (("--memory",), "--memory: got no --arch beside it"),
         (("--arch", "roberta-base", "--fit", "16G"), "--fit: got it without --memory"),
         (("--arch", "roberta-base", "--memory", "--fit", "16X"), "--fit: got '16X', expected a size such as 16GB"),
@@ -221,6 +252,10 @@ def test_measured_hardware_can_be_saved_and_used(capsys, tmp_path):
     [
         (("--hardware", "nix"), "--hardware: got 'nix', expected a100-sxm-80gb"),
         (("--model", "nix"), "--model: got 'nix'"),
+        (
+            ("--model", "transformer_dsq_tiny", "--tokens", "64"),
+            "--model: got 'transformer_dsq_tiny', expected the float",
+        ),
         (("--levels", "[16,4,4,16] [2,2,2,1]"), "--levels: level 1: q3: got 1, expected 2 to"),
     ],
 )

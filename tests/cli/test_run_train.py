@@ -157,10 +157,10 @@ def test_a_training_whose_parent_was_killed_keeps_its_folder(run, tmp_path, caps
     run(*PATIENCE)
 
 
-@pytest.mark.parametrize("flags", [("--save-dir", "x"), ("--save-dir=x",)])
+@pytest.mark.parametrize("flags", [("--save-dir", "x"), ("--save-dir=x",), ("--user-dir", "x")])
 def test_the_folder_is_named_once(run, capsys, flags):
     assert run(*flags, code=2) == 0
-    assert "--save-dir: is " in capsys.readouterr().err
+    assert f"{flags[0][:10]}: is " in capsys.readouterr().err
 
 
 def test_a_folder_that_fairseq_would_split_is_refused(run, capsys):

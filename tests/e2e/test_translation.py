@@ -122,6 +122,11 @@ def test_the_methods_are_the_rows_of_table_1():
     ("arguments", "expected"),
     [
         (("--levels", "[2,2,2,16]"), "--levels: got '[2,2,2,16]' without --format"),
+        (
+            ("--format", "bfp", "--methods", "table1"),
+            "--methods: got 'table1' beside --format, expected one of the two",
+        ),
+        (("--", "--user-dir", "mine"), "--user-dir: is "),
         (("--epochs", "0"), "--epochs: got '0', expected an integer >= 1"),
         (("--vocab", "4e3"), "--vocab: got '4e3', expected an integer >= 1"),
         (("--seed", "-1"), "--seed: got '-1', expected an integer >= 0"),

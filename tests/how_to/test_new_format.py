@@ -1,4 +1,4 @@
-"""How to add a number format: one file, used here through the real command lines.
+"""How to add a number format: one file, used here through the real command lines; fairseq-dsq takes --user-dir too.
 
 Its text has all its options in it: whatever runs the format is told of it by its text. Attention's values take one
 scale for each row, ``by_row``, here inherited; of a format that has None they take boxes along the features.
@@ -52,6 +52,8 @@ def test_a_format_of_ones_own(cli, tmp_path):
         tmp_path / "run", "--user-dir", tmp_path, "--dsq-format", "power", "--dsq-levels", "[6,4,6,8]", "--max-epoch", 1
     )
     assert "done training" in log
+    out, _ = cli.run("fairseq-dsq", "formats", "--user-dir", tmp_path, "power4", "--json")
+    assert '"format": "power4"' in out
     check = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import torch, powers

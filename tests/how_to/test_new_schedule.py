@@ -1,7 +1,8 @@
 """To add a schedule: a file that registers a policy. Its flags and its state in checkpoints follow from its fields.
 
 In fairseq_dsq/schedules/ (and named in its __init__.py) it may have flags of its own; in a --user-dir, as here, it
-uses those that there are.
+uses those that there are. What fairseq logs, such as the gradient norm, is read from its meters: Policy.on_update says
+how.
 """
 
 import torch

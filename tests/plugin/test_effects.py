@@ -49,10 +49,21 @@ def idle(**changes):
         ({"rotate": "grad_weight/16"}, []),
         ({"levels": "[4,32,4,32]", "rotate": "backward/16"}, []),
         ({"levels": "[bfp4,float32,bfp4,float32]", "rotate": "grad_weight/16"}, ["--dsq-rotate grad_weight/16"]),
+        ({"levels": "[bfp4,mxfp4,bfp4,bfp16]", "rules": "*.fc2=[4,4,4,16]", "box_size": 32}, []),
+        ({"levels": "[bfp4|4,mxfp4,bfp4,bfp16]", "box_size": 32}, []),
     ],
 )
 def test_a_flag_without_effect_is_named(flags, expected):
     assert idle(**flags) == expected
+
+
+def test_flags_that_read_bits_are_idle_where_no_q_is_bits():
+    args = argparse.Namespace(dsq_format="fixed", dsq_levels="[bfp4,mxfp4,bfp4,bfp16]", dsq_box_size=32)
+    set_defaults(args)
+    assert list(idle_flags(args, levels_of(args))) == [
+        "--dsq-format fixed: has no effect: no q is bits of --dsq-format",
+        "--dsq-box-size 32: has no effect: no q is bits of --dsq-format",
+    ]
 
 
 def test_formats_that_the_cost_profile_does_not_price_are_named():
