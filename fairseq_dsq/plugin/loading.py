@@ -256,16 +256,13 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
         # Of a training before in this process: what this one has reached, its checkpoint says.
         vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        try:
-            found = load(cfg, trainer, **passthrough_args)
-        except KeyError as error:
-            if error.args != (_POSITION,):
-                raise
+        found = load(cfg, trainer, **passthrough_args)
+        if found[1].epoch < 1:  # what fairseq takes for granted where the position lacks
             path = given[1] if given else last
             raise DSQError(
                 f"{path}: has no {_POSITION!r}, expected a checkpoint that training goes on from: fairseq's crash.pt, "
                 "of a training that failed, is none"
-            ) from None
+            )
         refuse_foreign_states(trainer.optimizer)
         # fairseq has told the model the checkpoint's count; without an optimizer's state it counts from 0 itself.
         trainer.get_model().set_num_updates(trainer.get_num_updates())
