@@ -211,19 +211,21 @@ def parse_q(text: str) -> tuple[Q, Q, Q, Q]:
     Raises:
         ValueError: anything else; the message quotes the text, and says why a format is none.
     """
-    expected = "expected four integers such as [2,2,2,16], or formats such as [int8/row,bfp4,bfp4,bfp16]"
+    expected = "expected four integers such as [2,2,2,16], or formats such as "
+    example = "[int8/row,bfp4,bfp4,bfp16]"
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     pieces = [piece.strip() for piece in inner.split(",")]
     if len(pieces) != 4:
-        raise ValueError(f"got {quoted(text)}, {expected}")
+        raise ValueError(f"got {quoted(text)}, {expected}{example}")
     for piece in pieces:
         for member in piece.split("|"):
             if not _INTEGER.fullmatch(member):
                 try:
                     formats.parse(member)
                 except ValueError as error:
-                    shown = shortened(printable(member), 20)
-                    raise ValueError(f"got {shown} in {quoted(text)}, {expected}: {error}") from None
+                    got = f"got {shortened(printable(member), 20)} in {shortened(quoted(text), 40)}"
+                    known = str(error).partition("expected such as ")[2]  # where it is the text of none
+                    raise ValueError(f"{got}, {expected}{known or f'{example}: {error}'}") from None
     q0, q1, q2, q3 = (int(piece) if _INTEGER.fullmatch(piece) else piece for piece in pieces)
     return q0, q1, q2, q3
 

@@ -217,7 +217,7 @@ def test_levels_may_come_in_any_order():
         ("[2,2,2,16] 16,4,4,16", "got .*, expected .* nothing but spaces between them$"),
         ("[bfp40,4,4,16]", "level 0: got bfp40 in .*: bits: got 40, expected 2 to 32"),
         ("[4,4,4,16|fixed8.9]", "level 0: got fixed8.9 in .*: fraction_bits: got 9, expected 0 to 8$"),
-        ("[4,4,4,fp8e4m3]", "level 0: got fp8e4m3 in .*: format: got 'fp8e4m3', expected such as .*fp8e4m3/tensor"),
+        ("[4,4,4,fp8e4m3]", "level 0: got fp8e4m3 in .*, or formats such as bfp4, .*fp8e4m3/tensor"),
         ("[2,2,2]", "level 0: .*expected four"),
         ("[2,2,2,16] [16,4,16]", "level 1: .*expected four"),
         ("[2,2,2,16] [16,4,4,4,16]", "level 1: .*expected four"),

@@ -172,7 +172,7 @@ def test_the_checkpoint_s_level_is_found_among_others_by_value(train, risen, tmp
     ("flags", "given"),
     [
         (("--dsq-levels", "[2,2,2,16] [4,4,4,16]"), r"these are \[bfp2,bfp2,bfp2,bfp16\] \[bfp4,bfp4,bfp4,bfp16\]"),
-        (("--dsq-format", "fixed"), r"these are \[fixed2,fixed2,fixed2,fixed16\] \[fixed16,fixed4,fixed4,fixed16\]"),
+        (("--dsq-format", "fixed"), r"these are \[fixed4,fixed4,fixed4,fixed16\] \[fixed16,fixed4,fixed4,fixed16\]"),
         (("--dsq-format", "float32"), r"these are \[float32,float32,float32,float32\]"),
     ],
 )

@@ -38,8 +38,8 @@ def test_the_report_puts_a_plain_run_beside_a_recorded_one(cli, tmp_path, capsys
 def test_a_profile_prices_the_updates_anew(train, tmp_path, capsys):
     """The run's own costs come out again by the run's own profile; another's are its trajectory's in plain numbers."""
     folder = tmp_path / "dsq"
-    schedule = ("--dsq-schedule", "updates", "--dsq-raise-at", 4, "--validate-interval-updates", 2)
-    train(folder, "--max-update", 6, *schedule)
+    levels = ("--dsq-levels", "[2,2,2,16] [16,4,4,16]", "--dsq-schedule", "updates", "--dsq-raise-at", 4)
+    train(folder, "--max-update", 6, *levels, "--validate-interval-updates", 2)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone/dsq.jsonl").write_text((folder / "dsq.jsonl").read_text())
     capsys.readouterr()

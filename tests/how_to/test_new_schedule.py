@@ -49,6 +49,6 @@ def test_a_schedule_is_one_file(cli, tmp_path):
     assert 15 <= len(POLICY.strip().splitlines()) <= 40
     flags = ("--user-dir", user_dir, "--dsq-schedule", "impatient", "--dsq-min-delta", 100, "--max-epoch")
     log = cli.train(tmp_path / "run", *flags, 2)
-    assert "precision rises from [2,2,2,16] to [16,4,4,16] after a loss of " in log
+    assert "precision rises from [4,4,4,16] to [16,4,4,16] after a loss of " in log
     model = torch.load(tmp_path / "run/checkpoint_last.pt")["model"]
     assert model["dsq.level"] == 1 and 3 < model["dsq.last_loss"] < 9

@@ -574,9 +574,10 @@ def test_only_what_is_known_is_replaced():
 
 
 def test_converting_twice_changes_nothing_more():
-    model = converted(everything(*LEVEL), **DROPOUTS)
+    how = everything(*LEVEL)
+    model = converted(how, **DROPOUTS)
     kinds = [type(module) for module in model.modules()]
-    convert(model, everything(*LEVEL))
+    convert(model, how)
     assert [type(module) for module in model.modules()] == kinds
 
 
