@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq_dsq.formats import Float32, Format
 from fairseq_dsq.kernels import checks, ops
 from fairseq_dsq.kernels.ops import BFLOAT16_SIGNIFICAND_BITS
-from fairseq_dsq.text import quoted
+from fairseq_dsq.text import check_choice, quoted
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
@@ -94,8 +94,7 @@ def _check(x: Tensor, fmt: Format, dim: int, rounding: str) -> None:
     if not isinstance(fmt, Format):
         raise TypeError(f"fmt: got {quoted(fmt)}, expected a format such as formats.parse('bfp4')")
     checks.along(x.shape, dim)
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: got {rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+    check_choice("rounding", rounding, ROUNDINGS)
 
 
 def _result_dtype(own: torch.dtype, fmt: Format, wanted: torch.dtype | None) -> torch.dtype:
@@ -172,8 +171,7 @@ def fake_quantize(
         A tensor of ``x``'s shape, without gradient; ``x`` itself for :class:`Float32`. A group that holds Inf or NaN
         comes back as NaN throughout. Exact in each dtype where the scale is a power of two: rounding to a coarser grid
         never needs more significant bits than the input had; but what is rounded up past float16's largest number is
-        Inf there. The result of a transposed matrix may be transposed in
-        memory too.
+        Inf there. The result of a transposed matrix may be transposed in memory too.
 
     Raises:
         TypeError, IndexError, ValueError: a dtype, dim or rounding that is not supported.

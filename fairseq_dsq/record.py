@@ -2,9 +2,9 @@
 
 An epoch's end, a checkpoint, the training's end and a level's have a line without a validation, too.
 
-The lines are JSON objects; a float that JSON lacks is text (``"nan"``). A line is appended by one write, before fairseq
-writes the checkpoint of the same update: whatever is killed when, a checkpoint's training has its lines. A last line
-that was cut counts for nothing.
+The lines are JSON objects; a float that JSON lacks is text (``"nan"``). A line is appended by one write, a validation
+in place of the last line where that is of the same update and has none, before fairseq writes that update's checkpoint:
+whatever is killed when, a checkpoint's training has its lines. A last line that was cut counts for nothing.
 """
 
 from __future__ import annotations

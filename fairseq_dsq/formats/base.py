@@ -111,7 +111,7 @@ _CLAIMS = {
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``: :attr:`text` refuses one of which not.
+    """A number format; an instance is a value, and ``parse(str(fmt)) == fmt``, which :attr:`text` checks.
 
     Attributes:
         bits: stored bits of an element.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from fairseq import checkpoint_utils
@@ -24,7 +23,7 @@ from fairseq_dsq.plugin.workers import refuse_lone_workers
 
 logger = logging.getLogger(__name__)
 
-
+# A flag of fairseq's that its trainer hands on to the training's iterator alone.
 _OF_TRAINING = "update_epoch_batch_itr"
 
 
@@ -54,7 +53,7 @@ class _Hooks:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
         assert self.own_get_batch_iterator is not None
         iterator = self.own_get_batch_iterator(*args, **kwargs)
-        # What fairseq's trainer passes for training alone: a validation may be of the same dataset.
+        # Not by the dataset: a validation may be of the training's.
         if _OF_TRAINING in kwargs:
             self.epoch_itr = iterator
         return iterator
@@ -73,7 +72,7 @@ class _Hooks:
             self.recorder = recorder(self.args, model, epoch, state.updates)
         self.started, self.epoch, self.state = True, epoch, _state(model)
         self.state.epoch = epoch
-        observers[self.state] = _weakly(self._record_rest)
+        observers[self.state] = weakref.WeakMethod(self._record_rest)
         # An iterator of fairseq's refers to itself, and holds a process that loads and its pipes until Python looks for
         # such, which it does seldom; under --update-epoch-batch-itr, which an exact resume needs, each epoch makes one.
         gc.collect()
@@ -168,17 +167,6 @@ class _Hooks:
     def _ends(self) -> bool:
         """Whether the update before was the epoch's last one."""
         return self.epoch_itr is not None and bool(self.epoch_itr.end_of_epoch())
-
-
-def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """A call of a method that keeps nothing alive."""
-    held = weakref.WeakMethod(method)
-
-    def call() -> None:
-        if (alive := held()) is not None:
-            alive()
-
-    return call
 
 
 def _state(model: nn.Module) -> DSQState:

@@ -80,8 +80,9 @@ class SavedSchedule:
         return name.isidentifier() or _IN_FORCE.fullmatch(name) is not None
 
 
-# What is called before another level comes into force in training: no attributes, which copies of a model would have.
-observers: weakref.WeakKeyDictionary[DSQState, Callable[[], object]] = weakref.WeakKeyDictionary()
+# What is called before another level comes into force in training, kept alive by others: no attribute, which copies of
+# a model would have.
+observers: weakref.WeakKeyDictionary[DSQState, weakref.WeakMethod[Callable[[], None]]] = weakref.WeakKeyDictionary()
 
 
 class DSQState(nn.Module):
@@ -201,7 +202,7 @@ class DSQState(nn.Module):
     def _keep_up(self) -> None:
         """Train at the schedule's level."""
         if self.level_in_force != self.state.level:
-            if observe := observers.get(self):
+            if (held := observers.get(self)) and (observe := held()):
                 observe()
             self._put_in_force(self.state.level)
         if self._trained_at:
