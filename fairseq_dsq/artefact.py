@@ -27,6 +27,7 @@ BEST = "checkpoint_best.pt"
 CHECKPOINT = "checkpoint"
 # fairseq and Hydra take these for marks of their own in a path: lists are split at : and , and ${} is looked up.
 _UNSAFE = re.compile(r"[:,\\\n\r]|\$\{")
+_NO_CONTENT = (".log", ".pyc")
 _CHUNK_BYTES = 1 << 20
 _SHOWN = 3
 # is_locked() holds a lock for less.
@@ -52,14 +53,16 @@ def checksum(*paths: Path) -> str:
 
 
 def content(path: Path) -> str:
-    """sha256 of a file, or of the names and contents of a folder's files; logs, which hold paths and times, left out.
+    """sha256 of a file, or of the names and contents of a folder's files.
+
+    Left out are logs, which hold paths and times, and what Python compiled.
 
     Raises:
         OSError: it cannot be read.
     """
     if not path.is_dir():
         return checksum(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".log")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix not in _NO_CONTENT)
     listing = "".join(f"{checksum(file)} {file.relative_to(path).as_posix()}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 

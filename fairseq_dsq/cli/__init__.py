@@ -40,7 +40,7 @@ SUBCOMMANDS = (
 )  # fmt: skip
 
 # Those that may meet formats, architectures, schedules or cost profiles of a user-dir.
-WITH_USER_DIR = ("average", "cost", "export_float", "flags", "formats", "report", "roofline")
+WITH_USER_DIR = ("average", "cost", "export_float", "flags", "formats", "glue_evaluate", "report", "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if getattr(args, "user_dir", None) is not None:
-            _import_user_dir(args.user_dir)
+            import_user_dir(args.user_dir)
         return int(args.run(args))
     except BrokenPipeError:  # into head, say: whoever reads has seen enough
         sys.stdout = None
@@ -74,13 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _import_user_dir(folder: str) -> None:
-    """Import a folder as ``fairseq-train --user-dir`` does."""
+def import_user_dir(folder: str) -> None:
+    """Import a folder as ``fairseq-train --user-dir`` does.
+
+    Raises:
+        ValueError: it is no folder of Python; names the flag.
+    """
     from fairseq.utils import import_user_module
 
     try:
         import_user_module(argparse.Namespace(user_dir=folder))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ImportError) as error:
         raise ValueError(f"--user-dir: got {folder!r}, expected a folder of Python ({error})") from None
 
 

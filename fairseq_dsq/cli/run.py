@@ -20,7 +20,7 @@ from fairseq_dsq.cli import blame
 from fairseq_dsq.plugin import config, effects
 from fairseq_dsq.plugin.state import refuse_field
 from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
-from fairseq_dsq.recipes.fairseq_command import USER_DIR
+from fairseq_dsq.recipes.fairseq_command import user_dir
 from fairseq_dsq.recipes.plan import Plan, Step, progress
 from fairseq_dsq.recipes.recipe import seeds_of
 from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
@@ -51,12 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     name, *own = args.words
     rest: list[str] = []
-    with blame("RECIPE"):
-        recipe = load_recipe(name)
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
-    refuse_own(rest, {"--user-dir": str(USER_DIR), "--save-dir": "a folder in RUNS"})
+    refuse_own(rest, {"--save-dir": "a folder in RUNS"})
+    if (folder := user_dir(rest)) is not None:  # formats of one's own may stand in the recipe
+        cli.import_user_dir(folder)
+    with blame("RECIPE"):
+        recipe = load_recipe(name)
     try:
         parser = _parser(name, recipe)
     except argparse.ArgumentError as error:
@@ -139,14 +141,17 @@ class _Stopped(Exception):
 def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
     """The recipe's flags; values stay text, as they go on to other commands."""
     notes = (
-        "What follows -- goes to fairseq-train. A run that was stopped goes on where it was; a folder that other "
-        "settings, data or another version of this package made is refused."
+        "What follows -- goes to fairseq-train; a --user-dir there, which imports fairseq_dsq, to all commands. "
+        "A run that was stopped goes on where it was; a folder that other settings, data or another version of this "
+        "package made is refused."
     )
     parser = _Parser(prog=f"fairseq-dsq run {name}", description=recipe.about, epilog=notes, allow_abbrev=False)
 
-    def add(flag: str, default: object, text: str, metavar: str = "N") -> None:
-        shown = f" (default: {default})" if default else ""
-        parser.add_argument(f"--{flag}", default=str(default), metavar=metavar, help=text + shown)
+    def add(flag: str, default: object, text: str, metavar: str = "N", otherwise: object = "") -> None:
+        """``otherwise`` is what stands, elsewhere, where nothing is given."""
+        given = "" if default is None else str(default)
+        shown = f" (default: {default or otherwise})" if default or otherwise else ""
+        parser.add_argument(f"--{flag}", default=given, metavar=metavar, help=text + shown)
 
     table = recipe if isinstance(recipe, Tabled) and recipe.methods else None
     if isinstance(recipe, Glue):
@@ -177,9 +182,11 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         add(parameter, value, PARAMETERS.get(parameter, f"{{{parameter}}} in the recipe's flags of fairseq-train"))
     one = ": one run in place of the table" if table else ""
     add("format", "" if table else recipe.format, f"number format of the q that are bits{one}", "NAME")
-    add("levels", "", f"precision levels, or one (default: {config.DSQConfig.dsq_levels})", "LEVELS")
-    add("patience", recipe.patience, "validations in a row without a new best before the level rises")
-    add("min-delta", recipe.min_delta, "a new best is lower than the best by more than this", "D")
+    flags = config.DSQConfig
+    add("levels", "", "precision levels, or one", "LEVELS", flags.dsq_levels)
+    text = "validations in a row without a new best before the level rises"
+    add("patience", recipe.patience, text, otherwise=flags.dsq_patience)
+    add("min-delta", recipe.min_delta, "a new best is lower than the best by more than this", "D", flags.dsq_min_delta)
     add("epochs", recipe.epochs, "epochs" + (", which may be raised later" * (not isinstance(recipe, Glue))))
     if table:  # the default is the tables' affair
         of_tables = "".join(f"; {name}: {seeds}" for name, seeds in table.seeds.items())
@@ -208,7 +215,7 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
     for least, names in ((1, positive), (0, ["train_rows", "node_rank"])):
         for name in names:
             value = options.get(name.replace("-", "_"))
-            if value is None or (name == "gpus" and not value):
+            if value is None or (name in ("gpus", "patience") and not value):
                 continue
             if not re.fullmatch("[0-9]{1,9}", value) or int(value) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, expected an integer >= {least}")

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are not the model's: which one, in one line."""
+"""What checkpoints are called and hold; one whose tensors are not the model's: which one, in one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 from torch import Tensor
 
 Shape = tuple[int, ...] | None
+# The default of --restore-file: what is in --save-dir, if anything is.
+LAST = "checkpoint_last.pt"
 # Of the entries of the schedule in a model's state.
 PREFIX = "dsq."
+
+
+def with_suffix(path: str, suffix: str) -> str:
+    """A checkpoint's path under --checkpoint-suffix, as fairseq puts it together."""
+    return path.replace(".pt", f"{suffix}.pt")
 
 
 def shape_to_str(shape: Shape) -> str:

@@ -113,7 +113,7 @@ def _with_schedules(config: type) -> Any:
 
 @dataclass
 class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
-    """Flags of a quantized model; the defaults are the paper's levels and patience (arXiv 2303.05295, section 4)."""
+    """Flags of a quantized model (arXiv 2303.05295, section 4)."""
 
     dsq_rounding: str = flag(
         "nearest",

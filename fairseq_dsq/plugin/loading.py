@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_dsq.errors import DSQError
+from fairseq_dsq.plugin.checkpoints import LAST, with_suffix
 from fairseq_dsq.plugin.config import refuse_unknown
 from fairseq_dsq.plugin.optimizer import refuse_foreign_states
 
@@ -49,8 +50,6 @@ _PLAIN = (
 _PARTS = ("cfg", "args")
 # Where training goes on; fairseq's crash.pt, of a training that failed, lacks it.
 _POSITION = "train_iterator"
-# The default of --restore-file: what is in --save-dir, if anything is.
-_LAST = "checkpoint_last.pt"
 
 
 def is_plain(text: str) -> bool:
@@ -245,9 +244,9 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         suffix = trainer.checkpoint_suffix
-        last = os.path.join(cfg.save_dir, f"checkpoint_last{suffix}.pt")
-        if cfg.restore_file != _LAST:
-            given = "--restore-file", cfg.restore_file.replace(".pt", f"{suffix}.pt")
+        last = os.path.join(cfg.save_dir, with_suffix(LAST, suffix))
+        if cfg.restore_file != LAST:
+            given = "--restore-file", with_suffix(cfg.restore_file, suffix)
         elif cfg.finetune_from_model and not PathManager.exists(last):
             given = "--finetune-from-model", cfg.finetune_from_model
         else:

@@ -18,6 +18,7 @@ from torch import nn
 from fairseq_dsq import artefact, record
 from fairseq_dsq.cost.hardware import processor
 from fairseq_dsq.gemm.native import isa
+from fairseq_dsq.plugin.checkpoints import LAST, with_suffix
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, DSQOptimizerConfig, defaults
 from fairseq_dsq.plugin.modes import flag_of
 from fairseq_dsq.plugin.state import DSQState
@@ -32,7 +33,6 @@ FAIRSEQ_FLAGS = (
     "checkpoint_activations", "stop_min_lr",
 )  # fmt: skip
 _RESETS = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
-_LAST = "checkpoint_last.pt"
 _TIMERS = (TimeMeter, StopwatchMeter)
 
 
@@ -122,11 +122,11 @@ def _source(args: Any, updates: int) -> tuple[Path | None, bool]:
 
     None where training begins anew: without a checkpoint, with one that was reset, or fine-tuning.
     """
-    own, restored = Path(flag_of(args, "save_dir")), flag_of(args, "restore_file") or _LAST
+    own, restored = Path(flag_of(args, "save_dir")), flag_of(args, "restore_file") or LAST
     if not updates or any(flag_of(args, name) for name in _RESETS):
         return None, False
-    if restored == _LAST:
-        if (own / _LAST.replace(".pt", f"{flag_of(args, 'checkpoint_suffix') or ''}.pt")).exists():
+    if restored == LAST:
+        if (own / with_suffix(LAST, flag_of(args, "checkpoint_suffix") or "")).exists():
             return own / record.NAME, True
         restored = flag_of(args, "continue_once")
     return (Path(restored).parent / record.NAME if restored else None), False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-USER_DIR = Path(__file__).resolve().parents[1]
+USER_DIR = "--user-dir"
+_PACKAGE = Path(__file__).resolve().parents[1]
 BIN = "bin"
 _ERROR = re.compile(r"error:|^\S*(Error|Exception)\b")
 _TRACEBACK = "Traceback (most recent call last):"
@@ -34,6 +36,27 @@ def call(command: str, flags: Sequence[str], log: Path, pass_fds: Sequence[int] 
             file.seek(begin)
             said = last_error(file.read())
         raise FailedError(said or f"{command} ended with code {code}")
+
+
+def user_dir(flags: Sequence[str]) -> str | None:
+    """The folder of one's own that flags of fairseq name, which imports this package."""
+    found = None
+    for flag, following in itertools.pairwise([*flags, ""]):
+        name, equals, value = flag.partition("=")
+        if name == USER_DIR:
+            found = value if equals else following
+    return found
+
+
+def user_dir_flags(flags: Sequence[str]) -> list[str]:
+    """``--user-dir DIR`` where the flags name one: for other commands on the same run."""
+    folder = user_dir(flags)
+    return [] if folder is None else [USER_DIR, folder]
+
+
+def with_user_dir(flags: Sequence[str]) -> list[str]:
+    """The flags, in which ``--user-dir`` is this package unless it is one's own."""
+    return [*flags] if user_dir(flags) is not None else [*flags, USER_DIR, str(_PACKAGE)]
 
 
 def preprocess(folder: Path, source: str, target: str, dictionary: Path | None = None) -> None:

@@ -40,7 +40,8 @@ class Recipe:
     Attributes:
         about: what it trains and where its data comes from.
         train: flags of fairseq-train.
-        epochs, patience, min_delta, format: the training's length and schedule, the number format.
+        epochs, format: the training's length, the number format.
+        patience, min_delta: of the schedule; None: those of fairseq-train.
         parameters: more flags, integers whose values ``train`` names as {NAME}.
         update_freq: batches of an update on one GPU; several GPUs share them.
     """
@@ -49,8 +50,8 @@ class Recipe:
     train: str
     epochs: int
     format: str = "bfp"
-    patience: int = 5
-    min_delta: str = "0"
+    patience: int | None = None
+    min_delta: str | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     update_freq: int = 1
 

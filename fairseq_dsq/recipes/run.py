@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fairseq_dsq import artefact, data_files
 from fairseq_dsq.recipes.evaluating import EVALUATED, PERPLEXITY
+from fairseq_dsq.recipes.fairseq_command import user_dir_flags
 from fairseq_dsq.recipes.plan import Plan, Step, step
 from fairseq_dsq.recipes.recipe import (
     FOLDER,
@@ -64,7 +65,7 @@ def plan_translation(name: str, recipe: Translation, options: Options, rest: Seq
             step(
                 "run-translate", "--digits", "2", *tokenize, folder, prepared / f"raw.test.{corpus.target}", "--",
                 prepared / "bin", "--remove-bpe", JOINED_BY[pieces], *shlex.split(recipe.search),
-                "--required-batch-size-multiple", "1",
+                "--required-batch-size-multiple", "1", *user_dir_flags(rest),
                 before=f"{recipe.test} sacreBLEU: ", failure=f"generation failed, see {folder / OUTPUT}",
             ),
         )  # fmt: skip
@@ -73,7 +74,7 @@ def plan_translation(name: str, recipe: Translation, options: Options, rest: Seq
         "translation-prepare", described, prepared, "--vocab", options["vocab"], *kind, "--downloads",
         home / "downloads",
     )  # fmt: skip
-    return Plan(home.name, prepare, found, SCORE, _report(recipe, options, chosen))
+    return Plan(home.name, prepare, found, SCORE, _report(recipe, options, rest, chosen))
 
 
 def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], runs: Path, call: Call) -> None:
@@ -98,7 +99,8 @@ def run_glue(task: str, recipe: Glue, options: Options, rest: Sequence[str], run
     flags = call(step("glue-flags", *encoder, prepared, "--", *words), output=True)
     call(step("run-train", folder, "--", *flags.splitlines(), failure=f"training failed, see {folder / LOG}"))
     call(step("epochs", folder, before=_heading(method, seed)))
-    call(step("glue-evaluate", prepared, folder / artefact.BEST, "--out", folder / "glue.json"))
+    user_dir = user_dir_flags(rest)
+    call(step("glue-evaluate", prepared, folder / artefact.BEST, "--out", folder / "glue.json", *user_dir))
 
 
 def plan_language_model(
@@ -131,14 +133,14 @@ def plan_language_model(
             step("epochs", folder, before=f"{arch}, {_heading(method, seed)}"),
             step(
                 "run-eval-lm", folder, "--", prepared / "bin", "--gen-subset", "test",
-                *_words(recipe.evaluate, options),
+                *_words(recipe.evaluate, options), *user_dir_flags(rest),
                 before="test perplexity (of sentence pieces): ", failure=f"evaluation failed, see {folder / EVALUATED}",
             ),
         )  # fmt: skip
         own = [prepared / "bin", *flags, *_dsq_flags(method, seed, options), *rest]
         found[folder] = _train(folder, own, options, score)
     prepare = step("lm-prepare", text, prepared, "--vocab", options["vocab"], "--held-out", options["held-out"])
-    return Plan(f"{home.parent.name} {home.name}", prepare, found, PERPLEXITY, _report(recipe, options, chosen))
+    return Plan(f"{home.parent.name} {home.name}", prepare, found, PERPLEXITY, _report(recipe, options, rest, chosen))
 
 
 def _chosen(recipe: Tabled, options: Options, home: Path, prefix: str = "") -> dict[Path, tuple[Method, str]]:
@@ -165,10 +167,11 @@ def _of_table(recipe: Tabled, options: Options) -> bool:
     return bool(recipe.methods) and not options["format"]
 
 
-def _report(recipe: Tabled, options: Options, chosen: Mapping[Path, object]) -> Step | None:
-    first = options["node-rank"] == "0"
+def _report(recipe: Tabled, options: Options, rest: Sequence[str], chosen: Mapping[Path, object]) -> Step | None:
+    if options["node-rank"] != "0" or not _of_table(recipe, options):
+        return None
     profiles = [part for name in recipe.profiles.split() for part in ("--profile", name)]
-    return step("report", *chosen, *profiles, before="\n") if first and _of_table(recipe, options) else None
+    return step("report", *chosen, *profiles, *user_dir_flags(rest), before="\n")
 
 
 def _train(folder: Path, flags: Sequence[object], options: Options, score: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -215,10 +218,11 @@ def _words(flags: str, options: Options) -> list[str]:
 
 
 def _dsq_flags(method: Method, seed: str, options: Options) -> list[str]:
-    levels = ["--dsq-levels", method.levels] if method.levels else []
+    given = {"format": method.format, "levels": method.levels}
+    given |= {name: options[name] for name in ("patience", "min-delta")}
     return [
-        "--dsq-format", method.format, *levels, "--dsq-patience", options["patience"], "--dsq-min-delta",
-        options["min-delta"], "--max-epoch", options["epochs"], "--seed", seed, *LOGGING, *shlex.split(method.flags),
+        *(part for name, value in given.items() if value for part in (f"--dsq-{name}", value)),
+        "--max-epoch", options["epochs"], "--seed", seed, *LOGGING, *shlex.split(method.flags),
     ]  # fmt: skip
 
 

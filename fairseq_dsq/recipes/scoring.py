@@ -38,7 +38,7 @@ def score_best(
         FailedError: the command failed; what it said is in its output.
     """
     best, output, score = (folder / name for name in (artefact.BEST, *files))
-    own = {"--user-dir": str(fairseq_command.USER_DIR), "--path": str(best.resolve())}
+    own = {"--path": str(best.resolve())}
     refuse_own(flags, own)
     artefact.check_path("RUN", folder)
     if not best.is_file():
@@ -49,7 +49,8 @@ def score_best(
             for path in (output, score):
                 artefact.stamp(path).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-            fairseq_command.call(command, [*flags, *itertools.chain(*own.items())], output, pass_fds=[lock])
+            words = [*fairseq_command.with_user_dir(flags), *itertools.chain(*own.items())]
+            fairseq_command.call(command, words, output, pass_fds=[lock])
             artefact.write(output, settings)
             measured = measure(output)
             with artefact.atomic(score) as partial:

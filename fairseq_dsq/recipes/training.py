@@ -18,6 +18,8 @@ _WITHOUT_EFFECT = frozenset({
     "--wandb-project", "--num-workers", "--keep-interval-updates", "--keep-last-epochs", "--keep-best-checkpoints",
     "--distributed-rank", "--distributed-init-method", "--distributed-port",
 })  # fmt: skip
+# What is a path also where it does not look like one.
+_PATHS = (DATA, fairseq_command.USER_DIR)
 # A run may go on for longer than it was first asked to.
 GROWING = ("--max-epoch",)
 
@@ -33,12 +35,12 @@ def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
         ValueError: other settings trained in it; another command is at work there; or a flag that is given already.
         FailedError: fairseq-train failed; its output is in ``folder``/train.log.
     """
-    own = {"--user-dir": str(fairseq_command.USER_DIR), "--save-dir": str(folder.resolve())}
+    own = {"--save-dir": str(folder.resolve())}
     refuse_own(flags, own)
     artefact.check_path("RUN", folder)
     settings = identity(flags)
     folder.mkdir(parents=True, exist_ok=True)
-    words = [*flags, *itertools.chain(*own.items())]
+    words = [*fairseq_command.with_user_dir(flags), *itertools.chain(*own.items())]
     if node:
         if not artefact.made_by(folder / LOG, settings):
             fairseq_command.call("fairseq-train", words, folder / f"node-{node}.log")
@@ -113,7 +115,7 @@ def _canonical(name: str, value: str) -> str:
         number = float(value)
         return str(int(number)) if number.is_integer() else repr(number)
     path = Path(value)
-    if (name == DATA or "/" in value or path.suffix) and path.exists():
+    if (name in _PATHS or "/" in value or path.suffix) and path.exists():
         artefact.check_path(name, path)
         return artefact.content(path)
     return value

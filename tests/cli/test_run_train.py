@@ -157,7 +157,7 @@ def test_a_training_whose_parent_was_killed_keeps_its_folder(run, tmp_path, caps
     run(*PATIENCE)
 
 
-@pytest.mark.parametrize("flags", [("--save-dir", "x"), ("--save-dir=x",), ("--user-dir", "x")])
+@pytest.mark.parametrize("flags", [("--save-dir", "x"), ("--save-dir=x",)])
 def test_the_folder_is_named_once(run, capsys, flags):
     assert run(*flags, code=2) == 0
     assert f"{flags[0][:10]}: is " in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fairseq_dsq
 from fairseq_dsq.cli import main
 from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.recipes.run import slug
@@ -104,6 +105,26 @@ def test_a_recipe_that_is_none_is_refused_in_one_line(tmp_path, capsys, text, ex
     assert main(["run", str(tmp_path / "own.yaml"), "--dry-run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fairseq-dsq run: error: ") and expected in line
+
+
+def test_a_folder_of_code_goes_to_every_command_that_meets_a_model(tmp_path, capsys):
+    own = ("--dry-run", "--runs", str(tmp_path), "--", "--user-dir", fairseq_dsq.__path__[0])
+    no_model = {"translation-prepare", "lm-prepare", "glue-prepare", "epochs"}
+    for recipe, others in (("iwslt17", "run-translate report"), ("lm", "run-eval-lm"), ("glue", "glue-evaluate")):
+        words = {"lm": ("text.txt",), "glue": ("RTE",)}.get(recipe, ("--methods", "float32"))
+        told = [command for command in commands(capsys, recipe, *words, *own) if command[0] not in no_model]
+        assert {*others.split(), "run-train"} <= {command[0] for command in told}
+        for command in told:  # run-train of GLUE has what glue-flags prints
+            assert own[-2:] == tuple(command[-2:]) or command[-1] == "[glue-flags]"
+
+
+def test_what_a_recipe_leaves_open_of_the_schedule_is_the_flags_affair(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("kind: translation\nabout: a\ntrain: b\nepochs: 1\ncorpus: wmt14\n")
+    given = (str(tmp_path / "own.yaml"), "--dry-run", "--runs", str(tmp_path))
+    train = commands(capsys, *given)[1]
+    assert not any(word.startswith(("--dsq-patience", "--dsq-min-delta", "--dsq-levels")) for word in train)
+    train = commands(capsys, *given, "--patience", "3", "--min-delta", "0.1")[1]
+    assert [train[train.index(name) + 1] for name in ("--dsq-patience", "--dsq-min-delta")] == ["3", "0.1"]
 
 
 def test_no_such_recipe(capsys):
