@@ -260,12 +260,13 @@ def quantize_and_pack(
     Returns:
         The operand and the stash.
     """
+    _check(x, operand_fmt, operand_dim, "nearest")
+    _check(x, stash_fmt, stash_dim, "nearest")
     axes = x.dim()
     fused = axes >= 2 and (operand_dim - axes if operand_dim >= 0 else operand_dim) == -1
     fused = fused and (stash_dim - axes if stash_dim >= 0 else stash_dim) == -2
     # Where a whole tensor shares a scale there is nothing to go group by group.
     if not fused or any(isinstance(fmt, Float32) or fmt.group == "tensor" for fmt in (operand_fmt, stash_fmt)):
         return fake_quantize(x, operand_fmt, operand_dim), pack(x, stash_fmt, stash_dim)
-    _check(x, operand_fmt, operand_dim, "nearest")
     operand, data = ops.quantize_and_pack(_without_grad(x), operand_fmt.text, stash_fmt.text, x.dtype)
     return operand, QuantizedTensor(data, x.shape, x.dtype, stash_fmt, stash_dim)

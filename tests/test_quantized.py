@@ -5,7 +5,7 @@ import torch
 
 from fairseq_dsq.formats import parse
 from fairseq_dsq.precision import PrecisionConfig
-from fairseq_dsq.quantized import fake_quantize, pack
+from fairseq_dsq.quantized import fake_quantize, pack, quantize_and_pack
 
 
 @pytest.mark.parametrize("fmt", ["bfp4", "bfp8/row", "fixed8", "int8/row", "int4/16"])
@@ -41,6 +41,8 @@ def test_it_moves_with_its_format():
     [
         (lambda x: fake_quantize(x, "bfp4"), r"fmt: got 'bfp4', expected a format such as formats.parse\('bfp4'\)"),
         (lambda x: pack(x, "bfp4"), r"fmt: got 'bfp4', expected a format such as formats.parse\('bfp4'\)"),
+        (lambda x: quantize_and_pack(x, "bfp4", parse("bfp2")), "fmt: got 'bfp4', expected a format"),
+        (lambda x: quantize_and_pack(x, parse("bfp4"), "bfp2"), "fmt: got 'bfp2', expected a format"),
         (lambda x: fake_quantize(x.numpy(), parse("bfp4")), "x: got numpy.ndarray, expected a torch.Tensor"),
         (lambda x: fake_quantize(x.tolist(), parse("bfp4")), "x: got builtins.list, expected a torch.Tensor"),
         (lambda x: fake_quantize(x.int(), parse("bfp4")), "x: got torch.int32, expected float32, bfloat16 or float16"),
