@@ -47,20 +47,27 @@ class Method:
         runs: indices, in the order of the report.
         seeds: theirs; -1 where none is known.
         values: of the table's primary metric.
-        p_values: of the paired test of each run with the baseline's of the same seed, or the baseline; None without
-            translations of both, and for the baseline itself.
+        differences: of each value from that of the run's partner, see :func:`partners`; None where it has none.
+        p_values: of the paired test of each run with its partner; None without translations of both.
     """
 
     name: str
     runs: tuple[int, ...]
     seeds: tuple[int, ...]
     values: tuple[float, ...]
+    differences: tuple[float | None, ...]
     p_values: tuple[float | None, ...]
 
     @property
     def mean(self) -> float:
         """Of the values."""
         return sum(self.values) / len(self.values)
+
+    @property
+    def difference(self) -> float | None:
+        """The mean of the differences; None without any."""
+        known = [value for value in self.differences if value is not None]
+        return sum(known) / len(known) if known else None
 
     @property
     def spread(self) -> float | None:
@@ -127,39 +134,54 @@ def p_value(baseline: Translations, other: Translations) -> float | None:
     return float(result.p_value)
 
 
+def partners(runs: Sequence[Run], baseline: int | None) -> list[int | None]:
+    """For each run, the index of the one that it is compared with, which differs in the method alone if possible.
+
+    That is the baseline's of the same seed, or else the baseline; None for the baseline's own method.
+    """
+    if baseline is None:
+        return [None] * len(runs)
+    method = _alike(runs[baseline], baseline)
+    own = [index for index, run in enumerate(runs) if _alike(run, index) == method]
+    by_seed = {_seed(runs[index]): index for index in reversed(own)}
+    return [None if index in own else by_seed.get(_seed(run), baseline) for index, run in enumerate(runs)]
+
+
 def methods(
     runs: Sequence[Run],
     values: Sequence[float | None],
     translations: Sequence[Translations | None],
-    baseline: int | None,
+    partners: Sequence[int | None],
 ) -> list[Method]:
     """The runs that have a value, those of one method together, each method where its first run stands.
 
     Args:
         values: of the table's primary metric.
-        baseline: index of the run that differences refer to.
+        partners: of the runs, see :func:`partners`.
     """
     groups: dict[object, list[int]] = {}
     for index, run in enumerate(runs):
         if values[index] is not None:
             groups.setdefault(_alike(run, index), []).append(index)
-    own = [] if baseline is None else next((group for group in groups.values() if baseline in group), [])
-    by_seed = {_seed(runs[index]): index for index in reversed(own)}
     names = Counter(_name(runs[group[0]]) for group in groups.values())
     found = []
     for group in groups.values():
         name = _name(runs[group[0]])
+        differences: list[float | None] = []
         tests: list[float | None] = []
         for index in group:
-            other = by_seed.get(_seed(runs[index]), baseline)
-            mine, its = translations[index], None if other is None else translations[other]
-            tests.append(p_value(its, mine) if mine and its and group is not own else None)
+            other = partners[index]
+            mine, its = values[index], None if other is None else values[other]
+            differences.append(None if mine is None or its is None else mine - its)
+            text, against = translations[index], None if other is None else translations[other]
+            tests.append(p_value(against, text) if text and against else None)
         found.append(
             Method(
                 name=name if names[name] == 1 else runs[group[0]].name,
                 runs=tuple(group),
                 seeds=tuple(_seed(runs[index]) for index in group),
                 values=tuple(value for index in group if (value := values[index]) is not None),
+                differences=tuple(differences),
                 p_values=tuple(tests),
             )
         )

@@ -22,7 +22,7 @@ from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
 from fairseq_dsq.report.scores import METRICS, judged_by
-from fairseq_dsq.report.significance import Method, Translations, methods, signatures
+from fairseq_dsq.report.significance import Method, Translations, methods, partners, signatures
 from fairseq_dsq.text import printable
 
 FLOAT32, PLAIN = "Float32", "fairseq"
@@ -41,7 +41,8 @@ class Row:
         name: tells the run from all others of its table.
         method, setup: as the paper labels them.
         scores: by name in :data:`fairseq_dsq.report.scores.METRICS`.
-        differences: of those scores from the baseline's, where both have them.
+        differences: of those scores from the partner's, where both have them.
+        partner: the name of the run that they are from: the baseline's of the same seed, or the baseline.
         arithmetic, dram: of the whole training, over the same GEMMs in 32-bit fixed point; None without dsq metrics.
         arithmetic_total, dram_total: MACs of 32-bit fixed point; bytes.
         weight_bytes, gradient_bytes, state_bytes: held at the end of the training; None where nothing says it.
@@ -56,6 +57,7 @@ class Row:
     setup: str
     scores: Mapping[str, float]
     differences: Mapping[str, float]
+    partner: str | None
     arithmetic: float | None
     dram: float | None
     arithmetic_total: float | None
@@ -201,12 +203,11 @@ def make_table(
     votes = Counter(name for names in judged for name in names)
     metrics = [name for name in METRICS if name in votes]
     notes = []
-    reference = baseline
-    if baseline is None:
-        floats = [i for i, (method, _) in enumerate(described) if method in (FLOAT32, PLAIN)]
-        reference = floats[0] if floats else None
-        if len(floats) > 1:
-            notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float runs")
+    floats = [i for i, (method, _) in enumerate(described) if method in (FLOAT32, PLAIN)]
+    reference = next(iter(floats), None) if baseline is None else baseline
+    compared = partners(runs, reference)
+    if baseline is None and any(compared[index] is not None for index in floats):
+        notes.append(f"differences are from {runs[floats[0]].name}, the first of {len(floats)} float runs")
     profiles = {_profile_of(run) for run in runs if _costs(run)}
     if len(profiles) > 1:
         notes.append(f"the runs' costs follow different profiles ({', '.join(sorted(profiles))})")
@@ -222,7 +223,8 @@ def make_table(
             notes.append(f"the precision of {run.name} never rose to {levels_to_str(unreached)}")
     rows = []
     for index, run in enumerate(runs):
-        base = scores[reference] if reference is not None and index != reference else {}
+        other = compared[index]
+        base = {} if other is None else scores[other]
         costs = _costs(run) or (None, None, None, None)
         rows.append(
             Row(
@@ -233,6 +235,7 @@ def make_table(
                 differences={
                     name: scores[index][name] - base[name] for name in metrics if name in scores[index] and name in base
                 },
+                partner=None if other is None else runs[other].name,
                 arithmetic=costs[0],
                 dram=costs[2],
                 arithmetic_total=costs[1],
@@ -258,7 +261,7 @@ def make_table(
         baseline=None if reference is None else runs[reference].name,
         named=len(set(described)) < len(described),
         notes=(*notes, *signatures(runs, translations)),
-        methods=tuple(methods(runs, values, translations, reference)),
+        methods=tuple(methods(runs, values, translations, compared)),
     )
 
 
@@ -371,8 +374,9 @@ def all_notes(table: Table) -> list[str]:
         notes.append(
             "Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point."
         )
-    if any(row.differences for row in table.rows):
-        notes.append(f"In brackets: the difference from {table.baseline}.")
+    if compared := {row.partner for row in table.rows if row.differences}:
+        same_seed = "" if compared == {table.baseline} else "the run with the same seed of the method of "
+        notes.append(f"In brackets: the difference from {same_seed}{table.baseline}.")
     notes += [f"{note[0].upper()}{note[1:]}." for note in table.notes]
     notes += [f"* {row.name}: {'; '.join(row.notes)}." for row in table.rows if row.notes]
     return notes
@@ -399,11 +403,10 @@ def held(table: Table) -> list[list[str]]:
 
 
 SEEDS_NOTE = (
-    "Mean of the seeds; in brackets: the difference from {baseline}'s mean; spread: the highest less the lowest. p: "
-    "how likely chance alone makes a difference as large, for each seed: sacreBLEU's paired bootstrap (1,000 samples) "
-    "against {baseline}'s run of that seed, else its first."
+    "Mean of the seeds; spread: the highest less the lowest. Difference: that from {baseline}'s run of the same seed, "
+    "else its first, the mean of the seeds; in brackets: the lowest and the highest. p: how likely chance alone makes "
+    "a difference as large, for each seed: sacreBLEU's paired bootstrap (1,000 samples) against that run."
 )
-_MOST_CHANGES = 6
 
 
 def seeds(table: Table) -> list[list[str]]:
@@ -411,27 +414,37 @@ def seeds(table: Table) -> list[list[str]]:
     tested = any(value is not None for method in table.methods for value in method.p_values)
     if table.primary is None or not (tested or any(len(method.runs) > 1 for method in table.methods)):
         return []
-    metric = METRICS[table.primary]
-    named = [row.name for row in table.rows]
-    base = next((m for m in table.methods if table.baseline in {named[index] for index in m.runs}), None)
-    lines = [["Method", "Seeds", metric.label, "Spread", *(["p"] if tested else [])]]
+    digits = METRICS[table.primary].digits
+    lines = [["Method", "Seeds", METRICS[table.primary].label, "Spread", "Difference", *(["p"] if tested else [])]]
     for method in table.methods:
-        text = fixed(method.mean, metric.digits)
-        if base is not None and method is not base:
-            text += f" ({fixed(method.mean - base.mean, metric.digits, sign=True)})"
-        spread = MISSING if method.spread is None else fixed(method.spread, metric.digits)
         p_values = ", ".join(MISSING if value is None else fixed(value, 3) for value in method.p_values)
         known = any(value is not None for value in method.p_values)
-        lines.append(
-            [method.name, " ".join(str(seed) if seed >= 0 else MISSING for seed in method.seeds), text, spread]
-            + ([p_values if known else MISSING] if tested else [])
-        )
+        line = [
+            method.name,
+            " ".join(str(seed) if seed >= 0 else MISSING for seed in method.seeds),
+            fixed(method.mean, digits),
+            MISSING if method.spread is None else fixed(method.spread, digits),
+            _difference(method, digits),
+        ]
+        lines.append([*line, *([p_values if known else MISSING] if tested else [])])
     return lines
+
+
+def _difference(method: Method, digits: int) -> str:
+    """The mean difference from the baseline and, of several, the lowest and the highest."""
+    if method.difference is None:
+        return MISSING
+    known = [value for value in method.differences if value is not None]
+    mean, low, high = (fixed(value, digits, sign=True) for value in (method.difference, min(known), max(known)))
+    return mean if len(known) == 1 else f"{mean} ({low}, {high})"
 
 
 LEVELS_NOTE = (
     "Share of the updates at each level, and after how many updates it changed, as of the lines of the record."
 )
+
+
+_MOST_CHANGES = 6
 
 
 def trained_levels(table: Table) -> list[list[str]]:
@@ -574,7 +587,13 @@ def to_json(table: Table, runs: Sequence[Run], skipped: Sequence[str], benches: 
             "metrics": {name: dataclasses.asdict(METRICS[name]) for name in table.metrics},
             "rows": [dataclasses.asdict(row) for row in table.rows],
             "methods": [
-                {**dataclasses.asdict(method), "mean": method.mean, "spread": method.spread} for method in table.methods
+                {
+                    **dataclasses.asdict(method),
+                    "mean": method.mean,
+                    "spread": method.spread,
+                    "difference": method.difference,
+                }
+                for method in table.methods
             ],
             "priced": table.priced,
             "notes": all_notes(table),

@@ -64,21 +64,31 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
     ]
     table = table_of(paths)
     lines = tables.seeds(table)
-    assert [line[:4] for line in lines] == [
-        ["Method", "Seeds", "BLEU (sacreBLEU)", "Spread"],
-        ["float32", "1 2", "40.50", "1.00"],
-        ["dsq", "1 2", "37.50 (-3.00)", "1.00"],
-        ["stash", "1", "40.00 (-0.50)", "-"],
-        ["wider", "3", "39.00 (-1.50)", "-"],
+    assert [line[:5] for line in lines] == [
+        ["Method", "Seeds", "BLEU (sacreBLEU)", "Spread", "Difference"],
+        ["float32", "1 2", "40.50", "1.00", "-"],
+        ["dsq", "1 2", "37.50", "1.00", "-3.00 (-4.00, -2.00)"],
+        # Each from the run of its own seed: the mean of other seeds would be 0.5 off.
+        ["stash", "1", "40.00", "-", "+0.00"],
+        ["wider", "3", "39.00", "-", "-1.00"],
     ]
+    assert [tables.cells(table, row)[3] for row in table.rows] == [
+        "40.00", "38.00 (-2.00)", "40.00 (+0.00)", "41.00", "37.00 (-4.00)", "39.00 (-1.00)",
+    ]  # fmt: skip
+    assert "In brackets: the difference from the run with the same seed of the method of float32-seed1." in (
+        tables.all_notes(table)
+    )
     translations = [read_translations(read_run(path)) for path in paths]
     first, second = (p_value(translations[a], translations[b]) for a, b in ((0, 1), (3, 4)))
-    assert lines[1][4] == "-" and lines[2][4] == f"{first:.3f}, {second:.3f}"
-    assert first < 0.05 and (second, lines[3][4]) == (1.0, "1.000")  # what is equal differs by chance
+    assert lines[1][5] == "-" and lines[2][5] == f"{first:.3f}, {second:.3f}"
+    assert first < 0.05 and (second, lines[3][5]) == (1.0, "1.000")  # what is equal differs by chance
     notes = tables.markdown(table)
-    assert f"BLEU: {SIGNATURE.format('13a')}".replace("|", "\\|") in notes and "against float32's run" in notes
+    assert (
+        f"BLEU: {SIGNATURE.format('13a')}".replace("|", "\\|") in notes
+        and "from float32's run of the same seed" in notes
+    )
     (group,) = [method for method in table.methods if method.name == "dsq"]
-    assert (group.mean, group.spread, group.seeds) == (37.5, 1.0, (1, 2))
+    assert (group.mean, group.spread, group.difference, group.seeds) == (37.5, 1.0, -3.0, (1, 2))
 
 
 def test_what_was_not_translated_from_the_same_text_is_not_tested(tmp_path):
