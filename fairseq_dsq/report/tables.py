@@ -442,8 +442,6 @@ def _difference(method: Method, digits: int) -> str:
 LEVELS_NOTE = (
     "Share of the updates at each level, and after how many updates it changed, as of the lines of the record."
 )
-
-
 _MOST_CHANGES = 6
 
 

@@ -180,6 +180,18 @@ def test_an_identity_is_of_values_not_of_their_spelling(tmp_path):
     assert identity(["data", "--lr", "0.01", "-1"])["--lr"] == "0.01 -1"
 
 
+def test_code_of_one_s_own_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("import fairseq_dsq\n")
+    flags = ["data", "--user-dir", "mine"]
+    before = identity(flags)
+    (tmp_path / "mine/__init__.pyc").write_bytes(b"compiled")
+    assert identity(flags) == before
+    (tmp_path / "mine/__init__.py").write_text("import fairseq_dsq, math\n")
+    assert identity(flags) != before
+
+
 @pytest.mark.parametrize(
     ("output", "expected"),
     [

@@ -46,7 +46,9 @@ def test_a_new_corpus(cli, tmp_path):
     out, _ = cli.run(*command, DSQ_DATA=str(tmp_path / "data"))
     assert "held-out numbers sacreBLEU: " in out
     assert "bfp4/4" in out  # in the table, which is made of the run's checkpoint
-    # The folder's code is a setting of the run, as its flags are.
+    # The folder's code, but not what Python compiles of it, is a setting of the run, as its flags are.
+    again, _ = cli.run(*command, DSQ_DATA=str(tmp_path / "data"))
+    assert again.partition("| Method")[2] == out.partition("| Method")[2] != ""
     (tmp_path / "small_boxes/__init__.py").write_text(PLUGIN.replace("/4", "/8"))
     _, err = cli.run(*command, DSQ_DATA=str(tmp_path / "data"), code=2)
     assert "small-boxes-seed1: made with --user-dir " in err.splitlines()[0]
