@@ -183,7 +183,8 @@ class LowBitAdam(torch.optim.Optimizer):
         residual: ``moment1`` gives what rounding leaves undone of a step of codes to the first moment.
 
     Raises:
-        ValueError: a format, rounding or residual that is not defined; a residual without a first moment.
+        ValueError: a format, rounding or residual that is not defined; a residual without a first moment; a rate out of
+            range.
     """
 
     # What fairseq asks of an optimizer.
@@ -205,13 +206,24 @@ class LowBitAdam(torch.optim.Optimizer):
         seed: int = 0,
         residual: Residual = "none",
     ) -> None:
-        _moments(moment1, moment2, rounding)
-        check_choice("residual", residual, RESIDUALS)
-        if residual == "moment1" and betas[0] == 0:
-            raise ValueError("residual: got moment1 with a beta1 of 0, expected a first moment that keeps it")
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         held = {"moment1": moment1, "moment2": moment2, "rounding": rounding, "seed": seed, "residual": residual}
         super().__init__(params, adam | held)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; errors as of the class, of the group's own options."""
+        group = self.defaults | param_group
+        _moments_of(group)
+        check_choice("residual", group["residual"], RESIDUALS)
+        for name, value, end in (
+            *((name, group[name], math.inf) for name in ("lr", "eps", "weight_decay")),
+            *(("betas", beta, 1) for beta in group["betas"]),
+        ):
+            if not 0 <= value < end:
+                raise ValueError(f"{name}: got {group[name]}, expected 0 or more" + ", below 1" * (end == 1))
+        if group["residual"] == "moment1" and group["betas"][0] == 0:
+            raise ValueError("residual: got moment1 with a beta1 of 0, expected a first moment that keeps it")
+        super().add_param_group(param_group)
 
     def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
         pairs = ((group, p) for group in self.param_groups for p in group["params"])
@@ -256,6 +268,8 @@ class LowBitAdam(torch.optim.Optimizer):
         state, codes = self.state[p], getattr(p, "dsq_codes", None)
         seeds = _seeds(group, number, index)
         m, v = _run(_Update(p, p.grad, codes, state, _moments_of(group), step, seeds))
+        if codes is None:
+            torch.autograd.graph.increment_version(p)  # as torch's own operations do
         state.update(step=number, exp_avg=m, exp_avg_sq=v)
 
     def _update_small(self, step: AdamStep, parameters: list[Tensor]) -> None:
@@ -423,6 +437,8 @@ def _restored(
     entry: Mapping[str, Any], saved: Moments, group: Mapping[str, Any], p: Tensor, index: int
 ) -> dict[str, Any]:
     """A parameter's state from one that was saved."""
+    if not {"step", "exp_avg", "exp_avg_sq"} <= entry.keys():
+        raise ValueError(f"got {', '.join(map(str, entry))}, expected step, exp_avg and exp_avg_sq, as of an Adam")
     step, own = int(entry["step"]), _moments_of(group)
     exp_avg, exp_avg_sq = (entry[name].detach().to(p.device, copy=True) for name in ("exp_avg", "exp_avg_sq"))
     exp_avg, exp_avg_sq = (held.float() if held.dtype in _HALF else held for held in (exp_avg, exp_avg_sq))

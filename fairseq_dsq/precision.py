@@ -20,11 +20,11 @@ import contextlib
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fairseq_dsq import formats
 from fairseq_dsq.formats import Float32, Format, FormatOptions, Square
-from fairseq_dsq.text import printable, quoted, shortened
+from fairseq_dsq.text import check_choice, printable, quoted, shortened
 
 GemmKind = Literal["output", "grad_input", "grad_weight"]
 # What is kept of a GEMM's input and of a batched product's second operand, its weight; or of both operands of an output
@@ -82,6 +82,9 @@ class PrecisionConfig:
             raise TypeError(f"q: got {quoted(self.q)}, expected a tuple such as (2, 2, 2, 16); parse_levels reads text")
         if len(self.q) != 4:
             raise ValueError(f"got {len(self.q)} numbers in {list(self.q)}, expected four: [q0,q1,q2,q3]")
+        check_choice("format_name", self.format_name, formats.names())
+        on_top = self.options.bits(0)
+        least, most = formats.MIN_BITS - on_top, formats.MAX_BITS - on_top
         for index, q in enumerate(self.q):
             if isinstance(q, bool) or not isinstance(q, (int, str)) or (isinstance(q, str) and _INTEGER.fullmatch(q)):
                 raise TypeError(f"q{index}: got {q!r}, expected an integer or a format such as int8/row")
@@ -91,8 +94,8 @@ class PrecisionConfig:
                     f"q{index}: got {q}, expected {'a pair' if index in _PAIRED else 'one format'} at most"
                 )
             for member in pair:
-                if isinstance(member, int) and not formats.MIN_BITS <= member <= formats.MAX_BITS:
-                    raise ValueError(f"q{index}: got {q}, expected {formats.MIN_BITS} to {formats.MAX_BITS}")
+                if isinstance(member, int) and not least <= member <= most:
+                    raise ValueError(f"q{index}: got {q}, expected {least} to {most}")
                 try:
                     _ = self._format(member).text  # which is checked when it is made
                 except ValueError as error:
@@ -113,6 +116,10 @@ class PrecisionConfig:
     def __hash__(self) -> int:
         """Made once: every GEMM that runs is counted under its precision."""
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: another process hashes text otherwise."""
+        return {"q": self.q, "format_name": self.format_name, "options": self.options}
 
     def _format(self, member: Q) -> Format:
         if isinstance(member, int):

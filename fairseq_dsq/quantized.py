@@ -1,6 +1,6 @@
 """Quantize: float to float, and float to bytes and back, in any format.
 
-:class:`QuantizedTensor` is what a stash, a weight or an optimizer's state is held in.
+:class:`QuantizedTensor` is what a stash or an optimizer's state is held in.
 """
 
 from __future__ import annotations
@@ -169,9 +169,10 @@ def fake_quantize(
 
     Returns:
         A tensor of ``x``'s shape, without gradient; ``x`` itself for :class:`Float32`. A group that holds Inf or NaN
-        comes back as NaN throughout. Exact in each dtype where the scale is a power of two: rounding to a coarser grid
-        never needs more significant bits than the input had; but what is rounded up past float16's largest number is
-        Inf there. The result of a transposed matrix may be transposed in memory too.
+        comes back as NaN throughout; in a format without groups, such as ``bf16``, each stays what it is. Exact in each
+        dtype where the scale is a power of two: rounding to a coarser grid never needs more significant bits than the
+        input had; but what is rounded up past float16's largest number is Inf there. The result of a transposed matrix
+        may be transposed in memory too.
 
     Raises:
         TypeError, IndexError, ValueError: a dtype, dim or rounding that is not supported.

@@ -130,7 +130,7 @@ def factorize(x: Tensor, fmt: Format, dim: int, seed: int | None) -> tuple[Tenso
     """Elements of ``x``'s shape and the factor of each row along ``dim`` (of size 1 there), float32.
 
     For formats with one scale for each row or for the tensor; the product of both is the value. Where a group holds Inf
-    or NaN its elements are NaN, and its factor is 1.
+    or NaN its elements are NaN, whatever its factor.
     """
     elements, fmt = torch.empty(x.shape, device=x.device), fmt.of_tensor(x)
     sources = split_groups(x, fmt.group, dim)

@@ -153,9 +153,9 @@ class Plan:
             return self._product(a, b, bias, add_to)
         product = self._product(a, b, None, None)
         if a.scale is not None:
-            product = product * a.scale
+            product *= a.scale
         if b.scale is not None:
-            product = product * b.scale.mT
+            product *= b.scale.mT
         return finish(product, bias, add_to)
 
     def _check(self, name: str, operand: Operand, side: Side, fused: bool) -> None:

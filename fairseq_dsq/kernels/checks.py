@@ -33,6 +33,18 @@ def tensor(x: Tensor) -> None:
         raise TypeError(f"x: got {x.dtype}, expected {_NAMES}")
 
 
+def on_one_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors on several devices: a kernel would read the memory of one by the address of another.
+
+    Raises:
+        RuntimeError: one line names them.
+    """
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise RuntimeError(f"got {got}, expected all on one device")
+
+
 def along(shape: Sequence[int], dim: int) -> None:
     """Refuse a dimension that a tensor of ``shape`` lacks.
 
@@ -154,11 +166,13 @@ def dropout(x: Tensor, p: float, seed: int) -> None:
 def mask(x: Tensor, data: Tensor) -> None:
     """Refuse bytes that are no mask of ``x``."""
     tensor(x)
+    on_one_device(x=x, data=data)
     _row_of_bytes(data, masks.nbytes(x.numel()))
 
 
-def gemm(bits: tuple[int, int], terms: tuple[int, int]) -> None:
-    """Refuse widths that the GEMM kernel does not round to, and values that it does not hold."""
+def gemm(bits: tuple[int, int], terms: tuple[int, int], **tensors: Tensor | None) -> None:
+    """Refuse widths that the GEMM kernel does not round to, values that it does not hold, and several devices."""
+    on_one_device(**tensors)
     for name, width, count in zip("ab", bits, terms, strict=True):
         if width and not MIN_BITS <= width <= GEMM_BITS:
             raise ValueError(

@@ -434,7 +434,7 @@ def _gemm(
     bias: Tensor | None,
     accumulate: bool,
 ) -> None:
-    checks.gemm((a_bits, b_bits), (a_terms, b_terms))
+    checks.gemm((a_bits, b_bits), (a_terms, b_terms), out=out, a=a, b=b, bias=bias)
     kernels = native.kernels
     # The kernel reads memory as it is told. Operands that do not fit are left to torch, which says so.
     runs = kernels is not None and kernels.has_gemm and (kernels.gemm_takes_values or (a_bits and b_bits))
@@ -561,9 +561,17 @@ def _quantize_both_fake(
 
 
 def _gemm_fake(
-    out: Tensor, a: Tensor, b: Tensor, a_bits: int, b_bits: int, a_terms: int, b_terms: int, *arguments: Any
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_bits: int,
+    b_bits: int,
+    a_terms: int,
+    b_terms: int,
+    bias: Tensor | None,
+    accumulate: bool,
 ) -> None:
-    checks.gemm((a_bits, b_bits), (a_terms, b_terms))
+    checks.gemm((a_bits, b_bits), (a_terms, b_terms), out=out, a=a, b=b, bias=bias)
 
 
 def _dropout_fake(x: Tensor, p: float, scale: float, seed: int) -> Tensor:

@@ -136,7 +136,7 @@ class CodedWeight:
         """The operand of a GEMM; the codes as they are where the scale stays out of the product."""
         if not side.factored:
             return Operand(self.dequantize().to(dtype), side, reduction)
-        return Operand(self.integers(), side, reduction, scale=self.scale if reduction == -1 else self.scale.mT)
+        return Operand(self.integers(), side, reduction, scale=self.scale)  # across rows one number
 
 
 def to_bytes(elements: Tensor, fmt: Integer) -> Tensor:

@@ -73,10 +73,14 @@ class CodedLinear(DSQLinear):
         layer._put_placeholder(weight.dtype, weight.requires_grad)
         return layer
 
+    def _nan(self, dtype: torch.dtype) -> Tensor:
+        """One NaN in the weight's shape."""
+        value = torch.full((), torch.nan, dtype=dtype, device=self.weight_codes.device)
+        return value.expand(self.out_features, self.in_features)
+
     def _put_placeholder(self, dtype: torch.dtype, requires_grad: bool) -> None:
         """Give the layer a new placeholder, its first parameter as in ``nn.Linear``."""
-        value = torch.full((), torch.nan, dtype=dtype, device=self.weight_codes.device)
-        placeholder: Any = nn.Parameter(value.expand(self.out_features, self.in_features), requires_grad)
+        placeholder: Any = nn.Parameter(self._nan(dtype), requires_grad)
         placeholder.dsq_codes = self
         self._parameters = {"weight": placeholder, **{k: v for k, v in self._parameters.items() if k != "weight"}}
 
@@ -100,8 +104,9 @@ class CodedLinear(DSQLinear):
         return native.Codes(codes, scale, code_limits(self.weight_format, self.weight_rule))
 
     def record_update(self, changed: Tensor | int) -> None:
-        """Take note that an update changed so many codes."""
+        """Take note that an update changed so many codes: autograd refuses a backward pass of the ones before."""
         self._held = None
+        torch.autograd.graph.increment_version(self.weight_codes)
         self.context.ledger.record_update(changed, self.out_features * self.in_features)
 
     @torch.no_grad()
@@ -152,15 +157,19 @@ class CodedLinear(DSQLinear):
         return self._held[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As torch's; the placeholder stays one, and the scale float32."""
+        """As torch's; the placeholder stays one, the very parameter that an optimizer has, and the scale float32."""
         weight, scale = self._parameters.pop("weight"), self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype is not torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         assert weight is not None
         dtype = fn(torch.full((), torch.nan, dtype=weight.dtype, device=weight.device)).dtype
-        grad = weight.grad
-        self._put_placeholder(dtype, weight.requires_grad)
+        values, grad = self._nan(dtype), weight.grad
+        if torch._has_compatible_shallow_copy_type(weight, values):
+            weight.grad, weight.data = None, values
+            self._parameters = {"weight": weight, **self._parameters}
+        else:  # to the meta device and from it torch itself makes other parameters
+            self._put_placeholder(dtype, weight.requires_grad)
         if grad is not None:
             self.weight.grad = fn(grad)
         return self
@@ -185,13 +194,20 @@ class CodedLinear(DSQLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
-        weight = own.get(f"{prefix}weight")
-        if saved_format(own, prefix) not in (None, self.weight_format):
-            weight = own[f"{prefix}weight"] = saved_weight(own, prefix).dequantize()
-        if weight is not None and weight.shape == self.weight.shape:
-            del own[f"{prefix}weight"]
-            coded = CodedWeight.of(weight, self.weight_format, self.weight_rule)
-            own |= {prefix + CODES: coded.codes, prefix + SCALE: coded.scale}
+        *_, error_msgs = args
+        try:
+            weight = own.get(f"{prefix}weight")
+            if saved_format(own, prefix) not in (None, self.weight_format):
+                weight = own[f"{prefix}weight"] = saved_weight(own, prefix).dequantize()
+            if weight is not None:
+                if weight.shape != self.weight.shape:
+                    raise ValueError(f"got {tuple(weight.shape)}, expected {tuple(self.weight.shape)}")
+                del own[f"{prefix}weight"]
+                coded = CodedWeight.of(weight, self.weight_format, self.weight_rule)
+                own |= {prefix + CODES: coded.codes, prefix + SCALE: coded.scale}
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            return
         for name in (COLUMNS, FORMAT):
             own.pop(prefix + name, None)
         placeholder = self._parameters.pop("weight")
@@ -275,10 +291,10 @@ def decoded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def formats_of_codes(state: Mapping[str, Tensor]) -> set[str]:
     """The formats, as text, of the codes that a state dict holds."""
-    prefixes = (name.removesuffix(CODES) for name in state if name.endswith(f".{CODES}"))
+    prefixes = (name.removesuffix(CODES) for name in state if holds_codes([name]))
     return {fmt.text for prefix in prefixes if (fmt := saved_format(state, prefix))}
 
 
 def holds_codes(names: Iterable[str]) -> bool:
     """Whether a state dict of such names is that of a model with coded weights."""
-    return any(name.endswith(f".{CODES}") for name in names)
+    return any(name.rpartition(".")[2] == CODES for name in names)

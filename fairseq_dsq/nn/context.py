@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -81,6 +81,10 @@ class GemmConfig:
     def to_nearest(self) -> GemmConfig:
         """The same with rounding to nearest, made once."""
         return replace(self, rounding="nearest")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: plans are of the machine that made them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def plans(self) -> dict[Any, Any]:

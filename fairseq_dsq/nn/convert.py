@@ -228,6 +228,7 @@ def convert(
     if _maker(model):
         holder = nn.Sequential(model)
         convert(holder, context, skip, optional, warn, rules)
+        context.together.hang_on(holder[0])
         return holder[0]
     float_context = context.float32()
     choices = [(pattern, float_context) for pattern in skip]
@@ -287,6 +288,8 @@ def convert(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # else its fused inference path reads the raw weights
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only that path takes
     context.together.hang_on(model)
     if warn:
         if not any(isinstance(module, DSQLinear) for module in model.modules()):

@@ -388,7 +388,7 @@ def _factored(elements: Tensor, scale: Tensor, side: Side, reduction: int) -> Op
     return Operand(elements, side, reduction, scale=scale if reduction == -1 else scale.mT)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(..., N) as a matrix; any of the sizes may be 0, which leaves nothing for reshape's -1 to follow from."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
@@ -420,7 +420,7 @@ class _Linear(torch.autograd.Function):
         # In place of a coded weight, its placeholder stands among the parameters, which gets the gradient.
         weights = [held or weight for held, weight in zip(coded, params[0::2], strict=True)]
         biases = params[1::2]
-        rows = _rows(x)
+        rows = as_rows(x)
         needs_x = grad_enabled and ctx.needs_input_grad[6]
         needs_weight = [grad_enabled and need for need in ctx.needs_input_grad[7::2]]
         seeds = _draw_seeds(config, together.number if together else 0)
@@ -464,7 +464,7 @@ class _Linear(torch.autograd.Function):
         stashed = quantizer.stashed(_held(data, ctx.stash_spec), "input", ctx.plans["grad_weight"], -2)
         grad_x: Tensor | None = None
         grad_params: list[Tensor | None] = []
-        grad_rows = [None if grad is None else _rows(grad) for grad in grads]
+        grad_rows = [None if grad is None else as_rows(grad) for grad in grads]
         needs = [(ctx.needs_input_grad[6], need) for need in ctx.needs_input_grad[7::2]]
         read = quantizer.each_grad_outputs(grad_rows, needs, ctx.plans)
         for index, (rows, weight, (along_n, along_m)) in enumerate(zip(grad_rows, weights, read, strict=True)):
@@ -518,6 +518,14 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def _refuse_mixed(what: str, *operands: Tensor | None) -> None:
+    """Refuse operands of several dtypes or devices as torch does, whatever engine multiplies."""
+    kinds = {(x.dtype, x.device) for x in operands if x is not None}
+    if len(kinds) > 1:
+        got = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise RuntimeError(f"{what}: got {got}, expected operands of one dtype on one device")
+
+
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = autocast_device(x)
     # To enter and leave that of torch takes as long as the GEMMs of a small layer.
@@ -548,12 +556,16 @@ def linear_group(
 
     Returns:
         One (..., N) tensor per layer.
+
+    Raises:
+        RuntimeError: operands of several dtypes or devices.
     """
     coded = [None] * len(params) if coded is None else coded
     if not config.precision.rounds and not any(coded):
         return _float_linear_group(x, params, config, ledger)
     flat = [None if held else weight for held, (weight, _) in zip(coded, params, strict=True)]
     x, *cast = _autocast(x, *flat, *(bias for _, bias in params))  # type: ignore[assignment]
+    _refuse_mixed("linear", x, *cast)
     for index, (held, (weight, _)) in enumerate(zip(coded, params, strict=True)):
         cast[index] = weight if held else cast[index]
     operands = [tensor for pair in zip(cast[: len(params)], cast[len(params) :], strict=True) for tensor in pair]
@@ -678,7 +690,7 @@ class Product:
                 ledger.record_stash("recomputed", tuple(a.shape), config.dim(-2), config.precision, 0)
         # output: MxK @ KxN => MxN
         side_b = output.sides[1]
-        if apart and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
+        if apart and not transpose_b and not isinstance(side_b.fmt, Float32) and side_b.fmt.group != "tensor":
             operand_a, operand_b, output = quantizer.rows_apart(a, b, output)
             stash_a = quantizer.pack(a, "input", -2, ledger) if keeps_a else None
             stash_b = quantizer.pack(b, "weight", -1, ledger) if keeps_b else None
@@ -801,14 +813,15 @@ def matmul(
         ledger: where the GEMMs are counted.
         transpose_b: multiply by b^T.
         apart: the rows of b are positions that must not see one another (attention's values): in the output GEMM none
-            shares an exponent with another, see :meth:`_Quantizer.rows_apart`. Not with ``transpose_b``, whose rows
-            share none.
+            shares an exponent with another, see :meth:`_Quantizer.rows_apart`. With ``transpose_b`` they share none
+            anyway.
 
     Returns:
         (batch, M, N).
 
     Raises:
         ValueError: operands that are not three-dimensional or do not fit, or a weight's square boxes.
+        RuntimeError: operands of several dtypes or devices.
     """
     if a.dim() != 3 or b.dim() != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2 if transpose_b else 1]:
         expected = "(B, M, K) @ (B, N, K)^T" if transpose_b else "(B, M, K) @ (B, K, N)"
@@ -816,6 +829,7 @@ def matmul(
     if not config.precision.rounds:
         return _float_matmul(a, b, config, ledger, transpose_b)
     operands = _autocast(a, b)
+    _refuse_mixed("matmul", *operands)
     with _without_autocast(a):
         return _Matmul.apply(config, ledger, torch.is_grad_enabled(), transpose_b, apart, *operands)  # type: ignore[no-any-return]
 

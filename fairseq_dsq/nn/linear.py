@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fairseq_dsq.gemm import Operand, Plan, Side, plan
 from fairseq_dsq.nn.coded import CodedWeight
 from fairseq_dsq.nn.context import DSQContext, GemmConfig
-from fairseq_dsq.nn.functional import autocast_device, linear_group, record_linear, rounded_operand
+from fairseq_dsq.nn.functional import as_rows, autocast_device, linear_group, record_linear, rounded_operand
 
 
 class DSQLinear(nn.Linear):
@@ -110,7 +110,7 @@ class DSQLinear(nn.Linear):
 
     def _infer(self, x: Operand, output: Plan, config: GemmConfig) -> Tensor:
         """Forward of an already quantized input by the held weight."""
-        record_linear(self.context.ledger, config, x.tensor.shape[:-1].numel(), self.matrix.shape, False)
+        record_linear(self.context.ledger, config, x.tensor.shape[-2], self.matrix.shape, False)
         return output.multiply(x, self._held_weight(config, output), self.bias)
 
 
@@ -142,8 +142,9 @@ def forward_group(x: Tensor, layers: Sequence[DSQLinear]) -> list[Tensor]:
     if all(layer.frozen for layer in layers) and not (torch.is_grad_enabled() or first.training or autocast):
         side, weight_side = (Side(fmt, config.dim(-1) == -1) for fmt in config.precision.operands("output"))
         output = plan(side, weight_side, x.device, x.dtype, "float32")
-        operand = rounded_operand(x, output, 0, config)
-        return [layer._infer(operand, output, config).to(x.dtype) for layer in layers]
+        operand = rounded_operand(as_rows(x), output, 0, config)
+        outputs = (layer._infer(operand, output, config).to(x.dtype) for layer in layers)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
     params = [(layer.matrix, layer.bias) for layer in layers]
     numbers, coded = [layer.number for layer in layers], [layer.coded for layer in layers]
     context = first.context

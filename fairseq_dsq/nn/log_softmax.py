@@ -113,8 +113,8 @@ def _nll_loss(
         return None
     # The same loss of what the targets pick: each token has a vocabulary of one word, its target.
     ignored = target == ignore_index
-    picked = _Gather.apply(input.as_subclass(Tensor), 1, target.masked_fill(ignored, 0)[:, None])
-    first = torch.zeros_like(target).masked_fill_(ignored, -100)
+    picked = _Gather.apply(input.as_subclass(Tensor), 1, target.long().masked_fill(ignored, 0)[:, None])
+    first = torch.zeros_like(target, dtype=torch.int64).masked_fill_(ignored, -100)
     return nn.functional.nll_loss(picked, first, reduction=reduction)
 
 

@@ -20,9 +20,9 @@ back as NaN and touches no other value. A row of a norm or softmax that holds In
 torch's is.
 
 Eight bits are block floating point with boxes along the last dimension, rounded to nearest: 17 bytes for 16 values.
-Where the context's precision is float32, nothing needs a gradient, or a tensor has no elements, torch's own operations
-run. What is kept here is no operand of a GEMM, and the ledger does not count it. Attention whose scores are computed
-twice (:mod:`fairseq_dsq.nn.attend`) keeps no probabilities.
+Where the context's precision is float32, nothing needs a gradient (but for dropout), or a tensor has no elements,
+torch's own operations run. What is kept here is no operand of a GEMM, and the ledger does not count it. Attention whose
+scores are computed twice (:mod:`fairseq_dsq.nn.attend`) keeps no probabilities.
 """
 
 from __future__ import annotations

@@ -375,7 +375,7 @@ def all_notes(table: Table) -> list[str]:
             "Arithmetic and DRAM: modelled, of the whole training, relative to the same GEMMs in 32-bit fixed point."
         )
     if compared := {row.partner for row in table.rows if row.differences}:
-        same_seed = "" if compared == {table.baseline} else "the run with the same seed of the method of "
+        same_seed = "" if compared == {table.baseline} else f"{table.baseline}'s method at the same seed, else from "
         notes.append(f"In brackets: the difference from {same_seed}{table.baseline}.")
     notes += [f"{note[0].upper()}{note[1:]}." for note in table.notes]
     notes += [f"* {row.name}: {'; '.join(row.notes)}." for row in table.rows if row.notes]
@@ -404,8 +404,9 @@ def held(table: Table) -> list[list[str]]:
 
 SEEDS_NOTE = (
     "Mean of the seeds; spread: the highest less the lowest. Difference: that from {baseline}'s run of the same seed, "
-    "else its first, the mean of the seeds; in brackets: the lowest and the highest. p: how likely chance alone makes "
-    "a difference as large, for each seed: sacreBLEU's paired bootstrap (1,000 samples) against that run."
+    "else its first, the mean of the seeds; in brackets: the lowest and the highest. p: of sacreBLEU's paired "
+    "bootstrap against that run (1,000 samples), for each seed. It is one-sided in effect, half of a two-sided one, "
+    "and 0.43 where two runs do not differ; it compares two trained models, and knows nothing of what a seed changes."
 )
 
 

@@ -222,6 +222,17 @@ def test_the_operator_is_well_formed(bits, accumulate):
     torch.library.opcheck(torch.ops.fairseq_dsq.gemm.default, arguments)
 
 
+@pytest.mark.parametrize("moved", ["a", "b", "bias"])
+def test_operands_on_several_devices_are_refused(moved):
+    """Not left to the meta device's shapes, which write nothing."""
+    tensors = {"a": torch.ones(1, 3, 16), "b": torch.ones(1, 5, 16), "bias": torch.ones(5)}
+    tensors[moved] = tensors[moved].to("meta")
+    with pytest.raises(RuntimeError, match=f"{moved} on meta.*, expected all on one device"):
+        gemm(tensors["a"], tensors["b"], out=torch.empty(1, 3, 5), bias=tensors["bias"])
+    with pytest.raises(RuntimeError, match="got x on cpu, data on meta, expected all on one device"):
+        ops.mask(torch.ones(3), torch.ones(1, dtype=torch.uint8, device="meta"))
+
+
 def test_the_plain_torch_definition_is_near(monkeypatch):
     a, b = torch.randn(2, 9, 40), torch.randn(2, 5, 40)
     bias, before = torch.randn(5), torch.randn(2, 9, 5)

@@ -8,6 +8,7 @@ import torch
 from nn.common import normal, tensors_of
 from torch import nn
 
+from fairseq_dsq.adam import LowBitAdam
 from fairseq_dsq.formats import parse
 from fairseq_dsq.kernels import native
 from fairseq_dsq.nn import (
@@ -26,7 +27,7 @@ from fairseq_dsq.nn import (
     weight_format,
 )
 from fairseq_dsq.nn.coded import code_limits
-from fairseq_dsq.nn.coded_linear import _say_slow
+from fairseq_dsq.nn.coded_linear import _say_slow, holds_codes
 from fairseq_dsq.precision import PrecisionConfig, Rule
 from fairseq_dsq.quantized import fake_quantize, noise_seed
 
@@ -307,6 +308,28 @@ def test_copies_and_casts_hold_no_float_weight(change):
     assert changed.weight.isnan().all()
 
 
+@pytest.mark.parametrize("change", ["float", "cpu", "half"])
+def test_an_optimizer_goes_on_with_a_layer_that_was_cast_or_moved(change):
+    """torch keeps Parameters through casts and moves, and so do layers of codes."""
+    coded, _, _ = layer("int8/row", (80, 80))
+    model = nn.Sequential(coded)
+    optimizer, weight, codes = LowBitAdam(model.parameters(), lr=0.1), coded.weight, coded.weight_codes.clone()
+    getattr(model, change)()
+    assert coded.weight is weight and weight.dtype is (torch.float16 if change == "half" else torch.float32)
+    assert list(dict(model.named_parameters())) == ["0.weight", "0.bias"] and weight.stride() == (0, 0)
+    model(normal(12, 80).to(weight.dtype)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(coded.weight_codes, codes)
+
+
+def test_backward_of_codes_that_were_updated_since_is_refused():
+    coded, _, _ = layer("int8/row", (24, 16))
+    y = coded(normal(12, 24).requires_grad_())
+    coded.subtract_(torch.full((16, 24), 0.1), 3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_trains(dtype):
     coded, _, _ = layer("int8/row", (24, 16))
@@ -367,6 +390,14 @@ def test_codes_of_another_format_are_decoded_and_quantized():
 
 def test_a_state_dict_of_another_shape_or_without_its_parts_is_refused():
     coded, _, _ = layer()
+    for weight, message in (
+        (torch.ones(11, 21), r"0.weight: got \(11, 21\), expected \(10, 21\)"),
+        (torch.zeros(10, 21), "0.weight: holds nothing but zeros"),
+    ):
+        with pytest.raises(RuntimeError, match=message) as refused:
+            nn.Sequential(coded).load_state_dict({"0.weight": weight, "0.bias": torch.ones(10)})
+        assert "Missing" not in str(refused.value)
+    assert holds_codes(coded.state_dict()) and formats_of_codes(coded.state_dict()) == {"int8/row"}
     with pytest.raises(RuntimeError, match="size mismatch for weight_codes"):
         coded.load_state_dict(layer(sizes=(22, 10))[0].state_dict())
     state = nn.Sequential(coded).state_dict()

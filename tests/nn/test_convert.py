@@ -468,6 +468,19 @@ def test_the_feed_forward_of_torchs_encoder_layer_is_quantized(mode):
     assert difference(actual, expected(x)) > 0.01
 
 
+def test_torchs_encoder_takes_a_padding_mask_in_evaluation():
+    """Nested tensors, which it makes of one, only its fused path can read."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its attention stays float
+        convert(model, context(*BFP_MIXED.q))
+    x, padding = normal(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        assert torch.equal(model(x, src_key_padding_mask=padding), expected)
+
+
 # Every GEMM of a Transformer
 
 

@@ -705,6 +705,12 @@ def test_what_has_no_scale_for_a_row_of_values_says_so(fmt, dtype, what):
     assert torch.equal(product, matmul(a, b, how["feature"], apart=True))
 
 
+def test_rows_of_a_stored_transpose_are_apart_anyway():
+    how = GemmConfig(PrecisionConfig((8, 4, 4, 16)))
+    a, b = normal(2, 5, 8), normal(2, 8, 8, seed=1)
+    assert torch.equal(matmul(a, b, how, transpose_b=True, apart=True), matmul(a, b, how, transpose_b=True))
+
+
 @pytest.mark.parametrize("value_boxes", ["row", "feature"])
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 def test_rows_apart_of_nothing_are_torch_s(sizes, value_boxes):

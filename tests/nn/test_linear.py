@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_dsq.ledger import Gemm
-from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, convert, linear
+from fairseq_dsq.nn import BOX_DIMS, FLOAT32, DSQContext, DSQLinear, GemmConfig, LedgerKey, convert, linear, matmul
 from fairseq_dsq.nn.linear import forward_group
 from fairseq_dsq.precision import PrecisionConfig
 
@@ -145,8 +145,8 @@ def frozen(layer):
 @pytest.mark.parametrize("box_dim", BOX_DIMS)
 @pytest.mark.parametrize(
     "precision",
-    [BFP_MIXED, PrecisionConfig((5, 4, 4, 4), "fixed"), FLOAT32],
-    ids=["bfp", "fixed", "float32"],
+    [BFP_MIXED, PrecisionConfig((5, 4, 4, 4), "fixed"), PrecisionConfig(("int8/row",) * 4), FLOAT32],
+    ids=["bfp", "fixed", "int8", "float32"],
 )
 @pytest.mark.parametrize("shape", [(K,), (9, K), (2, 7, K), (0, K)], ids=str)
 def test_inference_equals_the_uncached_result(precision, box_dim, shape, freeze):
@@ -158,6 +158,16 @@ def test_inference_equals_the_uncached_result(precision, box_dim, shape, freeze)
         y = infer(layer, x)
         assert torch.equal(y, uncached(layer, x))
         assert not y.requires_grad
+
+
+@pytest.mark.parametrize("level", [BFP_MIXED, PrecisionConfig(("int8/row",) * 4)], ids=["bfp", "int8"])
+def test_operands_of_two_dtypes_or_devices_are_refused(level):
+    layer = layer_with(DSQContext(GemmConfig(level)))
+    for x in (normal(3, K).bfloat16(), normal(3, K).to("meta")):
+        with pytest.raises(RuntimeError, match=f"linear: got .*{x.dtype} on {x.device}.*, expected operands of one"):
+            layer(x)
+    with pytest.raises(RuntimeError, match=r"matmul: got torch\.bfloat16 on cpu and torch\.float32 on cpu, expected"):
+        matmul(normal(1, 3, 4), normal(1, 4, 2).bfloat16(), GemmConfig(level))
 
 
 class OperationCount(TorchDispatchMode):

@@ -55,6 +55,12 @@ def passes():
     convert(model, DSQContext(GemmConfig(PrecisionConfig((3, 3, 3, 3)), "stochastic")))
     torch.manual_seed(5)
     found = {("weight of pass", number): model(torch.eye(ROWS)).detach() for number in range(3)}
+    bare = nn.Linear(ROWS, ROWS, bias=False)
+    bare.weight.data.copy_(normal(ROWS, ROWS))
+    bare = convert(bare, DSQContext(GemmConfig(PrecisionConfig((3, 3, 3, 3)), "stochastic")))
+    found |= {("weight of a bare layer", number): bare(torch.eye(ROWS)).detach() for number in range(3)}
+    torch.manual_seed(5)
+    model(torch.eye(ROWS))
     for model.repeats in (False, True):
         torch.manual_seed(6)
         for _ in range(2):
@@ -71,13 +77,14 @@ def test_replicas_round_weights_alike_and_what_they_hold_alone_apart(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for key, value in first.items():
         # dx = dy @ W rounds the weight, where dy is the identity.
-        shared = key[0] in ("weight", "weight's gradient", "weight of pass")
+        shared = key[0] in ("weight", "weight's gradient", "weight of pass", "weight of a bare layer")
         assert torch.equal(value, second[key]) == shared, key
     for name in ("weight", "input"):
         # Each layer and each update has noise of its own.
         different = [first[name, number, update] for number in (0, 1) for update in (0, 1)]
         assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i]), name
-    of_passes = [first["weight of pass", number] for number in range(3)]
-    assert not any(torch.equal(a, b) for i, a in enumerate(of_passes) for b in of_passes[:i])
+    for name in ("weight of pass", "weight of a bare layer"):
+        of_passes = [first[name, number] for number in range(3)]
+        assert not any(torch.equal(a, b) for i, a in enumerate(of_passes) for b in of_passes[:i]), name
     for of_rank in (first, second):
         assert torch.equal(of_rank["gradient", True], of_rank["gradient", False])

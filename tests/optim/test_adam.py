@@ -287,6 +287,10 @@ def test_states_of_other_parameters_are_refused():
             LowBitAdam(others, **flags).load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match="parameter group"):
         LowBitAdam(ours[:2]).load_state_dict(optimizer.state_dict())
+    momentum = torch.optim.SGD(ours, lr=0.1, momentum=0.9)
+    train(momentum, ours, 1)
+    with pytest.raises(ValueError, match="state of parameter 0: got momentum_buffer, expected step, exp_avg and"):
+        LowBitAdam(ours).load_state_dict(momentum.state_dict())
 
 
 def test_noise_is_a_function_of_seed_step_parameter_and_moment_alone():
@@ -324,11 +328,26 @@ def test_a_copy_is_one():
         ({"rounding": "up"}, "rounding: got 'up', expected one of nearest, stochastic"),
         ({"residual": "m"}, "residual: got 'm', expected one of none, moment1"),
         ({"residual": "moment1", "betas": (0.0, 0.9)}, "residual: got moment1 with a beta1 of 0, expected a first"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected 0 or more, below 1"),
+        ({"lr": -1.0}, "lr: got -1.0, expected 0 or more"),
+        ({"eps": math.nan}, "eps: got nan, expected 0 or more"),
     ],
 )
-def test_what_is_no_format_is_refused(flags, message):
+def test_what_is_no_format_or_rate_is_refused_of_all_parameters_or_a_group_s(flags, message):
     with pytest.raises(ValueError, match=message):
         LowBitAdam(parameters(), **flags)
+    with pytest.raises(ValueError, match=message):
+        LowBitAdam([{"params": parameters()} | flags])
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (8, 8)], ids=["held in low bits", "small"])
+def test_backward_of_parameters_that_were_updated_since_is_refused(shape):
+    p = torch.nn.Parameter(torch.full(shape, 2.0))
+    y = (p * p).sum()
+    p.grad = torch.ones(shape)
+    LowBitAdam([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_bytes_are_read_as_they_were_written():

@@ -75,7 +75,7 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
     assert [tables.cells(table, row)[3] for row in table.rows] == [
         "40.00", "38.00 (-2.00)", "40.00 (+0.00)", "41.00", "37.00 (-4.00)", "39.00 (-1.00)",
     ]  # fmt: skip
-    assert "In brackets: the difference from the run with the same seed of the method of float32-seed1." in (
+    assert "In brackets: the difference from float32-seed1's method at the same seed, else from float32-seed1." in (
         tables.all_notes(table)
     )
     translations = [read_translations(read_run(path)) for path in paths]
