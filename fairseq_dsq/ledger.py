@@ -117,12 +117,14 @@ class Work:
     updates: dict[Update, float] = field(default_factory=dict)
 
     def once(self) -> Work:
-        """The same with nothing repeated, nor packed for it; the bytes really taken by stashes are not known."""
-        return Work(
-            Counter({key: count for key, count in self.gemms.items() if not key.repeated}),
-            Counter({key: count for key, count in self.stashes.items() if not key.stash.for_repeat}),
-            updates=dict(self.updates),
-        )
+        """The same with nothing repeated nor packed for it, all inputs kept; the bytes really taken are not known."""
+        stashes = Counter[StashKey]()
+        for key, count in self.stashes.items():
+            if not key.stash.for_repeat:
+                role: StashRole = "input" if key.stash.role == "recomputed" else key.stash.role
+                stashes[key._replace(stash=key.stash._replace(role=role))] += count
+        gemms = Counter({key: count for key, count in self.gemms.items() if not key.repeated})
+        return Work(gemms, stashes, updates=dict(self.updates))
 
     def at_precision(self, precision: PrecisionConfig) -> Work:
         """The same GEMMs, stashes and updates at another level; the bytes really taken by stashes are not known."""

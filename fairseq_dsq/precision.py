@@ -83,7 +83,7 @@ class PrecisionConfig:
         if len(self.q) != 4:
             raise ValueError(f"got {len(self.q)} numbers in {list(self.q)}, expected four: [q0,q1,q2,q3]")
         check_choice("format_name", self.format_name, formats.names())
-        on_top = self.options.bits(0)
+        on_top = 0 if self.format_name == "float32" else self.options.bits(0)
         least, most = formats.MIN_BITS - on_top, formats.MAX_BITS - on_top
         for index, q in enumerate(self.q):
             if isinstance(q, bool) or not isinstance(q, (int, str)) or (isinstance(q, str) and _INTEGER.fullmatch(q)):

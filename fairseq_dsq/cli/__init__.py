@@ -13,6 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# The exit code after Ctrl-C, as a shell's.
+INTERRUPTED = 130
+
 
 @contextlib.contextmanager
 def blame(flag: str) -> Iterator[None]:
@@ -64,11 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "user_dir", None) is not None:
             import_user_dir(args.user_dir)
         return int(args.run(args))
-    except BrokenPipeError:  # into head, say: whoever reads has seen enough
+    except BrokenPipeError:  # into head, say: whoever reads has seen enough, unless there is more to do than to print
         sys.stdout = None
-        return 0
+        if not getattr(args, "works", False):
+            return 0
+        print(f"fairseq-dsq {args.command}: error: standard output was closed, and no more was done", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"fairseq-dsq {args.command}: error: {error}", file=sys.stderr)
         return 2

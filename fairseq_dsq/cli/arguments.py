@@ -38,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, flag: str, default: str
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a batch (default: the model file's)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sentence (default: the model file's)")
     parser.add_argument("--vocabulary", type=int, metavar="N", help="entries of the dictionary (default: likewise)")
-    parser.add_argument("--flags", metavar="FLAGS", help="of fairseq-train, such as '--encoder-layers 12'")
+    parser.add_argument("--flags", metavar="FLAGS", help="of fairseq-train: --flags='--encoder-layers 12'")
 
 
 def find_model(args: argparse.Namespace, flag: str) -> Any:

@@ -106,6 +106,8 @@ def _priced(
 
     with blame("--profile"):
         profiles = {profile.name: profile for profile in map(load_profile, names)}
+        if len(profiles) < len(names):
+            raise ValueError(f"got {' '.join(names)}, expected profiles whose names differ: {', '.join(profiles)}")
     rows: list[list[tuple[float, float]] | None] = []
     for run in runs:
         try:

@@ -28,7 +28,7 @@ def reprice(run: Run, profiles: list[CostProfile]) -> list[tuple[float, float]]:
     """Relative arithmetic and DRAM traffic of all updates of a run by each profile.
 
     Every batch has the record's mean number of sentences and of tokens in one, none of them padding; a source is as
-    long as its target.
+    long as its target. Of those that share an update, on one worker or several, each has a part of it.
 
     Raises:
         ValueError: the run has no record or checkpoint, or one that cannot be run; names it.
@@ -54,7 +54,8 @@ def _reprice(run: Run, best: Path, profiles: list[CostProfile]) -> list[tuple[fl
     model = _model(config, state["model"])
     dsq = model.dsq
     assert isinstance(dsq, DSQState)
-    spec = _batch(run, config.model)
+    batches = config.optimization.update_freq[0] * config.distributed_training.distributed_world_size
+    spec = _batch(run, config.model, batches)
     steps: dict[int, tuple[Work, PrecisionConfig, int]] = {}
     for level, updates in run.levels:
         if level not in steps:
@@ -65,7 +66,7 @@ def _reprice(run: Run, best: Path, profiles: list[CostProfile]) -> list[tuple[fl
         steps[level] = work, precision, before + updates
     update = _update(config, model)
     for work, _, _ in steps.values():
-        work.updates = {update: 1 / config.optimization.update_freq[0]}
+        work.updates = {update: 1 / batches}
     found = []
     for profile in profiles:
         result = pricing.price_trajectory(profile, list(steps.values()))
@@ -90,12 +91,12 @@ def _dictionary(size: int) -> Dictionary:
     return dictionary
 
 
-def _batch(run: Run, model: Any) -> ModelSpec:
-    """A batch of the mean size that the run's record has."""
+def _batch(run: Run, model: Any, batches: int) -> ModelSpec:
+    """A batch of the mean size that the run's record has, of so many in an update."""
     points = [line for line in record.read(run.path / record.NAME) if isinstance(line, record.Point)]
     train = points[-1].train
-    sentences = max(1, round(train["bsz"]))
-    length = max(1, round(train["wpb"] / sentences))
+    sentences = max(1, round(train["bsz"] / batches))
+    length = max(1, round(train["wpb"] / train["bsz"]))
     return ModelSpec(model.arch, length=length, tokens=length * sentences)
 
 

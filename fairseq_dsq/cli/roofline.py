@@ -15,10 +15,10 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cli import blame
 from fairseq_dsq.cli.arguments import add_format_argument, add_model_arguments, check_format, find_model
 from fairseq_dsq.cost.hardware import FOLDER, Hardware, load_hardware, measure
-from fairseq_dsq.cost.pricing import Step, price_settings
+from fairseq_dsq.cost.pricing import STASHING, Step, price_settings
 from fairseq_dsq.cost.published import roofline_table
 from fairseq_dsq.cost.roofline import Group, shares, total
-from fairseq_dsq.precision import parse_levels
+from fairseq_dsq.precision import PrecisionConfig, parse_levels
 
 DEFAULT_MODEL, DEFAULT_HARDWARE, DEFAULT_LEVELS = "opt-1.3b", "a100-sxm-80gb", "[2,2,2,16] [16,4,4,16]"
 PUBLISHED_MODEL = "opt-1.3b"
@@ -66,6 +66,13 @@ def main(args: argparse.Namespace) -> int:
         hardware = measure() if args.hardware == MEASURE else _load(args.hardware)
     if args.save_hardware:
         args.save_hardware.write_text(OmegaConf.to_yaml(dataclasses.asdict(hardware)), encoding="utf-8")
+    try:
+        PrecisionConfig(STASHING, args.format)
+    except ValueError:
+        raise ValueError(
+            f"--format: got {args.format}, expected one of any width, such as bfp: settings of 16 and 4 bits stand "
+            "beside the levels"
+        ) from None
     with blame("--levels"):
         levels = parse_levels(args.levels, args.format)
     spec = find_model(args, "--model")

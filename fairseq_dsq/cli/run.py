@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fairseq_dsq import cli, data_files, schedules
-from fairseq_dsq.cli import blame
+from fairseq_dsq.cli import INTERRUPTED, blame
+from fairseq_dsq.cost import load_profile
 from fairseq_dsq.plugin import config, effects
 from fairseq_dsq.plugin.state import refuse_field
 from fairseq_dsq.recipes import FOLDER, Glue, LanguageModel, Recipe, Tabled, Translation, load_recipe
@@ -54,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
-    refuse_own(rest, {"--save-dir": "a folder in RUNS"})
+    refuse_own(rest, {"--save-dir": "a folder in RUNS", "--seed": "run's --seed", "--max-epoch": "run's --epochs"})
     if (folder := user_dir(rest)) is not None:  # formats of one's own may stand in the recipe
         cli.import_user_dir(folder)
     with blame("RECIPE"):
@@ -64,6 +65,8 @@ def main(args: argparse.Namespace) -> int:
     except argparse.ArgumentError as error:
         raise ValueError(f"RECIPE: {name}: parameters: {error}") from None
     options = vars(parser.parse_args(own))
+    if "methods" in options and not options["format"]:
+        refuse_own(rest, {f"--dsq-{name}": "each row's own" for name in ("format", "levels", "patience", "min-delta")})
     _check(recipe, options)
     _check_precision(recipe, options, rest)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
@@ -71,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
         _check_gpus(options)
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
     jobs, status = int(options.pop("jobs", "1")), options.pop("status", False)
+    args.works = not (dry or status)
     given = {option.replace("_", "-"): value for option, value in options.items()}
     if isinstance(recipe, Glue):
         try:
@@ -106,6 +110,8 @@ def _run(plan: Plan, jobs: int) -> int:
             for step in plan.runs[folder]:
                 _call(step)
         except _Stopped as stopped:
+            if stopped.code == INTERRUPTED:
+                return stopped.code
             codes[folder] = stopped.code
         if plan.report is not None and folder in waiting:
             print(f"\n{plan.name}: {progress(plan, jobs)}\n", flush=True)
@@ -119,7 +125,10 @@ def _run(plan: Plan, jobs: int) -> int:
                 codes[outcome.folder] = outcome.code
             print(f"\n{plan.name}: {progress(plan, jobs, pool.running)}\n", flush=True)
     if plan.report is not None and len(codes) < len(plan.runs):
-        _call(plan.report)
+        try:
+            _call(plan.report)
+        except _Stopped as stopped:
+            return stopped.code
     if plan.report is not None and codes:
         names = ", ".join(folder.name for folder in codes)
         print(f"fairseq-dsq run: error: {len(codes)} of {len(plan.runs)} runs failed: {names}", file=sys.stderr)
@@ -229,7 +238,12 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
         _check_nodes(options)
     if "methods" in options:
         assert isinstance(recipe, Tabled)
+        with blame("RECIPE: profiles"):
+            for profile in recipe.profiles.split():
+                load_profile(profile)
         rows = recipe.rows()
+        if not options["methods"].split():
+            raise ValueError(f"--methods: got none, expected some of {' '.join(rows)}")
         for method in options["methods"].split():
             if method not in (*rows, *recipe.methods.split()):
                 expected = f"{' '.join(rows)}, or of the tables {recipe.methods}"
@@ -295,6 +309,8 @@ def _call(step: Step, output: bool = False) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed) if output else contextlib.nullcontext():
         code = cli.main(step.arguments)
+    if sys.stdout is None:
+        raise BrokenPipeError
     if code == 1 and step.failure:
         print(f"fairseq-dsq run: error: {step.failure}", file=sys.stderr)
     if code:

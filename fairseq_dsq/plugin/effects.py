@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -224,8 +223,9 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
         yield from given(f" with --dsq-schedule {args.dsq_schedule}", *others)
     else:
         yield from given(" with one level in --dsq-levels", *schedule)
-    for number, (lower, higher) in enumerate(itertools.pairwise(levels)):
-        if lower.formats == higher.formats:
+    rising = [levels, *(rule.levels for rule in rules_of(args, len(levels)) if len(rule.levels) > 1)]
+    for number in range(len(levels) - 1):
+        if all(each[number].formats == each[number + 1].formats for each in rising):
             yield f"--dsq-levels {args.dsq_levels}: levels {number} and {number + 1} are the same: a rise has no effect"
     ruled = [level for rule in rules_of(args, len(levels)) for level in rule.levels]
     used = {held for level in [*levels, *ruled] for pair in level.formats for held in pair}

@@ -70,10 +70,6 @@ class Step:
         half = [name for name in _HALF if getattr(self.config.common, name)]
         if half:
             raise ValueError(f"--flags: got --{half[0].replace('_', '-')}, expected none: bytes are those in float32")
-        if getattr(self.config.model, "checkpoint_activations", False):
-            raise ValueError(
-                "--flags: got --checkpoint-activations, expected none: what backward computes again is not measured"
-            )
         if precision is not None:
             probe.put_in_force(self.model.dsq, precision)  # type: ignore[arg-type]
         self.optimizer_name: str = self.config.optimizer._name
@@ -115,7 +111,15 @@ class Step:
             raise ValueError(f"--flags: got what cannot be measured on shapes without numbers ({line})") from None
 
     def activations(self, batch: int) -> tuple[Work, int]:
-        """What the forward pass of so many sentences runs and packs, and the bytes of all that autograd keeps of it."""
+        """What the forward pass of so many sentences runs and packs, and the bytes of all that autograd keeps of it.
+
+        Raises:
+            ValueError: a model of which backward computes parts again.
+        """
+        if getattr(self.config.model, "checkpoint_activations", False):
+            raise ValueError(
+                "--flags: got --checkpoint-activations, expected none: what backward computes again is not measured"
+            )
         state = getattr(self.model, "dsq", None)
         ledger = Ledger() if state is None else state.context.ledger
         ledger.drain()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,31 +46,33 @@ def update_of(model: nn.Module, optimizer: Any) -> Update:
         weight_bytes=sum(parameter_bytes(parameter) for parameter, _ in updated) + sum(map(_nbytes, copies)),
         gradient_bytes=sum(_nbytes(grad) for _, grad in updated)
         + sum(_nbytes(copy.grad) for copy in copies if copy.grad is not None),
-        state_bytes=sum(
-            _nbytes(value)
-            for each in inner
-            for state in each.state.values()
-            for value in state.values()
-            if torch.is_tensor(value)
-        ),
+        state_bytes=sum(_state_bytes(state) for each in inner for p, state in each.state.items() if p.grad is not None),
     )
 
 
-def known_update(model: nn.Module, optimizer: Any, known: dict[Any, Update]) -> Update:
-    """:func:`update_of`, once for the same gradients and states: it takes a twentieth of a small step's Python time."""
+def _state_bytes(state: Mapping[str, Any]) -> int:
+    return sum(_nbytes(value) for value in state.values() if torch.is_tensor(value))
+
+
+def known_update(model: nn.Module, optimizer: Any, known: dict[Any, tuple[Update, int]]) -> tuple[Update, int]:
+    """:func:`update_of`, and the bytes of all states, those of parameters without a gradient too.
+
+    Once for the same gradients and states: it takes a twentieth of a small step's Python time.
+    """
     key = tuple(p.grad is not None for p in model.parameters()), *(len(each.state) for each in _inner(optimizer))
     if key not in known:
         if len(known) >= MOST_KNOWN:
             known.clear()  # with LayerDrop hardly two steps have the same gradients
-        known[key] = update_of(model, optimizer)
+        states = sum(_state_bytes(state) for each in _inner(optimizer) for state in each.state.values())
+        known[key] = update_of(model, optimizer), states
     return known[key]
 
 
-def log_update(optimizer: Any, update: Update, profile: CostProfile | None) -> None:
+def log_update(optimizer: Any, update: Update, states: int, profile: CostProfile | None) -> None:
     """Log the bytes of gradients and states after a step, and what the update costs where a profile prices it."""
     held = {GRADIENT_BYTES: update.gradient_bytes}
     if not isinstance(optimizer.optimizer, LowBitAdam):  # which logs its own, whatever model it trains
-        held[STATE_BYTES] = update.state_bytes
+        held[STATE_BYTES] = states
     for key, value in held.items():
         metrics.log_scalar(key, value, weight=1, priority=200, round=0)
     if profile is not None and profile.prices_updates:

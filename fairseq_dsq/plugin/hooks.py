@@ -46,8 +46,8 @@ class _Hooks:
         self.own_get_batch_iterator = getattr(task, "get_batch_iterator", None)
         self.own_optimizer_step = getattr(task, "optimizer_step", None)
         self.own_get_checkpoint_dict = getattr(task, "get_checkpoint_dict", None)
-        self.updates: dict[Any, Update] = {}
-        self.made: tuple[Any, Update, CostProfile | None] | None = None
+        self.updates: dict[Any, tuple[Update, int]] = {}
+        self.made: tuple[Any, Update, int, CostProfile | None] | None = None
 
     def get_batch_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """The task's; the training's is remembered, since it knows where an epoch ends."""
@@ -110,7 +110,7 @@ class _Hooks:
         state = _state(model)
         if state.cost_profile is None:
             state.context.ledger.drain()  # nobody charges what ran
-        self.made = optimizer, known_update(model, optimizer, self.updates), state.cost_profile
+        self.made = optimizer, *known_update(model, optimizer, self.updates), state.cost_profile
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
         """Runs after each update that counts, too: it is logged, and an epoch's end, which a validation may replace."""

@@ -111,11 +111,11 @@ def claim(folder: Path, settings: Mapping[str, str]) -> bool:
 
 
 def _canonical(name: str, value: str) -> str:
-    if _is_number(value):
+    path, named = Path(value), name in _PATHS
+    if _is_number(value) and not named:
         number = float(value)
         return str(int(number)) if number.is_integer() else repr(number)
-    path = Path(value)
-    if (name in _PATHS or "/" in value or path.suffix) and path.exists():
+    if (named or "/" in value or path.suffix) and path.exists():
         artefact.check_path(name, path)
         return artefact.content(path)
     return value

@@ -200,11 +200,12 @@ def _seed(run: Run) -> int:
 
 
 def _alike(run: Run, index: int) -> object:
-    """Equal for runs whose records' flags, and names, differ in the seed alone."""
+    """Equal for runs whose records' flags, and paths, differ in the seed alone."""
     flags: Mapping[str, str] = run.flags
     if "seed" not in flags:
         return index
-    return _name(run), frozenset((name, value) for name, value in flags.items() if name != "seed")
+    parts = tuple(_SEED.sub("", part) or part for part in run.path.resolve().parts)
+    return parts, frozenset((name, value) for name, value in flags.items() if name != "seed")
 
 
 def _lines(path: Path) -> tuple[str, ...]:

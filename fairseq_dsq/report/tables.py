@@ -178,11 +178,16 @@ def describe(run: Run) -> tuple[str, str]:
         if flag not in ("dsq_format", "dsq_levels") and flags[flag] != default
     ]
     setup = ", ".join([levels_to_str(given), *options])
-    label = _FORMAT_LABELS.get(name, name)
+    families = [name]
+    if not any(level.has_bits for level in given):
+        families = [member.family for level in given for pair in level.members for member in pair]
+    label = "/".join(dict.fromkeys(_FORMAT_LABELS.get(family, family) for family in families))
     if len(given) > 1:
         return f"DSQ ({label})", setup
     q = given[0].q
-    return (f"{_FORMAT_NAMES.get(name, name)} {q[0]}" if len(set(q)) == 1 else f"Stashing ({label})"), setup
+    if len(set(q)) > 1:
+        return f"Stashing ({label})", setup
+    return (q[0] if isinstance(q[0], str) else f"{_FORMAT_NAMES.get(name, name)} {q[0]}"), setup
 
 
 def make_table(
@@ -295,7 +300,7 @@ def find(runs: Sequence[Run], wanted: str) -> int:
         ValueError: there is none.
     """
     for index, run in enumerate(runs):
-        if wanted in (run.name, str(run.path), str(run.path).rstrip("/")) or wanted.rstrip("/") == str(run.path):
+        if wanted == run.name or Path(wanted) == run.path:
             return index
     raise ValueError(f"got {wanted!r}, expected one of the runs: {', '.join(run.name for run in runs)}")
 
@@ -324,7 +329,7 @@ def _last(values: Iterable[float | None]) -> float | None:
 def _notes(run: Run) -> tuple[str, ...]:
     notes = [*([f"incomplete: {run.incomplete}"] if run.incomplete else []), *run.notes]
     first, last = run.epochs[0].number, run.epochs[-1].number
-    if first > 1:
+    if first > 1 and not run.trained:
         notes.append(f"begins at epoch {first}; what earlier epochs cost is not in it")
     ended = {epoch.number for epoch in run.epochs if epoch.ended}
     if lost := [str(number) for number in range(first, last) if number not in ended]:

@@ -105,6 +105,8 @@ def test_an_update_is_charged_where_the_profile_prices_it_and_shared_by_its_batc
     low = as_json(capsys, "cost", *small("--optimizer dsq_adam --dsq-weights direct"), "--profile", "operands")
     # A byte each of codes and moments, and their scales, of embeddings the moments alone.
     assert 10 < low["update_dram_bytes"] / values < 10.3
+    again = as_json(capsys, "cost", *small("--checkpoint-activations"), "--profile", "operands")
+    assert again["update_dram_bytes"] == adam["update_dram_bytes"] and again["macs"] > adam["macs"]
     for argv in (("--profile", "paper"), ("--profile", "operands", "--forward-only")):
         assert "update_dram_bytes" not in as_json(capsys, "cost", *small(), *argv)
 
@@ -238,6 +240,13 @@ def test_roofline_of_another_model_and_machine(capsys):
     assert result["paper_table_7"] == {} and result["tokens"] == 512
     for setting in result["settings"]:
         assert sum(group["share"] for group in setting["groups"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "float32"])
+def test_roofline_refuses_a_format_that_cannot_express_its_settings(capsys, name):
+    levels = {"nvfp4": "[nvfp4,nvfp4,nvfp4,nvfp4]", "float32": "[32,32,32,32]"}[name]
+    assert main(["roofline", "--format", name, "--levels", levels]) == 2
+    assert f"--format: got {name}, expected one of any width, such as bfp" in capsys.readouterr().err
 
 
 def test_measured_hardware_can_be_saved_and_used(capsys, tmp_path):

@@ -180,6 +180,15 @@ def test_an_identity_is_of_values_not_of_their_spelling(tmp_path):
     assert identity(["data", "--lr", "0.01", "-1"])["--lr"] == "0.01 -1"
 
 
+def test_a_data_folder_is_known_by_its_content_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "14").mkdir()
+    before = identity(["14", "--lr", "14"])
+    (tmp_path / "14/train").write_text("a text")
+    after = identity(["14", "--lr", "14"])
+    assert before["DATA"] != after["DATA"] and before["--lr"] == after["--lr"] == "14"
+
+
 def test_code_of_one_s_own_is_known_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

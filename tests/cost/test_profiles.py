@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from fairseq_dsq import data_files
 from fairseq_dsq.cost import Cost, load_profile, total_cost
 from fairseq_dsq.cost.published import compare, printed
 from fairseq_dsq.formats import BlockFloat, Float32, FormatOptions
-from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Update
+from fairseq_dsq.ledger import Gemm, LedgerKey, Stash, StashKey, Update, Work
 from fairseq_dsq.precision import PrecisionConfig
 
 PAPER, OPERANDS = load_profile("paper"), load_profile("operands")
@@ -239,6 +240,13 @@ def test_what_is_repeated_costs_and_the_baseline_does_without(profile):
     assert (cost.arithmetic_baseline, cost.dram_baseline_bytes) == (64 * 32 * 16, 4 * LAYER[0].elements)
     made_again = profile.stash(Stash("recomputed", (64, 32), 1), level)
     assert made_again == replace(profile.stash(Stash("input", (64, 32), 1), level), dram_bytes=0.0)
+
+
+def test_without_repeats_an_input_that_is_made_again_is_kept():
+    level = PrecisionConfig((2, 2, 2, 16))
+    stashes = {role: StashKey(Stash(role, (64, 32), 1), level) for role in ("input", "recomputed", "first operand")}
+    work = Work(stashes=Counter(dict.fromkeys(stashes.values(), 2)))
+    assert work.once().stashes == {stashes["input"]: 4}
 
 
 # Files

@@ -58,3 +58,16 @@ def test_a_profile_prices_the_updates_anew(train, tmp_path, capsys):
     assert f"not priced: {tmp_path}/gone: got no dsq.jsonl or no checkpoint_best.pt, expected both" in err
     assert main(["report", str(folder), "--profile", "none"]) == 2
     assert "--profile: got 'none'" in capsys.readouterr().err
+    assert main(["report", str(folder), "--profile", "paper", "--profile", "paper"]) == 2
+    assert "--profile: got paper paper, expected profiles whose names differ" in capsys.readouterr().err
+
+
+def test_batches_that_share_an_update_are_priced_as_they_were_charged(train, tmp_path, capsys):
+    charged = ("--dsq-levels", "[4,4,4,16]", "--dsq-cost-profile", "operands", "--max-update", 4)
+    train(tmp_path / "run", *charged, "--update-freq", 4, "--max-tokens", 128)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "run"), "--profile", "operands", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    (row,), (priced,) = summary["rows"], summary["priced"]["operands"]
+    # Batches of the mean size, none of them padding.
+    assert priced == pytest.approx([row["arithmetic"], row["dram"]], rel=0.02)

@@ -30,6 +30,7 @@ def idle(**changes):
         ({"levels": "[16,4,4,16]", "patience": 3}, ["--dsq-patience 3"]),
         ({"levels": "[16,4,4,16]", "min_delta": 0.1}, ["--dsq-min-delta 0.1"]),
         ({"levels": "[4,4,4,16] [4,4,4,16] [16,4,4,16]"}, ["--dsq-levels [4,4,4,16] [4,4,4,16] [16,4,4,16]"]),
+        ({"levels": "[4,4,4,16] [4,4,4,16]", "rules": "*.fc1=[2,2,2,16] [4,4,4,16]; *.fc2=[8,8,8,16]"}, []),
         ({"fixed_scale": "static"}, ["--dsq-fixed-scale static"]),
         ({"format": "fixed", "fixed_scale": "row", "value_boxes": "feature", "scale": "fit"}, []),
         ({"scale": "fit", "value_boxes": "feature"}, []),

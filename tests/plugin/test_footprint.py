@@ -78,9 +78,12 @@ def test_the_bytes_of_few_steps_are_kept_where_each_drops_other_layers():
         for bit, parameter in enumerate(model.parameters()):
             parameter.grad = torch.ones_like(parameter) if mask >> bit & 1 else None
         optimizer.optimizer.step()
-        update = known_update(model, optimizer, known)
+        update, states = known_update(model, optimizer, known)
         assert update == update_of(model, optimizer) and len(known) <= MOST_KNOWN
         assert update.values == sum(bit + 1 for bit in range(7) if mask >> bit & 1)
+        # Of the states of layers that were dropped an update reads nothing.
+        assert update.state_bytes == 4 * update.values
+        assert states == 4 * sum(len(state["momentum_buffer"][0]) for state in optimizer.optimizer.state.values())
 
 
 @pytest.mark.parametrize("scope", [None, "gemm", "all"])
@@ -153,7 +156,7 @@ def test_a_model_of_codes_is_charged_as_its_criterion_charges_it():
 )
 def test_what_cannot_be_measured_is_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        Step(with_flags(quantized(TINY, "gemm"), flags), LEVEL)
+        Step(with_flags(quantized(TINY, "gemm"), flags), LEVEL).held(1)
 
 
 def test_an_architecture_without_a_twin_is_refused():

@@ -1,5 +1,6 @@
 """Recipes: which commands they stand for, and what of them is refused."""
 
+import io
 import itertools
 import os
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fairseq_dsq
+from fairseq_dsq import cli
 from fairseq_dsq.cli import main
 from fairseq_dsq.recipes import load_recipe
 from fairseq_dsq.recipes.run import slug
@@ -268,11 +270,46 @@ def test_rows_of_several_tables_are_trained_once_each_with_every_seed_of_theirs(
         (("wmt14", "--seed", "1 x"), "--seed: got '1 x', expected an integer >= 0, or several"),
         (("wmt14", "--jobs", "0"), "--jobs: got '0', expected an integer >= 1"),
         (("study-multi30k", "--methods", "table9"), "or of the tables table1 table4 table5 ablations"),
+        (("study-multi30k", "--methods", " "), "--methods: got none, expected some of float32 fixed32"),
+        (("study-multi30k", "--", "--seed", "7"), "--seed: is run's --seed, expected none"),
+        (("multi30k", "--", "--max-epoch=7"), "--max-epoch: is run's --epochs, expected none"),
+        (("study-multi30k", "--", "--dsq-levels", "[4,4,4,16]"), "--dsq-levels: is each row's own, expected none"),
+        (("wmt14", "--", "--dsq-min-delta", "1"), "--dsq-min-delta: is each row's own, expected none"),
     ],
 )
 def test_seeds_jobs_and_tables_are_checked(capsys, arguments, said):
-    assert main(["run", *arguments, "--dry-run"]) == 2
+    recipe, *flags = arguments
+    assert main(["run", recipe, "--dry-run", *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_table_not_a_row(tmp_path, monkeypatch):
+    trained = []
+
+    def interrupted(arguments):
+        if arguments[0] == "run-train":
+            trained.append(arguments[1])
+            return cli.INTERRUPTED
+        return 0
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert main(["run", "study-multi30k", "--methods", "float32 dsq", "--seed", "1", "--runs", str(tmp_path)]) == 130
+    assert len(trained) == 1
+
+
+def test_a_closed_output_ends_what_works_with_an_error_and_what_prints_without(tmp_path, monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text:
+                raise BrokenPipeError
+            return 0
+
+    monkeypatch.setattr("fairseq_dsq.cli.translation_prepare.main", lambda args: print("prepared") or 0)
+    for flags, code in (((), 2), (("--dry-run",), 0)):
+        monkeypatch.setattr(sys, "stdout", Closed())
+        assert main(["run", "study-multi30k", "--methods", "float32", "--runs", str(tmp_path), *flags]) == code
+        said = "fairseq-dsq run: error: standard output was closed, and no more was done\n"
+        assert capsys.readouterr().err == said * (code == 2)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +318,7 @@ def test_seeds_jobs_and_tables_are_checked(capsys, arguments, said):
         ("methods: table1\nseeds: {table4: 1 2}\n", "seeds: got table4, expected some of the methods: table1"),
         ("methods: table1\nseeds: {table1: one}\n", "seeds: table1: got 'one', expected integers >= 0 such as '1 2 3'"),
         ("methods: table1 {path}\n", "dsq: got Method(format='fixed'"),
+        ("methods: table1\nprofiles: papre\n", "RECIPE: profiles: got 'papre', expected operands, paper or the path"),
     ],
 )
 def test_seeds_of_no_table_and_a_name_for_two_methods_are_refused(tmp_path, capsys, text, said):

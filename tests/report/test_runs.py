@@ -96,6 +96,15 @@ def test_only_updates_since_a_record_begins_or_goes_on_are_charged_to_a_level(tm
     text += samples.start_line(9, 30, 4, **samples.DSQ) + samples.point_line(5, 35, 5.0, level=1)
     run = read_run(samples.write(tmp_path, "run", text))
     assert (run.trained, run.levels) == ((("[2,2,2,16]", 7), ("[16,4,4,16]", 5)), ((0, 7), (1, 5)))
+    assert run.notes == ("begins at update 14; what earlier updates cost is not in it",)
+
+
+def test_a_record_that_begins_anew_within_the_first_epoch_says_so(tmp_path):
+    """As after --reset-dataloader."""
+    text = samples.start_line(1, 7, 1, **samples.DSQ) + samples.point_line(1, 14, 6.0)
+    assert read_run(samples.write(tmp_path, "run", text)).notes == (
+        "begins at update 7; what earlier updates cost is not in it",
+    )
 
 
 def test_flags_that_a_resume_changed_are_named_with_their_values_in_turn(tmp_path):

@@ -91,6 +91,22 @@ def test_seeds_of_a_method_stand_together_beside_their_spread(tmp_path):
     assert (group.mean, group.spread, group.difference, group.seeds) == (37.5, 1.0, -3.0, (1, 2))
 
 
+def test_a_run_of_another_folder_changes_no_comparison(tmp_path):
+    """It has a baseline's name, by which that one is then shown under a longer one."""
+    folder, flags = tmp_path / "a", {"float32": samples.FLOAT32, "bfp": samples.STATIC}
+    paths = [
+        run(folder, f"{name}-seed{seed}", flags[name], worse(3), seed, score)
+        for name, seed, score in (("float32", 1, 40.0), ("float32", 2, 50.0), ("bfp", 1, 41.0), ("bfp", 2, 49.0))
+    ]
+    alone = table_of(paths)
+    beside = table_of([*paths, run(tmp_path / "b", "float32-seed1", samples.FLOAT32, worse(3), 1, 45.0)])
+    assert beside.rows[0].name == "a/float32-seed1"
+    assert [row.differences for row in beside.rows[:4]] == [row.differences for row in alone.rows]
+    assert [(method.seeds, method.differences) for method in beside.methods[:2]] == [
+        ((1, 2), (None, None)), ((1, 2), (1.0, -1.0)),
+    ]  # fmt: skip
+
+
 def test_what_was_not_translated_from_the_same_text_is_not_tested(tmp_path):
     paths = [run(tmp_path, f"{name}-seed1", flags, worse(3), 1) for name, flags in (
         ("float32", samples.FLOAT32), ("dsq", samples.DSQ), ("stash", samples.STATIC), ("fixed", samples.FIXED),

@@ -173,6 +173,15 @@ def test_differences_carry_their_sign():
         ({"dsq_format": "fixed", "dsq_levels": "[16,16,16,16]"}, ("Fixed-point 16", "[16,16,16,16]")),
         ({"dsq_format": "posit", "dsq_levels": "[16,4,4,16]"}, ("Stashing (posit)", "[16,4,4,16]")),
         (
+            {"dsq_levels": "[mxfp8e4m3,mxfp8e4m3,mxfp8e4m3,mxfp8e5m2]"},
+            ("Stashing (mxfp8e4m3/mxfp8e5m2)", "[mxfp8e4m3,mxfp8e4m3,mxfp8e4m3,mxfp8e5m2]"),
+        ),
+        (
+            {"dsq_format": "int", "dsq_levels": "[int8/row,int8/row,int8/row,int8/row]"},
+            ("int8/row", "[int8/row,int8/row,int8/row,int8/row]"),
+        ),
+        ({"dsq_levels": "[16,mxfp4,mxfp4,16]"}, ("Stashing (BFP)", "[16,mxfp4,mxfp4,16]")),
+        (
             {**samples.STATIC, "dsq_rounding": "stochastic", "dsq_skip": "*.fc1"},
             ("Stashing (BFP)", "[16,4,4,16], rounding stochastic, skip *.fc1"),
         ),
@@ -234,7 +243,7 @@ def test_a_baseline_can_be_named_and_several_float32_runs_are_noted(tmp_path):
     assert tables.cells(table, table.rows[0])[3] == "35.44 (+0.59)"
     with pytest.raises(ValueError, match="got 'x', expected one of the runs: a/float32, dsq, stashing, b/float32"):
         tables.find(runs, "x")
-    assert tables.find(runs, str(paths[3])) == 3
+    assert tables.find(runs, str(paths[3])) == tables.find(runs, f"{paths[3].parent}/./{paths[3].name}/") == 3
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
@@ -264,7 +273,7 @@ def test_costs_that_are_not_known_and_mixed_profiles_are_noted(tmp_path):
     notes = tables.all_notes(table)
     assert "The runs' costs follow different profiles (operands, paper)." in notes
     assert (
-        "* late: begins at epoch 2; what earlier epochs cost is not in it; "
+        "* late: begins at update 20; what earlier updates cost is not in it; "
         "the end of epoch 2, 3, 4 was not logged; what it cost is not in it."
     ) in notes
 
