@@ -15,7 +15,7 @@ from fairseq_dsq.report.scores import stale
 from fairseq_dsq.text import printable
 
 SAMPLES = 1000
-_SEED = re.compile(r"[-_ ]?seed[-_ ]?\d+$")
+_SEED = re.compile(r"[-_ ]?seed[-_ ]?\d+(?=(\.\w+)?$)")  # at the end of a name, or before a file's suffix
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,13 @@ def test_a_run_of_another_folder_changes_no_comparison(tmp_path):
     ]  # fmt: skip
 
 
+def test_records_that_lie_elsewhere_are_seeds_of_a_method_too(tmp_path):
+    paths = [tmp_path / f"dsq.v{version}-seed{seed}.jsonl" for version, seed in ((1, 1), (1, 2), (2, 1))]
+    for path, seed in zip(paths, (1, 2, 1), strict=True):
+        path.write_text(samples.record({**samples.DSQ, "seed": seed}, [5.0, 4.0]))
+    assert [method.seeds for method in table_of(paths).methods] == [(1, 2), (1,)]
+
+
 def test_what_was_not_translated_from_the_same_text_is_not_tested(tmp_path):
     paths = [run(tmp_path, f"{name}-seed1", flags, worse(3), 1) for name, flags in (
         ("float32", samples.FLOAT32), ("dsq", samples.DSQ), ("stash", samples.STATIC), ("fixed", samples.FIXED),
