@@ -39,9 +39,8 @@ def on_one_device(**tensors: Tensor | None) -> None:
     Raises:
         RuntimeError: one line names them.
     """
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len({x.device for x in tensors.values() if x is not None}) > 1:
+        got = ", ".join(f"{name} on {x.device}" for name, x in tensors.items() if x is not None)
         raise RuntimeError(f"got {got}, expected all on one device")
 
 

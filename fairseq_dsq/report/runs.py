@@ -208,8 +208,8 @@ def _recorded(path: Path, file: Path) -> Run:
     trained = list(_trained(lines))
     known = not others and all(precision in start.levels for precision, _ in trained)
     notes = []
-    if (first := lines[0]) and isinstance(first, Start) and first.update:
-        notes.append(f"begins at update {first.update}; what earlier updates cost is not in it")
+    if isinstance(lines[0], Start) and lines[0].update:
+        notes.append(f"begins at update {lines[0].update}; what earlier updates cost is not in it")
     if others:
         notes.append(f"trained at other levels up to update {others[-1].update}")
     if len(profiles) > 1:
