@@ -25,9 +25,9 @@ from fairseq_dsq.recipes.fairseq_command import user_dir
 from fairseq_dsq.recipes.plan import Plan, Step, progress
 from fairseq_dsq.recipes.recipe import seeds_of
 from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
-from fairseq_dsq.recipes.side_by_side import SideBySide
+from fairseq_dsq.recipes.side_by_side import VISIBLE, SideBySide
 from fairseq_dsq.recipes.training import refuse_own
-from fairseq_dsq.translation.pieces import LEARN
+from fairseq_dsq.translation.pieces import LEARN, check_pieces
 
 # What a recipe's parameters of these names are.
 PARAMETERS = {
@@ -75,6 +75,8 @@ def main(args: argparse.Namespace) -> int:
     runs, dry = Path(options.pop("runs")).absolute(), options.pop("dry_run")
     jobs, status = int(options.pop("jobs", "1")), options.pop("status", False)
     args.works = not (dry or status)
+    if args.works:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started too
     given = {option.replace("_", "-"): value for option, value in options.items()}
     if isinstance(recipe, Glue):
         try:
@@ -93,12 +95,16 @@ def main(args: argparse.Namespace) -> int:
         for step in plan.commands():
             _show(step)
     else:
-        return _run(plan, jobs)
+        return _run(plan, jobs, _gpus_of_jobs(jobs, given["gpus"]))
     return 0
 
 
-def _run(plan: Plan, jobs: int) -> int:
-    """Run what is not done yet; a run of a table that fails leaves the others alone. Returns the exit code."""
+def _run(plan: Plan, jobs: int, gpus: Sequence[str]) -> int:
+    """Run what is not done yet; a run of a table that fails leaves the others alone. Returns the exit code.
+
+    Args:
+        gpus: as :class:`SideBySide`'s.
+    """
     codes: dict[Path, int] = {}
     waiting = [folder for folder in plan.runs if not plan.is_done(folder)]
     try:
@@ -116,8 +122,7 @@ def _run(plan: Plan, jobs: int) -> int:
         if plan.report is not None and folder in waiting:
             print(f"\n{plan.name}: {progress(plan, jobs)}\n", flush=True)
     if jobs > 1 and waiting:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the runs too
-        pool = SideBySide(jobs)
+        pool = SideBySide(jobs, gpus)
         for outcome in pool.run({folder: plan.runs[folder] for folder in waiting}):
             print(outcome.output, end="", flush=True)
             print(outcome.errors, end="", file=sys.stderr, flush=True)
@@ -159,7 +164,8 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
     def add(flag: str, default: object, text: str, metavar: str = "N", otherwise: object = "") -> None:
         """``otherwise`` is what stands, elsewhere, where nothing is given."""
         given = "" if default is None else str(default)
-        shown = f" (default: {default or otherwise})" if default or otherwise else ""
+        shown = given or str(otherwise)
+        shown = f" (default: {shown})" if shown else ""
         parser.add_argument(f"--{flag}", default=given, metavar=metavar, help=text + shown)
 
     table = recipe if isinstance(recipe, Tabled) and recipe.methods else None
@@ -192,7 +198,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
     one = ": one run in place of the table" if table else ""
     add("format", "" if table else recipe.format, f"number format of the q that are bits{one}", "NAME")
     flags = config.DSQConfig
-    add("levels", "", "precision levels, or one", "LEVELS", flags.dsq_levels)
+    add("levels", "", "precision levels, or one" + ", beside --format" * bool(table), "LEVELS", flags.dsq_levels)
     text = "validations in a row without a new best before the level rises"
     add("patience", recipe.patience, text, otherwise=flags.dsq_patience)
     add("min-delta", recipe.min_delta, "a new best is lower than the best by more than this", "D", flags.dsq_min_delta)
@@ -208,7 +214,7 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
     add("runs", "runs", "folder of all runs and downloads", "DIR")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     if table:
-        add("jobs", 1, "runs at a time")
+        add("jobs", 1, "runs at a time, with --gpus on other GPUs each")
     if not isinstance(recipe, Glue):
         add("gpus", "", "GPUs of this computer to train on (default: the only one)")
         add("nodes", 1, "computers that train together, each with so many GPUs and RUNS in common")
@@ -234,6 +240,9 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
         raise ValueError(f"--seed: got {options['seed']!r}, expected an integer >= 0" + ", or several" * table)
     if "pieces" in options and options["pieces"] not in LEARN:
         raise ValueError(f"--pieces: got {options['pieces']!r}, expected {' or '.join(LEARN)}")
+    if "pieces" in options and not options["dry_run"]:
+        with blame("--pieces"):
+            check_pieces(options["pieces"])
     if "nodes" in options:
         _check_nodes(options)
     if "methods" in options:
@@ -289,6 +298,8 @@ def _check_nodes(options: dict[str, str]) -> None:
     if (nodes > 1) != bool(master) or (master and not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", master)):
         expected = "HOST:PORT of the node with --node-rank 0" if nodes > 1 else "none without --nodes"
         raise ValueError(f"--master: got {master!r}, expected {expected}")
+    if nodes > 1 and int(options.get("jobs", "1")) > 1:
+        raise ValueError(f"--jobs: got {options['jobs']}, expected 1 beside --nodes: a run has the GPUs of all of them")
 
 
 def _check_gpus(options: dict[str, str]) -> None:
@@ -296,11 +307,25 @@ def _check_gpus(options: dict[str, str]) -> None:
     import torch
 
     seen, gpus, nodes = torch.cuda.device_count(), options.get("gpus"), int(options.get("nodes", "1"))
-    choose = "CUDA_VISIBLE_DEVICES chooses"
+    choose, jobs = f"{VISIBLE} chooses", int(options.get("jobs", "1"))
     if gpus is not None and seen > 1 and not gpus:
         raise ValueError(f"--gpus: got none, expected how many of the {seen} GPUs here are to train")
     if gpus and (int(gpus) > seen or (nodes > 1 and int(gpus) != seen)):
         raise ValueError(f"--gpus: got {gpus}, expected the number of GPUs that are seen here, {seen} ({choose})")
+    if gpus and int(gpus) * jobs > seen:
+        expected = f"at most {seen // int(gpus)}, for {seen} GPUs are seen here ({choose})"
+        raise ValueError(f"--jobs: got {jobs} with --gpus {gpus} each, expected {expected}")
+
+
+def _gpus_of_jobs(jobs: int, gpus: str) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each of the runs that are at work at a time; empty where they share what there is."""
+    if jobs == 1 or not gpus:
+        return []
+    import torch
+
+    seen = os.environ.get(VISIBLE) or ",".join(map(str, range(torch.cuda.device_count())))
+    every, each = seen.split(","), int(gpus)
+    return [",".join(every[job * each : (job + 1) * each]) for job in range(jobs)]
 
 
 def _call(step: Step, output: bool = False) -> str:

@@ -38,14 +38,19 @@ def call(command: str, flags: Sequence[str], log: Path, pass_fds: Sequence[int] 
         raise FailedError(said or f"{command} ended with code {code}")
 
 
-def user_dir(flags: Sequence[str]) -> str | None:
-    """The folder of one's own that flags of fairseq name, which imports this package."""
+def value_of(flags: Sequence[str], name: str) -> str | None:
+    """What flags give for the flag of a name, the last of several; None: nothing."""
     found = None
     for flag, following in itertools.pairwise([*flags, ""]):
-        name, equals, value = flag.partition("=")
-        if name == USER_DIR:
+        given, equals, value = flag.partition("=")
+        if given == name:
             found = value if equals else following
     return found
+
+
+def user_dir(flags: Sequence[str]) -> str | None:
+    """The folder of one's own that flags of fairseq name, which imports this package."""
+    return value_of(flags, USER_DIR)
 
 
 def user_dir_flags(flags: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fairseq_dsq import artefact, data_files
 from fairseq_dsq.recipes.evaluating import EVALUATED, PERPLEXITY
-from fairseq_dsq.recipes.fairseq_command import user_dir_flags
+from fairseq_dsq.recipes.fairseq_command import user_dir_flags, value_of
 from fairseq_dsq.recipes.plan import Plan, Step, step
 from fairseq_dsq.recipes.recipe import (
     FOLDER,
@@ -17,12 +17,11 @@ from fairseq_dsq.recipes.recipe import (
     Glue,
     LanguageModel,
     Method,
-    Recipe,
     Tabled,
     Translation,
     seeds_of,
 )
-from fairseq_dsq.recipes.training import LOG
+from fairseq_dsq.recipes.training import LOG, log_of
 from fairseq_dsq.recipes.translating import OUTPUT, SCORE, TOKENIZE
 from fairseq_dsq.translation import find_corpus
 from fairseq_dsq.translation.pieces import JOINED_BY, SENTENCEPIECE
@@ -31,6 +30,8 @@ from fairseq_dsq.translation.pieces import JOINED_BY, SENTENCEPIECE
 # all.
 Call = Callable[..., str]
 Options = Mapping[str, str]  # flags without dashes before them: what they were given, or what the recipe says
+# What bounds a batch; the last two are one.
+_SIZES = ("--max-tokens", "--batch-size", "--max-sentences")
 LOGGING = ("--no-epoch-checkpoints", "--log-format", "json", "--log-interval", "100", "--no-progress-bar")
 
 
@@ -46,7 +47,7 @@ def plan_translation(name: str, recipe: Translation, options: Options, rest: Seq
         runs: folder of all runs.
 
     Raises:
-        ValueError: GPUs that the recipe's batches cannot be shared by.
+        ValueError: GPUs that an update's batches cannot be shared by.
     """
     home = runs / Path(name).stem
     described = recipe.corpus if isinstance(recipe.corpus, str) else str(data_files.find(FOLDER, name))
@@ -55,7 +56,8 @@ def plan_translation(name: str, recipe: Translation, options: Options, rest: Seq
     prepared = home / f"data-{'' if pieces == SENTENCEPIECE else f'{pieces}-'}{options['vocab']}"
     chosen = _chosen(recipe, options, home)
     kind = [] if pieces == SENTENCEPIECE else ["--pieces", pieces]
-    train = [*_words(recipe.train, options), *_workers(recipe, options, rest)]
+    train = _words(recipe.train, options)
+    train += _workers(train, recipe.update_freq, options, rest)
     tokenize = [] if recipe.tokenize == TOKENIZE else ["--tokenize", recipe.tokenize]
     found: dict[Path, tuple[Step, ...]] = {}
     for folder, (method, seed) in chosen.items():
@@ -126,7 +128,7 @@ def plan_language_model(
     arch, prepared = options["arch"], home / f"data-{options['vocab']}"
     chosen = _chosen(recipe, options, home, f"{arch}-")
     flags = [*_words(recipe.train, options), "--arch", arch, *_words(recipe.architectures.get(arch, ""), options)]
-    flags += _workers(recipe, options, rest)
+    flags += _workers(flags, recipe.update_freq, options, rest)
     found: dict[Path, tuple[Step, ...]] = {}
     for folder, (method, seed) in chosen.items():
         score = (
@@ -177,27 +179,25 @@ def _report(recipe: Tabled, options: Options, rest: Sequence[str], chosen: Mappi
 def _train(folder: Path, flags: Sequence[object], options: Options, score: tuple[Step, ...]) -> tuple[Step, ...]:
     """The training and, on the first node, what follows it."""
     node = options["node-rank"]
-    failure = f"training failed, see {folder / LOG}"
+    failure = f"training failed, see {log_of(folder, int(node))}"
     if node == "0":
         return (step("run-train", folder, "--", *flags, failure=failure), *score)
     return (step("run-train", "--node", node, folder, "--", *flags, failure=failure),)
 
 
-def _workers(recipe: Recipe, options: Options, rest: Sequence[str]) -> list[str]:
-    """Flags that make a GPU a worker each, an update of as many batches as the recipe says.
+def _workers(train: Sequence[str], batches: int, options: Options, rest: Sequence[str]) -> list[str]:
+    """Flags that make a GPU a worker each.
+
+    Args:
+        train: the recipe's flags.
+        batches: of an update on one GPU.
 
     Raises:
-        ValueError: that many batches cannot be shared, and ``rest`` does not say what to do.
+        ValueError: as :func:`_shared`.
     """
     gpus, nodes = int(options["gpus"] or 1), int(options["nodes"])
     workers = gpus * nodes
-    own = any(flag.partition("=")[0] == "--update-freq" for flag in rest)
-    if recipe.update_freq % workers and not own:
-        raise ValueError(
-            f"--gpus: got {gpus} on {nodes} node{'s' * (nodes > 1)}, expected a divisor of the {recipe.update_freq} "
-            f"batches of an update; or give -- --update-freq 1 --max-tokens N with an N of 1/{workers}"
-        )
-    found = ["--update-freq", str(recipe.update_freq // workers)] if recipe.update_freq > 1 and not own else []
+    found = [] if value_of(rest, "--update-freq") is not None else _shared(train, batches, workers, rest)
     if options["gpus"]:
         found += ["--distributed-world-size", str(workers)]
     if nodes > 1:
@@ -205,6 +205,27 @@ def _workers(recipe: Recipe, options: Options, rest: Sequence[str]) -> list[str]
         found += ["--distributed-init-method", f"tcp://{options['master']}"]
         found += ["--distributed-rank", str(gpus * int(options["node-rank"]))]
     return found
+
+
+def _shared(train: Sequence[str], batches: int, workers: int, rest: Sequence[str]) -> list[str]:
+    """Flags that share an update's batches among workers: smaller ones where as many each do not come out even.
+
+    Raises:
+        ValueError: no batch is so small, or ``rest`` says how large one is.
+    """
+    each = -(-batches // workers)
+    found = ["--update-freq", str(each)] if batches > 1 else []
+    if each * workers == batches:
+        return found
+    uneven = f"{workers} workers cannot share the {batches} batch{'es' * (batches > 1)} of an update evenly"
+    for flag in _SIZES:
+        if value_of(rest, flag) is not None:
+            raise ValueError(f"{flag}: got it after --, expected --update-freq too: {uneven}")
+    given = {flag: int(size) for flag in _SIZES if (size := value_of(train, flag)) and size.isdecimal()}
+    sizes = {flag: size * batches // (workers * each) for flag, size in given.items()}
+    if not sizes or min(sizes.values()) < 1:
+        raise ValueError(f"--gpus: {uneven}, expected a recipe with a {_SIZES[0]} that they can")
+    return [*found, *(part for flag, size in sizes.items() for part in (flag, str(size)))]
 
 
 def slug(text: str) -> str:

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from fairseq_dsq.recipes.plan import Step
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROGRAM = (sys.executable, "-m", "fairseq_dsq.cli")
 
 
@@ -38,13 +40,19 @@ class Outcome:
 class SideBySide:
     """Runs of a plan, ``jobs`` at a time.
 
+    Args:
+        gpus: what CUDA_VISIBLE_DEVICES is for each of those at work at a time; empty: what it is here, for all.
+
     Attributes:
         running: the folders of those that are at work.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, gpus: Sequence[str] = ()) -> None:
         self.running: set[Path] = set()
         self._jobs = jobs
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for environment in [{**os.environ, VISIBLE: visible} for visible in gpus] or [dict(os.environ)] * jobs:
+            self._environments.put(environment)
         self._processes: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._ended = False
@@ -62,24 +70,26 @@ class SideBySide:
 
     def _run(self, folder: Path, steps: Sequence[Step]) -> Outcome:
         self.running.add(folder)
+        environment = self._environments.get()
         output = ""
         try:
             for step in steps:
-                code, said, errors = self._call(step)
+                code, said, errors = self._call(step, environment)
                 output += step.before + said
                 if code:
                     return Outcome(folder, output, code, errors + (f"{step.failure}\n" if code == 1 else ""))
             return Outcome(folder, output)
         finally:
+            self._environments.put(environment)
             self.running.discard(folder)
 
-    def _call(self, step: Step) -> tuple[int, str, str]:
+    def _call(self, step: Step, environment: dict[str, str]) -> tuple[int, str, str]:
         with self._lock:
             if self._ended:
                 return 1, "", ""
             process = subprocess.Popen(
                 [*PROGRAM, *step.arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                text=True, start_new_session=True,
+                text=True, start_new_session=True, env=environment,
             )  # fmt: skip
             self._processes.add(process)
         output, errors = process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from fairseq_dsq import artefact
 from fairseq_dsq.recipes import fairseq_command
 
 LOG = "train.log"
+# How long another node waits for the first to begin a run: that one scores the run before.
+FIRST_NODE_S = 3600.0
+_LOOK_S = 1.0
 # What a flag's own name stands before; the first argument of fairseq-train is the data.
 DATA = "DATA"
 # They do not change what is trained. The data is known by its content, the package by its version.
@@ -28,12 +32,12 @@ def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
     """Run fairseq-train with ``flags`` (the data first, no --save-dir) in ``folder``, unless it is done.
 
     Args:
-        node: which of several computers that share the folder this is. Node 0 answers for it; the output of another is
-            in ``folder``/node-N.log.
+        node: which of several computers that share the folder this is. Node 0 answers for it, and is waited for.
 
     Raises:
         ValueError: other settings trained in it; another command is at work there; or a flag that is given already.
-        FailedError: fairseq-train failed; its output is in ``folder``/train.log.
+        FailedError: fairseq-train failed; its output is in :func:`log_of` the node.
+        TimeoutError: node 0 does not begin.
     """
     own = {"--save-dir": str(folder.resolve())}
     refuse_own(flags, own)
@@ -42,8 +46,9 @@ def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     words = [*fairseq_command.with_user_dir(flags), *itertools.chain(*own.items())]
     if node:
+        _await_first_node(folder, settings)
         if not artefact.made_by(folder / LOG, settings):
-            fairseq_command.call("fairseq-train", words, folder / f"node-{node}.log")
+            fairseq_command.call("fairseq-train", words, log_of(folder, node))
         return
     with artefact.locked(folder, wait=False) as lock:
         if claim(folder, settings):
@@ -51,6 +56,22 @@ def train(folder: Path, flags: Sequence[str], node: int = 0) -> None:
         # Whoever kills this command alone leaves fairseq-train at work, which then still holds the lock.
         fairseq_command.call("fairseq-train", words, folder / LOG, pass_fds=[lock])
         artefact.write(folder / LOG, settings)
+
+
+def log_of(folder: Path, node: int) -> Path:
+    """Where the output of fairseq-train on one of several computers is."""
+    return folder / (f"node-{node}.log" if node else LOG)
+
+
+def _await_first_node(folder: Path, settings: Mapping[str, str]) -> None:
+    """Wait until node 0 has begun the run: the workers wait for each other for less time than a score may take."""
+    until = time.monotonic() + FIRST_NODE_S
+    while not artefact.made_by(folder, settings):
+        if any(folder.glob("checkpoint*.pt")):
+            artefact.check(folder, settings, GROWING)
+        if time.monotonic() > until:
+            raise TimeoutError(f"{folder}: got no run of node 0 in {FIRST_NODE_S:.0f} s, expected that it begins")
+        time.sleep(_LOOK_S)
 
 
 def refuse_own(flags: Iterable[str], own: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 from collections import Counter
@@ -72,14 +73,11 @@ def learn_bpe(files: Sequence[Path], folder: Path, merges: int) -> Cut:
         merges: how many are learnt; with the characters they make the pieces.
 
     Raises:
-        ValueError: subword-nmt is not installed.
         RuntimeError: the files have fewer merges.
     """
-    try:
-        from subword_nmt import apply_bpe
-        from subword_nmt import learn_bpe as learning
-    except ImportError as error:
-        raise missing_extra(error) from None
+    from subword_nmt import apply_bpe
+    from subword_nmt import learn_bpe as learning
+
     text = itertools.chain.from_iterable(map(lines, files))
     codes = folder / "bpe.codes"
     with open(codes, "w", encoding="utf-8") as file, contextlib.redirect_stderr(io.StringIO()):  # a progress bar
@@ -104,3 +102,13 @@ SENTENCEPIECE, BPE = "sentencepiece", "bpe"
 LEARN: dict[str, Callable[[Sequence[Path], Path, int], Cut]] = {SENTENCEPIECE: learn_sentence_pieces, BPE: learn_bpe}
 # What fairseq-generate calls the pieces that it is to join (--remove-bpe).
 JOINED_BY = {SENTENCEPIECE: "sentencepiece", BPE: "subword_nmt"}
+
+
+def check_pieces(kind: str) -> None:
+    """Refuse a kind of :data:`LEARN` that cannot be learnt here.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    if kind == BPE and importlib.util.find_spec("subword_nmt") is None:
+        raise missing_extra(ImportError(name="subword_nmt"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fairseq_dsq import artefact
 from fairseq_dsq.translation.corpus import SPLITS, Corpus, aligned, fits
-from fairseq_dsq.translation.pieces import LEARN, SENTENCEPIECE, Cut
+from fairseq_dsq.translation.pieces import LEARN, SENTENCEPIECE, Cut, check_pieces
 
 
 def settings(corpus: Corpus, vocab_size: int, pieces: str = SENTENCEPIECE) -> dict[str, str]:
@@ -43,9 +43,10 @@ def prepare(
         per split, the pairs that were written in pieces and those that were left out (of the training split alone).
 
     Raises:
-        OSError, ValueError: as :meth:`Corpus.read`, or ``folder`` holds something.
+        OSError, ValueError: as :meth:`Corpus.read` and :func:`check_pieces`, or ``folder`` holds something.
         RuntimeError: sentencepiece or subword-nmt refuses ``vocab_size``.
     """
+    check_pieces(pieces)
     made_of = settings(corpus, vocab_size, pieces)
     with artefact.atomic(folder) as partial:
         partial.mkdir()

@@ -52,11 +52,14 @@ def test_progress_counts_runs_and_tells_the_time_by_the_mean_of_those_that_are_d
 
 
 PROGRAM = """
-import sys, time, pathlib
+import os, sys, time, pathlib
 word, argument = sys.argv[1:3]
 if word == "sleep":
     pathlib.Path(sys.argv[3]).touch()
     time.sleep(float(argument))
+elif word == "gpus":
+    time.sleep(0.2)
+    argument = os.environ["CUDA_VISIBLE_DEVICES"]
 elif word == "fail":
     sys.exit(f"{argument} went wrong")
 print(word, argument)
@@ -79,6 +82,13 @@ def test_a_run_that_fails_leaves_the_others_alone(program, tmp_path):
     assert (good.folder.name, good.output, good.code) == ("good", "say 1\nthen: say 2\n", 0)
     assert (bad.output, bad.code, bad.errors) == ("say 3\n", 1, "x went wrong\nsee log\n")
     assert not pool.running
+
+
+def test_runs_that_are_at_work_together_see_other_gpus(program):
+    runs = {Path(str(number)): (step("gpus", ""), step("gpus", "")) for number in range(5)}
+    found = [outcome.output.split("\n") for outcome in SideBySide(2, ["0,1", "2,3"]).run(runs)]
+    assert all(first == second for first, second, _ in found)
+    assert {first for first, _, _ in found} == {"gpus 0,1", "gpus 2,3"}
 
 
 def test_runs_at_work_are_ended_with_what_waits_for_them(program, tmp_path):

@@ -7,14 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import fairseq_dsq
 from fairseq_dsq import cli
-from fairseq_dsq.cli import main
-from fairseq_dsq.recipes import load_recipe
+from fairseq_dsq.cli import main, run
+from fairseq_dsq.recipes import fairseq_command, load_recipe, training
 from fairseq_dsq.recipes.run import slug
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -398,9 +400,33 @@ def test_gpus_and_nodes_share_the_batches_of_an_update(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "gpus", "nodes", "each", "tokens"),
+    [("iwslt17", 8, 1, 1, 512), ("iwslt14", 3, 1, 1, 1365), ("wmt14", 8, 2, 1, 1792), ("wmt14", 3, 1, 3, 3185)],
+)
+def test_gpus_that_do_not_divide_an_update_have_smaller_batches(capsys, recipe, gpus, nodes, each, tokens):
+    given = (recipe, "--methods", "dsq", "--dry-run", "--gpus", str(gpus))
+    given += ("--nodes", str(nodes), "--master", "first:29500") * (nodes > 1)
+    train = commands(capsys, *given)[1]
+    sizes = [int(after) for flag, after in itertools.pairwise(train) if flag == "--max-tokens"]
+    freq = int(flag(train, "--update-freq")) if "--update-freq" in train else 1
+    assert (freq, sizes[-1]) == (each, tokens)
+    # An update of the recipe's tokens, but for what divides no further.
+    whole = sizes[0] * load_recipe(recipe).update_freq
+    assert whole - each * gpus * nodes < each * gpus * nodes * tokens <= whole
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--gpus", "3"), "--gpus: got 3 on 1 node, expected a divisor of the 8 batches of an update; or give"),
+        (
+            ("--gpus", "3", "--", "--max-tokens", "99"),
+            "--max-tokens: got it after --, expected --update-freq too: 3 workers cannot share the 8 batches of an",
+        ),
+        (
+            ("--gpus", "99999"),
+            "--gpus: 99999 workers cannot share the 8 batches of an update evenly, expected a recipe",
+        ),
+        (("--gpus", "4", "--nodes", "2", "--master", "a:1", "--jobs", "2"), "--jobs: got 2, expected 1 beside --nodes"),
         (("--gpus", "none"), "--gpus: got 'none', expected an integer >= 1"),
         (("--nodes", "2", "--master", "a:1"), "--gpus: got none beside --nodes"),
         (("--nodes", "2", "--gpus", "4"), "--master: got '', expected HOST:PORT of the node with --node-rank 0"),
@@ -410,7 +436,7 @@ def test_gpus_and_nodes_share_the_batches_of_an_update(tmp_path, capsys):
     ],
 )
 def test_gpus_nodes_and_pieces_are_checked(capsys, arguments, said):
-    assert main(["run", "wmt14", *arguments, "--dry-run"]) == 2
+    assert main(["run", "wmt14", "--dry-run", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -420,6 +446,7 @@ def test_gpus_nodes_and_pieces_are_checked(capsys, arguments, said):
         (8, (), "--gpus: got none, expected how many of the 8 GPUs here are to train"),
         (1, ("--gpus", "2"), "--gpus: got 2, expected the number of GPUs that are seen here, 1"),
         (8, ("--gpus", "4", "--nodes", "2", "--master", "a:1"), "--gpus: got 4, expected the number of GPUs"),
+        (8, ("--gpus", "4", "--jobs", "3"), "--jobs: got 3 with --gpus 4 each, expected at most 2, for 8 GPUs are"),
     ],
 )
 def test_fairseq_does_not_take_more_gpus_than_it_is_given(monkeypatch, capsys, tmp_path, seen, arguments, said):
@@ -438,3 +465,51 @@ def test_iwslt14_is_cut_and_joined_by_subword_nmt_or_sentencepiece(tmp_path, cap
         assert prepare[2] == str(tmp_path / "iwslt14" / prepared) and ("--pieces" in prepare) == (not pieces)
         assert train[3] == f"{prepare[2]}/bin" and flag(translate, "--remove-bpe") == joined
         assert flag(translate, "--tokenize") == "none"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"])])
+def test_runs_side_by_side_have_gpus_of_their_own(monkeypatch, visible, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run._gpus_of_jobs(2, "2") == expected
+    assert run._gpus_of_jobs(1, "2") == run._gpus_of_jobs(2, "") == []
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "subword_nmt", None)
+    said = "subword_nmt is not installed: pip install '.[translation]'"
+    given = ("multi30k", "--runs", str(tmp_path), "--pieces", "bpe")
+    assert main(["run", *given]) == 2 and f"--pieces: {said}" in capsys.readouterr().err
+    assert main(["translation-prepare", "multi30k", str(tmp_path / "data"), "--pieces", "bpe"]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_tables_help_says_which_defaults_are_a_single_runs(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "wmt14", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "precision levels, or one, beside --format (default: [4,4,4,16] [16,4,4,16])" in said
+    assert "lower than the best by more than this (default: 0.0)" in said
+
+
+def test_another_node_begins_a_run_when_the_first_has(tmp_path, monkeypatch):
+    data, folder = tmp_path / "none", tmp_path / "run"
+    flags = [str(data), "--arch", "transformer"]
+    monkeypatch.setattr(training, "FIRST_NODE_S", 0.1)
+    with pytest.raises(TimeoutError, match="got no run of node 0 in 0 s"):
+        training.train(folder, flags, node=1)
+    assert not training.log_of(folder, 1).exists()
+    monkeypatch.setattr(training, "FIRST_NODE_S", 600.0)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(training.train, folder, flags, 1)
+        time.sleep(1.5)
+        assert not waiting.done() and not training.log_of(folder, 1).exists()
+        training.claim(folder, training.identity(flags))
+        with pytest.raises(fairseq_command.FailedError):  # there is no data
+            waiting.result()
+    assert (folder / "node-1.log").exists() and not (folder / "train.log").exists()
+    (folder / "checkpoint_last.pt").touch()
+    with pytest.raises(ValueError, match="--arch"):
+        training.train(folder, [str(data), "--arch", "transformer_lm"], node=1)
