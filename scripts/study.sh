@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's tables at the size that a CPU reaches: Table 1 on Multi30k (three seeds) and IWSLT14, then the stashing
-# precisions, the gradient's precision and what the paper leaves open, on Multi30k. 15 to 35 minutes a run on one core;
+# precisions, the gradient's precision and what the paper leaves open, on Multi30k. 15 to 90 minutes a run on one core;
 # JOBS (2) runs go side by side. What is done is not repeated, and a run that was stopped goes on. The corpora lie in
 # DSQ_DATA. --status says how far it is, --dry-run prints the commands; what follows -- goes to fairseq-train.
 set -euo pipefail
