@@ -27,7 +27,7 @@ from fairseq_dsq.recipes.recipe import seeds_of
 from fairseq_dsq.recipes.run import plan_language_model, plan_translation, run_glue
 from fairseq_dsq.recipes.side_by_side import VISIBLE, SideBySide
 from fairseq_dsq.recipes.training import refuse_own
-from fairseq_dsq.translation.pieces import LEARN, check_pieces
+from fairseq_dsq.translation.pieces import LEARN
 
 # What a recipe's parameters of these names are.
 PARAMETERS = {
@@ -240,9 +240,6 @@ def _check(recipe: Recipe, options: dict[str, str]) -> None:
         raise ValueError(f"--seed: got {options['seed']!r}, expected an integer >= 0" + ", or several" * table)
     if "pieces" in options and options["pieces"] not in LEARN:
         raise ValueError(f"--pieces: got {options['pieces']!r}, expected {' or '.join(LEARN)}")
-    if "pieces" in options and not options["dry_run"]:
-        with blame("--pieces"):
-            check_pieces(options["pieces"])
     if "nodes" in options:
         _check_nodes(options)
     if "methods" in options:

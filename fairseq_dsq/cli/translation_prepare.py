@@ -9,7 +9,7 @@ from fairseq_dsq import artefact
 from fairseq_dsq.cli import blame
 from fairseq_dsq.recipes import fairseq_command
 from fairseq_dsq.translation import CORPORA, find_corpus, prepare, settings
-from fairseq_dsq.translation.pieces import DICTIONARY, LEARN, SENTENCEPIECE
+from fairseq_dsq.translation.pieces import DICTIONARY, LEARN, SENTENCEPIECE, check_pieces
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,9 @@ def main(args: argparse.Namespace) -> int:
         corpus = find_corpus(args.corpus)
     of = "sentence pieces" if args.pieces == SENTENCEPIECE else "merges of BPE"
     artefact.check_path("DIR", args.folder)
+    if not args.folder.exists():
+        with blame("--pieces"):
+            check_pieces(args.pieces)
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     with artefact.locked(args.folder.parent):  # who comes second finds what the first made
         if artefact.check(args.folder, settings(corpus, args.vocab, args.pieces)):
