@@ -5,6 +5,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -513,3 +514,29 @@ def test_another_node_begins_a_run_when_the_first_has(tmp_path, monkeypatch):
     (folder / "checkpoint_last.pt").touch()
     with pytest.raises(ValueError, match="--arch"):
         training.train(folder, [str(data), "--arch", "transformer_lm"], node=1)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--jobs", "1")])
+def test_a_run_that_is_terminated_takes_its_training_along(tmp_path, arguments):
+    (tmp_path / "text.txt").write_text("".join(f"a line of number {number}\n" for number in range(200)))
+    program, mark = tmp_path / "fairseq-train", tmp_path / "mark"
+    program.write_text(f"#!/bin/sh\necho $$ > {mark}.part && mv {mark}.part {mark}\nexec sleep 600\n")
+    program.chmod(0o755)
+    recipe = ("neighbours-lm", "--methods", "float32", *arguments) if arguments else ("lm",)
+    command = [sys.executable, "-m", "fairseq_dsq.cli", "run", recipe[0], str(tmp_path / "text.txt"), *recipe[1:]]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen([*command, "--vocab", "40", "--runs", str(tmp_path / "runs")], env=environment) as running:
+        until = time.monotonic() + 120
+        while not mark.exists() and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        training_pid = int(mark.read_text())
+        running.terminate()
+        assert running.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(training_pid, 0)
+
+
+def test_how_far_a_recipe_is_needs_no_package_of_its_pieces(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "subword_nmt", None)
+    assert main(["run", "iwslt14", "--runs", str(tmp_path), "--status"]) == 0
+    assert capsys.readouterr().out == "iwslt14: 0 of 8 runs done, 0 running, 8 left\n"
