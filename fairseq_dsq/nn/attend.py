@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fairseq_dsq.kernels import ops
 from fairseq_dsq.ledger import Ledger
 from fairseq_dsq.nn.context import GemmConfig
-from fairseq_dsq.nn.functional import Product
+from fairseq_dsq.nn.functional import Product, outside_autocast
 from fairseq_dsq.nn.saved import KEPT, keep_rate_inverse
 from fairseq_dsq.quantized import QuantizedTensor
 
@@ -40,6 +40,25 @@ class Masks(NamedTuple):
     additive: Tensor | None
     padding: Tensor | None
     order: Tensor | None
+
+    @classmethod
+    def of(cls, attn_mask: Tensor | None, padding: Tensor | None, order: Tensor | None, q: Tensor, k: Tensor) -> Masks:
+        """Of attention's arguments, q T x B x C and k B x heads x S x head_dim; a bool mask hides where it is true.
+
+        Raises:
+            ValueError: an ``attn_mask`` of another shape than T x S, or of integers.
+        """
+        if attn_mask is not None:
+            expected = len(q), k.shape[2]
+            hides = attn_mask.dtype is torch.bool
+            if attn_mask.shape != expected or not (hides or attn_mask.is_floating_point()):
+                raise ValueError(
+                    f"attn_mask: got {attn_mask.dtype} of shape {tuple(attn_mask.shape)}, expected T x S, {expected}: "
+                    "floats that are added to the scores, or bools, true where a key is hidden"
+                )
+            if hides:
+                attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask, -torch.inf)
+        return cls(attn_mask, padding, order)
 
     def apply(self, scores: Tensor, hidden: float) -> Tensor:
         """Scores B x heads x beam x T x S, masked; padded keys get ``hidden``."""
@@ -98,6 +117,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept_of_q, kept_of_k, kept_of_v, first_operand, second_operand, *tensors = ctx.saved_tensors
         (first, second), (shape, hidden, dropping), masks = ctx.products, ctx.arguments, Masks(*tensors)

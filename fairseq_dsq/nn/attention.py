@@ -194,7 +194,7 @@ class DSQAttention(nn.Module):
             query: T x B x C.
             key, value: S x B x C.
             key_padding_mask: B x S, nonzero where a key is padding.
-            attn_mask: T x S, added to the scores.
+            attn_mask: T x S: floats that are added to the scores, or bools, true where a key is hidden.
             need_weights: return the attention weights, averaged over heads.
             need_head_weights: return the weights of each head.
             rotary: of :func:`rotary_angles`; queries and keys, at the same positions, are rotated.
@@ -206,7 +206,8 @@ class DSQAttention(nn.Module):
         k, v = self._split(k), self._split(v)
         assert k is not None and v is not None
         k, v, key_padding_mask, order = self._ordered(k, v, key_padding_mask)
-        return self._attend(q, k, v, Masks(attn_mask, key_padding_mask, order), need_weights, need_head_weights)
+        masks = Masks.of(attn_mask, key_padding_mask, order, q, k)
+        return self._attend(q, k, v, masks, need_weights, need_head_weights)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, need_weights: bool, need_head_weights: bool

@@ -111,7 +111,7 @@ class DSQMultiheadAttention(DSQAttention):
             incremental_state: fairseq's decoding state; holds the keys and values of earlier steps.
             need_weights: return the attention weights, averaged over heads.
             static_kv: keys and values do not change between steps (encoder-decoder attention).
-            attn_mask: T x S, added to the scores.
+            attn_mask: T x S: floats that are added to the scores, or bools, true where a key is hidden.
             before_softmax: return the scores and v instead.
             need_head_weights: return the weights of each head.
             rotary: of :func:`fairseq_dsq.nn.attention.rotary_angles`, for the queries' positions; with self-attention.
@@ -125,7 +125,8 @@ class DSQMultiheadAttention(DSQAttention):
         elif self.self_attention:
             key = value = query
         elif self.encoder_decoder_attention and key is not None:
-            if self.beam_size > 1 and query.shape[1] == key.shape[1]:
+            # Not where a model is trained between generations, as for --eval-bleu.
+            if incremental_state is not None and self.beam_size > 1 and query.shape[1] == key.shape[1]:
                 # The hypotheses of a beam share their source: T x (B * beam) x C to T x B x C.
                 key = key.unflatten(1, (-1, self.beam_size))[:, :, 0]
                 if key_padding_mask is not None:
@@ -150,7 +151,7 @@ class DSQMultiheadAttention(DSQAttention):
             if incremental_state is not None:
                 self._set_input_buffer(incremental_state, buffer)
         assert k is not None and v is not None
-        masks = Masks(attn_mask, key_padding_mask, order)
+        masks = Masks.of(attn_mask, key_padding_mask, order, q, k)
         if before_softmax:
             rows, shape = self._rows(q, k)
             scores = self._scores(rows, k, masks, shape)

@@ -36,7 +36,11 @@ from fairseq_dsq.nn import (
     LedgerKey,
     convert,
 )
+from fairseq_dsq.nn import attention as nn_attention
+from fairseq_dsq.nn.attend import attend
+from fairseq_dsq.nn.saved import DSQDropout
 from fairseq_dsq.plugin.attention import DSQMultiheadAttention
+from fairseq_dsq.precision import PrecisionConfig
 
 EMBED_DIM, HEADS, BATCH = 24, 2, 6
 TGT_LEN, SRC_LEN = 5, 7
@@ -155,6 +159,39 @@ def test_an_additive_mask(fused, padded):
     inputs = inputs_of("general")
     options = {"attn_mask": normal(TGT_LEN, SRC_LEN, seed=5)}
     assert_same_step(step(twin, inputs, **options), step(attention, inputs, **options))
+
+
+@pytest.mark.parametrize("how", ["fairseq", "own", "repeated"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_mask_of_bools_hides_where_it_is_true(how, padded, monkeypatch):
+    repeated = []
+    monkeypatch.setattr(nn_attention, "attend", lambda *given: repeated.append(1) or attend(*given))
+    own = DSQContext(GemmConfig(PrecisionConfig((4, 4, 4, 16))), stash_scope="all" if how == "repeated" else "gemm")
+    if how == "fairseq":
+        _, twin = pair("self", own)
+    else:
+        torch.manual_seed(0)
+        twin = DSQAttention(EMBED_DIM, HEADS, own, dropout=DSQDropout(nn.Dropout(0.0), own))
+    length = 40  # where it takes less to compute scores again
+    inputs, options = inputs_of("self", length), {"need_weights": how != "repeated"}
+    if padded:
+        options["key_padding_mask"] = padding_mask(length)
+    hidden = step(twin, inputs, attn_mask=causal_mask(length) < 0, **options)
+    added = step(twin, inputs, attn_mask=causal_mask(length), **options)
+    assert_same_step(hidden, added, rtol=0, atol=0)
+    assert len(repeated) == 2 * (how == "repeated")
+
+
+@pytest.mark.parametrize("make", [MultiheadAttention, DSQAttention])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(TGT_LEN, TGT_LEN, dtype=torch.uint8), torch.zeros(BATCH * HEADS, TGT_LEN, TGT_LEN),
+             torch.zeros(TGT_LEN, TGT_LEN + 1)], ids=["integers", "of a head", "a key more"],
+)  # fmt: skip
+def test_other_masks_are_refused(make, mask):
+    twin = pair("self")[1] if make is MultiheadAttention else DSQAttention(EMBED_DIM, HEADS, context())
+    expected = rf"attn_mask: got {mask.dtype} of shape \({', '.join(map(str, mask.shape))}\), expected T x S, \(5, 5\)"
+    with pytest.raises(ValueError, match=expected):
+        twin(*inputs_of("self"), attn_mask=mask)
 
 
 @KINDS
@@ -392,6 +429,17 @@ def cross_steps(attention, queries, key, mask, beam_size, orders, need_head_weig
             # As fairseq's generator reorders what the encoder gave.
             key, mask = key.index_select(1, order), mask.index_select(0, order)
     return outputs
+
+
+def test_a_training_pass_after_a_generator_s_is_as_before():
+    """fairseq makes the generator of --eval-bleu before training, and with it tells attention of its beam."""
+    _, twin = pair("encoder-decoder")
+    inputs = inputs_of("encoder-decoder")
+    expected = step(twin, inputs, static_kv=True)
+    twin.set_beam_size(BATCH // 2)
+    assert_same_step(step(twin, inputs, static_kv=True), expected, rtol=0, atol=0)
+    twin.set_beam_size(BATCH - 1)
+    assert_same_step(step(twin, inputs, static_kv=True), expected, rtol=0, atol=0)
 
 
 def hypotheses(beam_size, sentences):
