@@ -100,7 +100,7 @@ class KernelSpec(NamedTuple):
 
 
 # What engines and kernels are told about a format's values, and the methods that it tells of.
-_OF_ELEMENTS = ("encode", "decode", "factorize", "to_codes", "from_codes")
+_OF_ELEMENTS = ("encode", "decode", "factorize", "to_codes", "from_codes", "of_tensor")
 _CLAIMS = {
     "significand_bits": _OF_ELEMENTS,
     "integer_elements": _OF_ELEMENTS,

@@ -161,6 +161,8 @@ class Plan:
     def _check(self, name: str, operand: Operand, side: Side, fused: bool) -> None:
         if operand.side is not side and operand.side != side:
             raise RuntimeError(f"{name}: got {operand.side}, expected {side}, which the product was planned for")
+        if operand.terms and not self.in_terms:
+            raise RuntimeError(f"{name}: got {operand.terms} terms, expected values: {self.engines[0].name} adds none")
         if not operand.rounded and not fused:
             names = ", ".join(engine.name for engine in self.engines)
             raise RuntimeError(f"{name}: not rounded to {side.fmt}, and {names} does not round it: nothing multiplied")

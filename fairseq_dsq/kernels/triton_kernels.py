@@ -306,7 +306,9 @@ def _store(pointers, value, mask):
     """Store float32 values, rounded to nearest even where the target is narrower."""
     if pointers.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        upper = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The sum would carry a NaN's mantissa into its sign: a GPU's own, 0x7FFFFFFF, would be -0.
+        upper = tl.where(value != value, (bits >> 16) | 0x40, upper).to(tl.uint16)
         tl.store(pointers, upper.to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
@@ -806,6 +808,12 @@ def _check(device: torch.device) -> None:
         pairs.append((stash, definition.pack(x, fmt, 0, None)))
     ones = torch.empty(masks.nbytes(x.numel()), dtype=torch.uint8, device=device)
     dropped, masked = torch.empty_like(x), torch.empty_like(x)
+    holed = x.bfloat16()
+    holed[3] = torch.nan
+    thinned = torch.empty_like(holed)
+    dropout(holed, thinned, 0.3, 1 / 0.7, 5)
+    # Which NaN it is differs from device to device.
+    pairs.append((thinned.nan_to_num(7.0), masks.dropout(holed, 0.3, 1 / 0.7, 5).nan_to_num(7.0)))
     pack_positive(x, ones)
     mask(x, ones, masked)
     dropout(x, dropped, 0.3, 1 / 0.7, 0x2BCDEF01_FEDCBA98)

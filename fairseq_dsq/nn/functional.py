@@ -19,10 +19,10 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -295,7 +295,8 @@ class _Quantizer:
         if need[1]:
             same = side_n.fmt == side_m.fmt and self.config.dim(-1) == self.config.dim(-2)
             same = same or (side_n.fmt == side_m.fmt and side_n.fmt.group == "tensor")
-            if same and alike and along_n is not None and along_n.rounded and along_n.scale is None:
+            ready = along_n is not None and along_n.rounded and along_n.scale is None
+            if same and alike and along_n is not None and ready and (weight_plan.in_terms or not along_n.terms):
                 along_m = along_n._replace(side=side_m, reduction=-2)
             else:
                 along_m = self.operand(self.rotated(grad, "grad_weight", -2), weight_plan, 0, -2)
@@ -402,6 +403,27 @@ def _held(data: Tensor | None, spec: Any) -> QuantizedTensor | None:
     return None if data is None else QuantizedTensor(data, *spec)
 
 
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    device = autocast_device(x)
+    # To enter and leave that of torch takes as long as the GEMMs of a small layer.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def outside_autocast(backward: Backward) -> Backward:
+    """Have a backward pass see no autocast, as its forward pass does: its products would be cut."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        there = next((grad for grad in grads if grad is not None), None)
+        with contextlib.nullcontext() if there is None else _without_autocast(there):
+            return backward(ctx, *grads)
+
+    return run  # type: ignore[return-value]
+
+
 class _Linear(torch.autograd.Function):
     """Several linear layers on one input, which is quantized and stashed once."""
 
@@ -450,6 +472,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         config: GemmConfig = ctx.config
         precision = config.precision
@@ -524,12 +547,6 @@ def _refuse_mixed(what: str, *operands: Tensor | None) -> None:
     if len(kinds) > 1:
         got = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise RuntimeError(f"{what}: got {got}, expected operands of one dtype on one device")
-
-
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    device = autocast_device(x)
-    # To enter and leave that of torch takes as long as the GEMMs of a small layer.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def linear_group(
@@ -785,6 +802,7 @@ class _Matmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, None, None, *ctx.product.grads(ctx.saved_tensors, grad)
 

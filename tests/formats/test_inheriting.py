@@ -158,9 +158,14 @@ def test_claims_of_ones_own_stand():
         def encode(self, groups, scale, noise):
             return super().encode(groups, scale, noise)
 
+    class OfTensors(BlockFloat):
+        def of_tensor(self, x):
+            return replace(self, scale="fit")
+
     class Renamed(Integer):
         def __str__(self):
             return "renamed"
 
     assert (Exact(8).significand_bits, Exact(8).row_kernel, Exact(8).integer_elements) == (16, None, False)
+    assert (OfTensors(4).kernel_spec(), OfTensors(4).row_kernel) == (None, None)
     assert (Renamed(8).significand_bits, Renamed(8).row_kernel, Renamed(8).integer_elements) == (7, "int8", True)

@@ -297,6 +297,14 @@ def passes(monkeypatch):
         yield counted
 
 
+def test_a_gpu_s_own_nan_is_stored_as_one():
+    """Its mantissa is all ones, which rounding would carry into the sign."""
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)
+    out = torch.empty(5, dtype=torch.bfloat16)
+    triton_kernels.mask(x, torch.tensor([31], dtype=torch.uint8), out)
+    assert out.tolist()[3:] == [torch.inf, torch.inf] and out[:3].isnan().all()
+
+
 def two_layers(rounding="nearest"):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.ReLU(), torch.nn.Linear(33, 17, bias=False))

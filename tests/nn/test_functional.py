@@ -28,6 +28,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_dsq.bench.mocked_gpu import engines_of_a_gpu
 from fairseq_dsq.formats import BlockFloat, FormatOptions
 from fairseq_dsq.ledger import Gemm, Stash
 from fairseq_dsq.nn import (
@@ -557,6 +558,31 @@ def test_autocast_computes_in_its_dtype_and_returns_the_parameters_own():
     for leaf, name in zip(leaves, GRADIENTS[:2], strict=True):
         assert leaf.grad.dtype == torch.float32
         assert torch.equal(leaf.grad, expected[name].float())
+
+
+@pytest.mark.parametrize("q", ["[bfp16,bfp16,bfp16,bfp16]", "[int16/row,int16/row,int16/row,int16/row]"])
+def test_a_backward_pass_under_autocast_is_the_same(q):
+    how = GemmConfig(PrecisionConfig(parse_q(q)), gemm="float32")  # whose operands autocast would cut
+    x, weight, bias, grad_output = linear_operands(37, 21, 18, make=normal)
+    a, b, grad_product = matmul_operands(37, 21, 18, make=normal)
+    for operands, run, grad in (((x, weight, bias), linear, grad_output), ((a, b), matmul, grad_product)):
+        found = []
+        for autocast in (False, True):
+            leaves = trainable(*operands)
+            y = run(*leaves, how)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                y.backward(grad)
+            found.append([leaf.grad for leaf in leaves])
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("q", ["[16,float32,16,16]", "[16,32,16,16]", "[16,16,8,24]", "[bf16,float32,bf16,bf16]"])
+def test_a_gradient_in_terms_goes_to_no_engine_that_adds_none(q):
+    """grad_input on a GPU's tensor cores, grad_weight on float32."""
+    how = GemmConfig(PrecisionConfig(parse_q(q), "fixed"))
+    operands = linear_operands(37, 21, 18, make=normal)
+    with engines_of_a_gpu():
+        assert_results(linear_step(*operands, how), linear_reference(*operands, how))
 
 
 # Activation checkpointing
