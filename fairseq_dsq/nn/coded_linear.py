@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Self, cast
@@ -27,6 +28,9 @@ from fairseq_dsq.nn.linear import DSQLinear
 
 # Of a state dict: two buffers, K, which bytes of less than 8 bits do not tell, and the format's text.
 CODES, SCALE, COLUMNS, FORMAT = "weight_codes", "weight_scale", "weight_columns", "weight_format"
+# What an entry's name begins with that ends in a checksum of the codes. Whoever adds up the entries of several state
+# dicts, as fairseq's scripts/average_checkpoints.py does, compares their names first: bytes of codes have no average.
+CHECKSUM = "weight_checksum_"
 _LONGEST_TEXT = 32  # one length for all, so that a state dict's shapes do not depend on it
 # Values of a weight that are updated at a time: a few integers of 64 bits stand beside each.
 _AT_A_TIME = 1 << 20
@@ -191,6 +195,9 @@ class CodedLinear(DSQLinear):
         destination[prefix + COLUMNS] = torch.tensor(self.in_features)
         text = self.weight_format.text.encode().ljust(_LONGEST_TEXT)
         destination[prefix + FORMAT] = torch.tensor(list(text), dtype=torch.uint8)
+        codes = self.weight_codes
+        checksum = 0 if codes.is_meta else zlib.crc32(bytes(codes.detach().cpu().contiguous().numpy()))
+        destination[f"{prefix}{CHECKSUM}{checksum:08x}"] = torch.empty(0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
@@ -199,6 +206,9 @@ class CodedLinear(DSQLinear):
             weight = own.get(f"{prefix}weight")
             if saved_format(own, prefix) not in (None, self.weight_format):
                 weight = own[f"{prefix}weight"] = saved_weight(own, prefix).dequantize()
+            columns = int(own.get(prefix + COLUMNS, self.in_features))
+            if weight is None and columns != self.in_features:
+                raise ValueError(f"got codes of {columns} columns, expected {self.in_features}")
             if weight is not None:
                 if weight.shape != self.weight.shape:
                     raise ValueError(f"got {tuple(weight.shape)}, expected {tuple(self.weight.shape)}")
@@ -208,8 +218,7 @@ class CodedLinear(DSQLinear):
         except ValueError as error:
             error_msgs.append(f"{prefix}weight: {error}")
             return
-        for name in (COLUMNS, FORMAT):
-            own.pop(prefix + name, None)
+        own = {name: value for name, value in own.items() if not _describes_codes(name.removeprefix(prefix))}
         placeholder = self._parameters.pop("weight")
         super()._load_from_state_dict(own, prefix, *args)
         self._parameters = {"weight": placeholder, **self._parameters}
@@ -263,6 +272,10 @@ def saved_format(state: Mapping[str, Tensor], prefix: str) -> Integer | None:
     return None if text is None else weight_format(bytes(text.tolist()).decode().strip())
 
 
+def _describes_codes(name: str) -> bool:
+    return name in (COLUMNS, FORMAT) or name.startswith(CHECKSUM)
+
+
 def saved_weight(state: Mapping[str, Tensor], prefix: str) -> CodedWeight:
     """A layer's weight in a state dict that holds its codes.
 
@@ -284,7 +297,7 @@ def decoded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         last = name.removeprefix(prefix)
         if last == CODES:
             found[f"{prefix}weight"] = saved_weight(state, prefix).dequantize()
-        elif last not in (SCALE, COLUMNS, FORMAT):
+        elif last != SCALE and not _describes_codes(last):
             found[name] = value
     return found
 

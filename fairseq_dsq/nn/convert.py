@@ -149,8 +149,7 @@ def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
             continue
         name = f"{prefix}{attribute}"
         if type(child) in _NORMS or type(child) in _DROPOUTS:
-            if not _has_hooks(child):
-                yield module, attribute, name
+            yield module, attribute, name
         else:
             yield from _keepers(child, f"{name}.")
 
@@ -158,11 +157,15 @@ def _keepers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, s
 def _keep_less(model: nn.Module, context: DSQContext, choose: Callable[[str], DSQContext | None]) -> None:
     """Have what runs between a converted model's GEMMs keep what the stash scope says, unless ``choose`` gives none."""
     if context.stash_scope == "all":
+        hooked = []
         for parent, attribute, name in list(_keepers(model)):
-            own = choose(name)
-            if own is not None:
-                child = parent.get_submodule(attribute)
+            own, child = choose(name), parent.get_submodule(attribute)
+            if own is not None and _has_hooks(child):
+                hooked.append(name)
+            elif own is not None:
                 setattr(parent, attribute, _NORMS.get(type(child), DSQDropout)(child, own))
+        if hooked:
+            warnings.warn(f"stash scope all: {', '.join(hooked)}: has hooks, keeps what torch keeps", stacklevel=3)
     module: Any
     for module in model.modules():
         # fairseq's layers call their activation between fc1 and fc2, which packs the same values for its own gradient.
@@ -201,10 +204,10 @@ def convert(
 ) -> nn.Module:
     """Replace every nn.Linear, Hugging Face Conv1D and layer of :func:`register_twin` by its quantized twin.
 
-    Under the stash scope ``all``, every LayerNorm, RMSNorm and dropout too; activation functions between fairseq's fc1
-    and fc2 under either. Parameters stay the same objects: names, ties and values are kept, and an optimizer may exist
-    already. One warning names whatever else multiplies, see :func:`left_float`; a pattern of ``skip`` silences it.
-    Rules that never win are warned of.
+    Under the stash scope ``all``, every LayerNorm, RMSNorm and dropout too, unless it has hooks, which is warned of;
+    activation functions between fairseq's fc1 and fc2 under either. Parameters stay the same objects: names, ties and
+    values are kept, and an optimizer may exist already. One warning names whatever else multiplies, see
+    :func:`left_float`; a pattern of ``skip`` silences it. Rules that never win are warned of.
 
     Args:
         model: any torch module, changed in place; itself a layer that has a twin, that is returned.

@@ -354,9 +354,13 @@ def test_autocast_leaves_the_placeholder_alone():
 def test_the_state_dict_has_codes_and_scale_and_comes_back(fmt):
     coded, weight, _ = layer(fmt)
     state = nn.Sequential(coded).state_dict()
-    assert list(state) == ["0.bias", "0.weight_codes", "0.weight_scale", "0.weight_columns", "0.weight_format"]
+    *names, checksum = state
+    assert names == ["0.bias", "0.weight_codes", "0.weight_scale", "0.weight_columns", "0.weight_format"]
     other, _, _ = layer(fmt, seed=8)
+    # Who averages entries of one name, as fairseq's script does, finds no codes to add up.
+    assert checksum.startswith("0.weight_checksum_") and checksum not in nn.Sequential(other).state_dict()
     nn.Sequential(other).load_state_dict(state)
+    assert list(nn.Sequential(other).state_dict()) == list(state)
     assert torch.equal(other.coded.dequantize(), coded.coded.dequantize())
     float_state = decoded(state)
     assert list(float_state) == ["0.bias", "0.weight"]
@@ -398,8 +402,14 @@ def test_a_state_dict_of_another_shape_or_without_its_parts_is_refused():
             nn.Sequential(coded).load_state_dict({"0.weight": weight, "0.bias": torch.ones(10)})
         assert "Missing" not in str(refused.value)
     assert holds_codes(coded.state_dict()) and formats_of_codes(coded.state_dict()) == {"int8/row"}
-    with pytest.raises(RuntimeError, match="size mismatch for weight_codes"):
+    with pytest.raises(RuntimeError, match="weight: got codes of 22 columns, expected 21"):
         coded.load_state_dict(layer(sizes=(22, 10))[0].state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for weight_codes"):
+        coded.load_state_dict(layer(sizes=(21, 11))[0].state_dict())
+    for fmt in ("int4/row", "ternary"):  # whose bytes are as many for 7 columns as for 8
+        odd, even = (layer(fmt, sizes=(columns, 10))[0] for columns in (7, 8))
+        with pytest.raises(RuntimeError, match="weight: got codes of 7 columns, expected 8"):
+            even.load_state_dict(odd.state_dict())
     state = nn.Sequential(coded).state_dict()
     for part in ("weight_scale", "weight_columns", "weight_format"):
         with pytest.raises(

@@ -318,6 +318,17 @@ def test_a_layer_with_hooks_is_refused(name, kind):
     assert_untouched(model)
 
 
+def test_what_keeps_less_loses_no_hooks_and_is_named():
+    model = tiny_transformer()
+    calls = []
+    norm = model.encoder.layers[0].final_layer_norm
+    norm.register_forward_hook(lambda *_: calls.append("norm"))
+    with pytest.warns(UserWarning, match=r"^stash scope all: encoder\.layers\.0\.final_layer_norm: has hooks, keeps"):
+        convert(model, DSQContext(GemmConfig(BFP_MIXED), stash_scope="all"))
+    step(model)
+    assert calls == ["norm"] and model.encoder.layers[0].final_layer_norm is norm
+
+
 def test_quant_noise_is_refused():
     model = tiny_transformer(quant_noise_pq=0.1)
     with pytest.raises(ValueError, match="quant noise"):
