@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -78,18 +78,19 @@ def main(args: argparse.Namespace) -> int:
     given = given_flags(args, spec, format="dsq_format", sign_bit="dsq_sign_bit")
     levels = _levels(args, given)
     if args.memory:
-        return _memory(args, spec, given, [level for level, _ in levels])
+        return _memory(args, spec, given, levels)
     work_at, described = _workload(args, spec, profile)
-    result: dict[str, Any] = {"profile": profile.name, "format": levels[0][0].format_name, "workload": described}
+    result: dict[str, Any] = {"profile": profile.name, "format": levels[0].precision.format_name, "workload": described}
     if args.trajectory:
-        result |= pricing.price_trajectory(profile, [(work_at(level), level, count) for level, count in levels])
+        steps = [(work_at(level), level.precision, level.epochs) for level in levels]
+        result |= pricing.price_trajectory(profile, steps)
         text = _trajectory_text(result)
     else:
-        priced = [pricing.price_level(profile, work_at(level), level, details=bool(spec)) for level, _ in levels]
+        priced = [pricing.price_level(profile, work_at(level), level.precision, details=bool(spec)) for level in levels]
         text = "\n\n".join(_setting_text({**result, **row}) for row in priced)
         result |= priced[0] if len(priced) == 1 else {"levels": priced}
-    result["unpriced"] = profile.unpriced(level for level, _ in levels)
-    said = profile.says_of_unpriced(level for level, _ in levels)
+    result["unpriced"] = profile.unpriced(level.precision for level in levels)
+    said = profile.says_of_unpriced(level.precision for level in levels)
     print(json.dumps(result, indent=1) if args.json else "\n".join(filter(None, (text, said))))
     return 0
 
@@ -165,8 +166,16 @@ def _paper_table(profile: CostProfile, as_json: bool) -> int:
     return 0
 
 
-def _levels(args: argparse.Namespace, given: Mapping[str, Any]) -> list[tuple[PrecisionConfig, int]]:
-    """What is to be priced, each level with its epochs, 1 outside of a trajectory.
+class _Level(NamedTuple):
+    """What is to be priced: a precision, which of ``--dsq-levels`` it is, if any, and its epochs."""
+
+    precision: PrecisionConfig
+    number: int | None = None
+    epochs: int = 1
+
+
+def _levels(args: argparse.Namespace, given: Mapping[str, Any]) -> list[_Level]:
+    """What is to be priced.
 
     Args:
         given: the flags of ``*_dsq`` architectures.
@@ -184,36 +193,55 @@ def _levels(args: argparse.Namespace, given: Mapping[str, Any]) -> list[tuple[Pr
         with blame("--flags: --dsq-levels"):
             trained = levels_of(flags)
         if not args.trajectory:
-            return [(level, 1) for level in trained]
+            return [_Level(level, number) for number, level in enumerate(trained)]
     default = str(FLOAT32) if flags.dsq_format == FLOAT32.format_name else DEFAULT_PRECISION
-    text = args.trajectory or f"{args.precision or default}:1"
-    with blame("--trajectory" if args.trajectory else "--precision"):
-        levels = _parse(text, flags.dsq_format, options_of(flags))
-        for level, _ in levels:
-            if trained and level.by_value not in {known.by_value for known in trained}:
-                raise ValueError(f"got {level}, expected one of --dsq-levels in --flags, {flags.dsq_levels}")
-    return levels
+    how = flags.dsq_format, options_of(flags)
+    if not args.trajectory:
+        with blame("--precision"):
+            return [_Level(_precision(args.precision or default, *how))]
+    with blame("--trajectory"):
+        levels = _parse(args.trajectory, *how)
+        return _numbered(levels, trained, flags.dsq_levels) if trained else levels
 
 
-def _parse(text: str, format_name: str, options: FormatOptions) -> list[tuple[PrecisionConfig, int]]:
-    """(precision, epochs) of ``Q:EPOCHS Q:EPOCHS ...``."""
+def _numbered(levels: Sequence[_Level], trained: Sequence[PrecisionConfig], given: str) -> list[_Level]:
+    """Each step of a trajectory with the number of the level that it equals; of several, with the next one's."""
+    left = [(level.by_value, number) for number, level in enumerate(trained)]
+    known = dict(reversed(left))
+    found = []
+    for level in levels:
+        value = level.precision.by_value
+        if value not in known:
+            raise ValueError(f"got {level.precision}, expected one of --dsq-levels in --flags, {given}")
+        number = next((number for other, number in left if other == value), known[value])
+        left = [pair for pair in left if pair != (value, number)]
+        found.append(level._replace(number=number))
+    return found
+
+
+def _parse(text: str, format_name: str, options: FormatOptions) -> list[_Level]:
+    """The steps of ``Q:EPOCHS Q:EPOCHS ...``."""
     levels = []
     for piece in text.split():
         match = re.fullmatch(r"(.+):([0-9]{1,9})", piece)
         if match is None or int(match[2]) < 1:
             raise ValueError(f"got {quoted(piece)}, expected Q:EPOCHS such as 2,2,2,16:12")
-        try:
-            levels.append((PrecisionConfig(parse_q(match[1]), format_name, options), int(match[2])))
-        except ValueError as error:
-            raise ValueError(f"{error} (--format {format_name})") from None
+        levels.append(_Level(_precision(match[1], format_name, options), epochs=int(match[2])))
     if not levels:
         raise ValueError("got nothing, expected Q:EPOCHS such as '2,2,2,16:12 16,4,4,16:3'")
     return levels
 
 
+def _precision(text: str, format_name: str, options: FormatOptions) -> PrecisionConfig:
+    try:
+        return PrecisionConfig(parse_q(text), format_name, options)
+    except ValueError as error:
+        raise ValueError(f"{error} (--format {format_name})") from None
+
+
 def _workload(
     args: argparse.Namespace, spec: Any, profile: CostProfile
-) -> tuple[Callable[[PrecisionConfig], Work], dict[str, Any]]:
+) -> tuple[Callable[[_Level], Work], dict[str, Any]]:
     """What runs in a step at a level, and its description; a layer alone has no update."""
     if spec:
         from fairseq_dsq.plugin import probe
@@ -227,8 +255,8 @@ def _workload(
             updates[step.update] = 1 / step.batches_of_update
             described["optimizer"] = step.optimizer_name
 
-        def trace(level: PrecisionConfig) -> Work:
-            work = probe.trace(spec, not args.forward_only, level)
+        def trace(level: _Level) -> Work:
+            work = probe.trace(spec, not args.forward_only, level.precision, level.number)
             work.updates = dict(updates)
             return work
 
@@ -238,14 +266,15 @@ def _workload(
     if match is None:
         raise ValueError(f"--layer: got {quoted(text)}, expected MxKxN such as {DEFAULT_LAYER}")
     m, k, n = (int(size) for size in match.groups())
-    return pricing.layer_work(m, k, n, training=not args.forward_only).at_precision, {"layer": text}
+    layer = pricing.layer_work(m, k, n, training=not args.forward_only)
+    return lambda level: layer.at_precision(level.precision), {"layer": text}
 
 
 def _described(spec: Any) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in ("arch", "flags", "tokens", "length", "vocabulary")}
 
 
-def _memory(args: argparse.Namespace, spec: Any, given: Mapping[str, Any], levels: Sequence[PrecisionConfig]) -> int:
+def _memory(args: argparse.Namespace, spec: Any, given: Mapping[str, Any], levels: Sequence[_Level]) -> int:
     """Print what a training step holds: of the float model, and at each level with each stash scope, or the given."""
     with blame("--fit"):
         limit = size_in_bytes(args.fit) if args.fit else None
@@ -258,10 +287,10 @@ def _memory(args: argparse.Namespace, spec: Any, given: Mapping[str, Any], level
         settings.append(("float32", "", spec, None))
     with blame("--arch"):
         for level in levels:
-            settings += [(str(level), scope, footprint.quantized(spec, scope), level) for scope in scopes]
+            settings += [(str(level.precision), scope, footprint.quantized(spec, scope), level) for scope in scopes]
     rows = []
     for name, scope, own, level in settings:
-        step = footprint.Step(own, level)
+        step = footprint.Step(own) if level is None else footprint.Step(own, level.precision, number=level.number)
         held = step.held(spec.batch)
         row = {"precision": name, "stash_scope": scope, **dataclasses.asdict(held), "total": held.total}
         if limit is not None:
@@ -269,7 +298,9 @@ def _memory(args: argparse.Namespace, spec: Any, given: Mapping[str, Any], level
             row["largest_tokens"] = row["largest_batch"] * spec.length
         rows.append(row)
     described = {**_described(spec), "batch": spec.batch, "optimizer": step.optimizer_name}
-    result: dict[str, Any] = {"format": levels[0].format_name, "workload": described, "memory": rows}
+    result: dict[str, Any] = {
+        "format": levels[0].precision.format_name, "workload": described, "memory": rows,
+    }  # fmt: skip
     if limit is not None:
         result["fit"] = limit
     print(json.dumps(result, indent=1) if args.json else _memory_text(result))

@@ -59,7 +59,7 @@ def _reprice(run: Run, best: Path, profiles: list[CostProfile]) -> list[tuple[fl
     steps: dict[int, tuple[Work, PrecisionConfig, int]] = {}
     for level, updates in run.levels:
         if level not in steps:
-            probe.put_in_force(dsq, dsq.levels[level])
+            dsq.context.set_precision(dsq.levels[level], level)
             probe.step(model, spec)
             steps[level] = dsq.context.ledger.drain(), dsq.levels[level], 0
         work, precision, before = steps[level]
@@ -92,12 +92,19 @@ def _dictionary(size: int) -> Dictionary:
 
 
 def _batch(run: Run, model: Any, batches: int) -> ModelSpec:
-    """A batch of the mean size that the run's record has, of so many in an update."""
-    points = [line for line in record.read(run.path / record.NAME) if isinstance(line, record.Point)]
-    train = points[-1].train
-    sentences = max(1, round(train["bsz"] / batches))
-    length = max(1, round(train["wpb"] / train["bsz"]))
-    return ModelSpec(model.arch, length=length, tokens=length * sentences)
+    """A batch of the mean size that the run's record has, of so many in an update: each epoch counts by its updates."""
+    lines = record.read(run.path / record.NAME)
+    ends = {line.epoch: line for line in lines if isinstance(line, record.Point)}
+    first = before = lines[0].update
+    sentences = tokens = 0.0
+    for end in ends.values():
+        if updates := end.update - before:
+            sentences += updates * end.train["bsz"]
+            tokens += updates * end.train["wpb"]
+        before = end.update
+    length = max(1, round(tokens / sentences))
+    count = max(1, round(sentences / (before - first) / batches))
+    return ModelSpec(model.arch, length=length, tokens=length * count)
 
 
 def _update(config: Any, model: nn.Module) -> Any:

@@ -57,21 +57,27 @@ class Step:
 
     Args:
         spec: the criterion, ``cross_entropy`` by default, and the optimizer, ``adam`` by default, are in its flags.
-        precision: the level of a ``*_dsq`` model.
+        precision, number: the level of a ``*_dsq`` model, as :func:`fairseq_dsq.plugin.probe.put_in_force` takes it.
         device: where it runs; on the meta device nothing is computed.
 
     Raises:
         ValueError: flags that cannot be trained with, or trained with in float32.
     """
 
-    def __init__(self, spec: ModelSpec, precision: PrecisionConfig | None = None, device: str = "meta") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        precision: PrecisionConfig | None = None,
+        device: str = "meta",
+        number: int | None = None,
+    ) -> None:
         self.spec = spec
         self.config, self.task, self.model = probe.set_up(spec, device)
         half = [name for name in _HALF if getattr(self.config.common, name)]
         if half:
             raise ValueError(f"--flags: got --{half[0].replace('_', '-')}, expected none: bytes are those in float32")
         if precision is not None:
-            probe.put_in_force(self.model.dsq, precision)  # type: ignore[arg-type]
+            probe.put_in_force(self.model.dsq, precision, number)  # type: ignore[arg-type]
         self.optimizer_name: str = self.config.optimizer._name
         coded = any(hasattr(parameter, "dsq_codes") for parameter in self.model.parameters())
         if coded and not updates_codes(self.optimizer_name):

@@ -293,14 +293,22 @@ def _nodes(last: Any, stop: set[Any]) -> set[Any]:
     return found
 
 
-def put_in_force(state: DSQState, precision: PrecisionConfig) -> None:
-    """Put a level in force; modules with rules take theirs for the level of ``--dsq-levels`` that it equals, if any."""
-    equal = [number for number, level in enumerate(state.levels) if level.by_value == precision.by_value]
-    state.context.set_precision(precision, equal[0] if equal else 0)
+def put_in_force(state: DSQState, precision: PrecisionConfig, number: int | None = None) -> None:
+    """Put a level in force; modules with rules take theirs of its number.
+
+    Args:
+        number: of ``--dsq-levels``; None: of the first of them that it equals, if any.
+    """
+    if number is None:
+        equal = (index for index, level in enumerate(state.levels) if level.by_value == precision.by_value)
+        number = next(equal, 0)
+    state.context.set_precision(precision, number)
 
 
-def trace(spec: ModelSpec, training: bool = True, precision: PrecisionConfig = FLOAT32) -> Work:
-    """The GEMMs and stashes of one step, each with the module it serves as its scope.
+def trace(
+    spec: ModelSpec, training: bool = True, precision: PrecisionConfig = FLOAT32, number: int | None = None
+) -> Work:
+    """The GEMMs and stashes of one step, each with the module it serves as its scope; ``number`` as put_in_force's.
 
     They come from the ledger of the converted model: the layers of a ``*_dsq`` model have their rules' and weights'
     formats. :meth:`Work.at_precision` puts all of them at another level.
@@ -309,7 +317,7 @@ def trace(spec: ModelSpec, training: bool = True, precision: PrecisionConfig = F
     state = getattr(model, "dsq", None)
     if isinstance(state, DSQState):
         ledger = state.context.ledger
-        put_in_force(state, precision)
+        put_in_force(state, precision, number)
     else:
         context = DSQContext(GemmConfig(precision))
         quantize(model, context)

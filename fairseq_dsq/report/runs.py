@@ -5,6 +5,7 @@ A plain fairseq run has no record: its log tells losses and scores, but not whic
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -14,10 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_dsq import record
+from fairseq_dsq import formats, record
 from fairseq_dsq.cost.metrics import GRADIENT_BYTES, LEVEL, RELATIVE, STASH_BYTES, STATE_BYTES, WEIGHT_BYTES
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults, option
-from fairseq_dsq.precision import levels_to_str, parse_levels
+from fairseq_dsq.plugin.effects import levels_of, rules_of
+from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
 from fairseq_dsq.record import Line, Point, Start
 from fairseq_dsq.schedules import own_flags
 from fairseq_dsq.text import printable, quoted
@@ -36,6 +38,8 @@ DSQ_DEFAULTS = {
 EXPECTED = f"expected the folder of a run with {record.NAME}, such a file, or a log of fairseq-train --log-format json"
 # Of a loss in fairseq's log; its --patience judges that.
 LOGGED_DIGITS = 3
+# What stands for training's statistics among splits: no --valid-subset can be called so, as one can "train".
+_TRAINING = ""
 _TRAIN = "train"
 # Where a run begins: at the updates of the checkpoint that it goes on from, or with none.
 _FROM = re.compile(r"No existing checkpoint found|Loaded checkpoint .* \(epoch \d+ @ (\d{1,12}) updates\)")
@@ -47,7 +51,7 @@ _LOG_SUFFIXES = {".log", ".out", ".err", ".txt"}
 _LOG_NAMES = {"log", "stdout", "stderr"}
 _PLAIN_STEMS = {"train", "training", "hydra_train", "dsq", *_LOG_NAMES}
 
-# (epoch, updates, split): metrics
+# (epoch, updates, split, or _TRAINING): metrics
 History = dict[tuple[int, float, str], dict[str, float]]
 
 
@@ -154,6 +158,29 @@ def log_files(folder: Path) -> list[Path]:
     ]
 
 
+def levels_of_flags(flags: Mapping[str, str]) -> tuple[PrecisionConfig, ...]:
+    """The levels that a record's flags stand for, as those of bfp where their format is no longer known.
+
+    None where they cannot be read.
+    """
+    flags = {**DSQ_DEFAULTS, **flags}
+    try:
+        if flags["dsq_format"] in formats.names():
+            return levels_of(argparse.Namespace(**flags))
+        return parse_levels(flags["dsq_levels"])
+    except ValueError:
+        return ()
+
+
+def rules_of_flags(flags: Mapping[str, str], levels: int) -> tuple[PrecisionConfig, ...]:
+    """The levels that their rules give to modules, beside so many of all others; none where they cannot be read."""
+    try:
+        rules = rules_of(argparse.Namespace(**{**DSQ_DEFAULTS, **flags}), levels)
+    except ValueError:
+        return ()
+    return tuple(level for rule in rules for level in rule.levels)
+
+
 def missing_extra(error: ImportError) -> ValueError:
     """The one line for a package of the extra ``report`` that is not installed."""
     return ValueError(f"{error.name} is not installed: pip install '.[report]' in the clone")
@@ -198,15 +225,15 @@ def _recorded(path: Path, file: Path) -> Run:
     history: History = {}
     for point in points:
         train = {name: value for name, value in point.train.items() if point.epoch not in left_out.get(name, ())}
-        history[point.epoch, point.update, _TRAIN] = train
+        history[point.epoch, point.update, _TRAINING] = train
         history.update({(point.epoch, point.update, split): dict(values) for split, values in point.valid.items()})
     flags = {name: str(value) for name, value in start.flags.items()}
     flags |= {"arch": start.arch, "criterion": start.criterion, "dsq_cost_profile": start.cost_profile}
     since = [line for line in lines[at:] if isinstance(line, Point)]
     ended = {(point.epoch, float(point.update)) for point in points if point.epoch_ended}
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
-    trained = list(_trained(lines))
-    known = not others and all(precision in start.levels for precision, _ in trained)
+    trained = list(_trained(lines, start.levels))
+    known = not others and all(start.levels[number : number + 1] == (precision,) for number, precision, _ in trained)
     notes = []
     if isinstance(lines[0], Start) and lines[0].update:
         notes.append(f"begins at update {lines[0].update}; what earlier updates cost is not in it")
@@ -218,8 +245,8 @@ def _recorded(path: Path, file: Path) -> Run:
         notes.append(f"trained with other flags in turn: {', '.join(changed)}")
     return dataclasses.replace(
         run,
-        trained=tuple((_shown(start, precision), updates) for precision, updates in trained),
-        levels=tuple((start.levels.index(precision), updates) for precision, updates in trained) if known else (),
+        trained=tuple((_shown(start, precision), updates) for _, precision, updates in trained),
+        levels=tuple((number, updates) for number, _, updates in trained) if known else (),
         notes=tuple(notes),
     )
 
@@ -255,26 +282,31 @@ def _changed_flags(starts: Iterable[Start]) -> list[str]:
 
 def _shown(start: Start, precision: str) -> str:
     """A precision as ``--dsq-levels`` has it, if it is among these levels; else by value."""
-    try:
-        given = parse_levels(str(start.flags["dsq_levels"]))
-    except (KeyError, ValueError):
-        return precision
+    given = levels_of_flags({name: str(value) for name, value in start.flags.items()})
     names = dict(zip(start.levels, given, strict=False))
     return levels_to_str((names[precision],)) if precision in names else precision
 
 
-def _trained(lines: Iterable[Line]) -> Iterator[tuple[str, int]]:
-    """Each precision in turn, with its updates: a line's was in force since the line before."""
-    precision, updates, before = "", 0, 0
+def _trained(lines: Iterable[Line], levels: tuple[str, ...]) -> Iterator[tuple[int, str, int]]:
+    """Each level's number and precision in turn, with its updates: a line's was in force since the line before.
+
+    Levels may be equal by value, where rules tell them apart. Of other levels than the last start's a number is that
+    of the equal one among these, or -1.
+    """
+    level, updates, before, own = (0, ""), 0, 0, True
     for line in lines:
-        if isinstance(line, Point) and line.update > before:
-            if line.precision != precision and updates:
-                yield precision, updates
+        if isinstance(line, Start):
+            own = line.levels == levels
+        elif line.update > before:
+            equal = levels.index(line.precision) if line.precision in levels else -1
+            current = line.level if own else equal, line.precision
+            if current != level and updates:
+                yield *level, updates
                 updates = 0
-            precision, updates = line.precision, updates + line.update - before
+            level, updates = current, updates + line.update - before
         before = line.update
     if updates:
-        yield precision, updates
+        yield *level, updates
 
 
 def _unfinished(flags: Mapping[str, str], last: Point, since: Iterable[Point]) -> str:
@@ -330,7 +362,7 @@ def _logged(path: Path, logs: Iterable[Path]) -> Run | None:
     if not history:
         return None
     last = max(epoch for epoch, _, _ in history)
-    ended = {(epoch, updates) for epoch, updates, split in history if split == _TRAIN}
+    ended = {(epoch, updates) for epoch, updates, split in history if split == _TRAINING}
     return _run(path, {}, history, ended, "" if done else f"epoch {last} is the last in a log without {_DONE!r}")
 
 
@@ -348,12 +380,13 @@ def _read_json(line: str) -> tuple[tuple[int, float, str], dict[str, float]] | N
     updates = values.get("num_updates", -1.0)
     if not (0 <= updates < math.inf and 0 < found["epoch"] < _MOST_EPOCHS):
         return None
-    return (found["epoch"], updates, split), values
+    training = split == _TRAIN and "wall" in values  # which no validation has
+    return (found["epoch"], updates, _TRAINING if training else split), values
 
 
 def _run(path: Path, flags: Mapping[str, str], history: History, ended: Set[tuple[int, float]], incomplete: str) -> Run:
     """``ended``: (epoch, updates) of the epochs' ends."""
-    splits = [split for _, _, split in history if split != _TRAIN]
+    splits = [split for _, _, split in history if split != _TRAINING]
     wanted = flags.get("valid_subset", "valid").split(",")[0]
     subset = wanted if wanted in splits or not splits else splits[0]
     (arithmetic, arithmetic_baseline), (dram, dram_baseline) = RELATIVE.values()
@@ -361,7 +394,7 @@ def _run(path: Path, flags: Mapping[str, str], history: History, ended: Set[tupl
     epochs, best = [], dict[str, float]()
     for number in sorted({epoch for epoch, _, _ in history}):
         mine = sorted(key for key in history if key[0] == number)
-        train = next((history[key] for key in reversed(mine) if key[2] == _TRAIN), {})
+        train = next((history[key] for key in reversed(mine) if key[2] == _TRAINING), {})
         valid = next((history[key] for key in reversed(mine) if key[2] == subset), {})
         epochs.append(
             Epoch(

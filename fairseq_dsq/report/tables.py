@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -19,8 +18,8 @@ from typing import Any
 
 from fairseq_dsq.cost import CostProfile, load_profile
 from fairseq_dsq.cost.published import printed
-from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
-from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run
+from fairseq_dsq.precision import PrecisionConfig, levels_to_str
+from fairseq_dsq.report.runs import DSQ_DEFAULTS, Run, levels_of_flags, rules_of_flags
 from fairseq_dsq.report.scores import METRICS, judged_by
 from fairseq_dsq.report.significance import Method, Translations, methods, partners, signatures
 from fairseq_dsq.text import printable
@@ -150,14 +149,10 @@ def _longer_name(path: Path, name: str, depth: int, whole: bool) -> str:
 
 
 def levels(run: Run) -> tuple[PrecisionConfig, ...]:
-    """The precision levels that a run was given; none in float32, or without a record."""
-    flags = {**DSQ_DEFAULTS, **run.flags}
-    if not run.flags or flags["dsq_format"] == "float32":
-        return ()
-    try:
-        return parse_levels(flags["dsq_levels"])
-    except ValueError:
-        return ()
+    """The precision levels that a run was given; none where nothing of it rounds, or without a record."""
+    given = levels_of_flags(run.flags) if run.flags else ()
+    codes = run.flags.get("dsq_weights", DSQ_DEFAULTS["dsq_weights"]) != DSQ_DEFAULTS["dsq_weights"]
+    return given if codes or any(level.rounds for level in (*given, *rules_of_flags(run.flags, len(given)))) else ()
 
 
 def describe(run: Run) -> tuple[str, str]:
@@ -166,17 +161,16 @@ def describe(run: Run) -> tuple[str, str]:
     if not flags:
         return PLAIN if _costs(run) is None else run.name, MISSING
     flags = {**DSQ_DEFAULTS, **flags}
-    name = flags["dsq_format"]
-    if name == "float32":
-        return FLOAT32, "[32,32,32,32]"
-    given = levels(run)
+    name, given = flags["dsq_format"], levels(run)
     if not given:
-        return run.name, flags["dsq_levels"]
+        return (FLOAT32, "[32,32,32,32]") if levels_of_flags(flags) else (run.name, flags["dsq_levels"])
     options = [
         f"{flag.removeprefix('dsq_').replace('_', ' ')} {flags[flag]}"
         for flag, default in DSQ_DEFAULTS.items()
         if flag not in ("dsq_format", "dsq_levels") and flags[flag] != default
     ]
+    if not any(level.rounds for level in given):
+        return f"{FLOAT32}, partly quantized", ", ".join([FLOAT32.lower(), *options])
     setup = ", ".join([levels_to_str(given), *options])
     families = [name]
     if not any(level.has_bits for level in given):
@@ -287,10 +281,10 @@ def _profile(name: str) -> CostProfile | None:
 def _priced_levels(runs: Sequence[Run], profile: str) -> Iterator[PrecisionConfig]:
     """The levels of the runs whose costs follow a profile; a format that is no longer known is left out."""
     for run in runs:
-        flags = {**DSQ_DEFAULTS, **run.flags}
-        if run.flags and _profile_of(run) == profile and flags["dsq_format"] != "float32":
-            with contextlib.suppress(ValueError):
-                yield from parse_levels(flags["dsq_levels"], flags["dsq_format"])
+        if _profile_of(run) == profile:
+            given = levels(run)
+            known = (level for level in given if level.format_name == {**DSQ_DEFAULTS, **run.flags}["dsq_format"])
+            yield from (*known, *rules_of_flags(run.flags, len(given)))
 
 
 def find(runs: Sequence[Run], wanted: str) -> int:

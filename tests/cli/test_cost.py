@@ -120,6 +120,26 @@ def test_flags_say_the_levels_and_their_format_as_in_training(capsys):
     assert found["format"] == "fixed" and all(alone[key] == value for key, value in found["levels"][0].items())
 
 
+def test_levels_that_rules_alone_tell_apart_are_priced_apart(capsys):
+    rules = "--dsq-rules '*.fc*=[2,2,2,16] [16,16,16,16]'"
+    ruled = f"--dsq-levels '[4,4,4,16] [4,4,4,16]' {rules}"
+    found = as_json(capsys, "cost", *small(ruled))["levels"]
+    alone = [
+        as_json(capsys, "cost", *small(f"--dsq-levels [4,4,4,16] --dsq-rules '*.fc*={level}'"))
+        for level in ("[2,2,2,16]", "[16,16,16,16]")
+    ]
+    costs = [level["arithmetic_relative"] for level in alone]
+    assert costs[0] < costs[1] and [level["arithmetic_relative"] for level in found] == costs
+    trained = as_json(capsys, "cost", *small(ruled), "--trajectory", "4,4,4,16:1 4,4,4,16:3")
+    assert trained["arithmetic_relative"] == pytest.approx((costs[0] + 3 * costs[1]) / 4)
+    first, second = as_json(capsys, "cost", *small(f"{ruled} --dsq-stash-scope gemm"), "--memory")["memory"]
+    assert first["stash"] < second["stash"]
+
+
+def test_a_precision_may_have_spaces(capsys):
+    assert as_json(capsys, "cost", "--precision", "2, 2, 2, 16")["precision"] == [2, 2, 2, 16]
+
+
 def test_sixteen_bit_fixed_point_has_float_weights_and_states(capsys):
     for flags in ("", "--optimizer dsq_adam"):
         result = as_json(capsys, "cost", *small(flags), "--profile", "operands", "--format", "fixed", "--precision",
@@ -227,6 +247,14 @@ def test_roofline_prints_table_7_and_draws_figure_1(capsys, tmp_path):
         assert label in first["roofline.svg"].decode()
     run(capsys, "roofline", "--out", tmp_path / "again")
     assert first == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+
+
+def test_roofline_s_json_is_json_where_it_draws_too(capsys, tmp_path):
+    pytest.importorskip(MATPLOTLIB)
+    model = ("--model", "transformer_iwslt_de_en", "--tokens", "64")
+    assert main(["roofline", *model, "--json", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["tokens"] == 64 and err.count("wrote ") == 2
 
 
 def test_roofline_of_another_model_and_machine(capsys):

@@ -2,9 +2,10 @@
 
 import json
 
+from fairseq_dsq.formats import FormatOptions, names
 from fairseq_dsq.precision import parse_levels
 
-FLOAT32 = {"dsq_format": "float32"}
+FLOAT32 = {"dsq_format": "float32", "dsq_levels": "[32,32,32,32]"}
 STATIC = {"dsq_format": "bfp", "dsq_levels": "[16,4,4,16]"}
 DSQ = {"dsq_format": "bfp", "dsq_levels": "[2,2,2,16] [16,4,4,16]"}
 FIXED = {"dsq_format": "fixed", "dsq_levels": "[16,4,4,16]"}
@@ -13,9 +14,10 @@ LOW, HIGH, ONE = (0.0318, 0.305453), (0.1048, 0.446078), (1.0, 1.0)
 BASELINES = (1e9, 2e8)  # MACs, bytes of an epoch
 
 
-def values(dsq_levels=DSQ["dsq_levels"], **_):
-    """The levels of flags, by value, as those of bfp."""
-    return [level.by_value for level in parse_levels(dsq_levels)]
+def values(dsq_levels=DSQ["dsq_levels"], dsq_format="bfp", dsq_sign_bit="counted", **_):
+    """The levels of flags, by value; as those of bfp where the format is none."""
+    name = dsq_format if dsq_format in names() else "bfp"
+    return [level.by_value for level in parse_levels(dsq_levels, name, FormatOptions(dsq_sign_bit == "extra"))]
 
 
 def start_line(max_epoch=0, update=0, epoch=1, arch="transformer_dsq", **flags):

@@ -52,6 +52,19 @@ def test_an_epoch_s_end_without_a_validation_has_its_costs(tmp_path):
     assert first.arithmetic == pytest.approx(3.18e7)
 
 
+def test_a_valid_subset_called_train_is_no_training(tmp_path):
+    text = samples.start_line(1, valid_subset="valid,train")
+    line = json.loads(samples.point_line(1, 10, 6.0, 7.0))
+    line["valid"]["train"] = {"loss": 1.5}
+    (epoch,) = read_run(samples.write(tmp_path, "run", text + json.dumps(line) + "\n")).epochs
+    assert (epoch.train_loss, epoch.valid_loss, epoch.arithmetic, epoch.stash_bytes) == (7.0, 6.0, 3.18e7, 2e6)
+    for order in ("valid train", "train valid"):
+        validations = {name: samples.valid_line(1, 10, loss, name) for name, loss in (("valid", 6.0), ("train", 1.5))}
+        text = "".join(validations[name] for name in order.split()) + samples.train_line(1, 10, 7.0) + samples.DONE
+        (epoch,) = read_run(samples.write(tmp_path, order, text, "train.log")).epochs
+        assert (epoch.train_loss, epoch.valid_loss, epoch.ended) == (7.0, 6.0, True)
+
+
 UNFINISHED = [
     (samples.point_line(2, 15, 6.0, ended=False), {}, "epoch 2 of 4 begun and not ended"),
     (samples.point_line(2, 20, 6.0), {}, "ended after epoch 2 of 4"),

@@ -1,5 +1,6 @@
 """Table 1's layout: labels, rounding, differences, notes, escapes."""
 
+import argparse
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ import json
 import pytest
 from report import samples
 
-from fairseq_dsq.cli.repricing import reprice
+from fairseq_dsq.cli.repricing import _batch, reprice
 from fairseq_dsq.report import tables
 from fairseq_dsq.report.runs import read_run
 from fairseq_dsq.report.scores import scores
@@ -187,6 +188,23 @@ def test_differences_carry_their_sign():
         ),
         ({**samples.DSQ, "dsq_patience": 9}, ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16]")),
         (
+            {"dsq_levels": "[1,1,1,15] [15,4,4,15]", "dsq_sign_bit": "extra"},
+            ("DSQ (BFP)", "[1,1,1,15] [15,4,4,15], sign bit extra"),
+        ),
+        # Not everything is float32 under --dsq-format float32.
+        (
+            {"dsq_format": "float32", "dsq_levels": "[mxfp8e4m3,mxfp8e4m3,mxfp8e4m3,mxfp8e5m2]"},
+            ("Stashing (mxfp8e4m3/mxfp8e5m2)", "[mxfp8e4m3,mxfp8e4m3,mxfp8e4m3,mxfp8e5m2]"),
+        ),
+        (
+            {**samples.FLOAT32, "dsq_rules": "*.fc2=bfp4"},
+            ("Float32, partly quantized", "float32, rules *.fc2=bfp4"),
+        ),
+        (
+            {**samples.FLOAT32, "dsq_weights": "direct", "dsq_weight_format": "ternary"},
+            ("Float32, partly quantized", "float32, weights direct, weight format ternary"),
+        ),
+        (
             {**samples.DSQ, "dsq_schedule": "updates", "dsq_raise_at": "4000"},
             ("DSQ (BFP)", "[2,2,2,16] [16,4,4,16], schedule updates, raise at 4000"),
         ),
@@ -195,6 +213,17 @@ def test_differences_carry_their_sign():
 def test_labels(tmp_path, flags, labels):
     run = read_run(samples.write(tmp_path, "x", samples.record(flags, [7], [0], [samples.HIGH])))
     assert tables.describe(run) == labels
+
+
+def test_the_baseline_is_a_run_in_which_nothing_rounds(tmp_path):
+    settings = {
+        "mx": {"dsq_format": "float32", "dsq_levels": "[mxfp8e4m3,mxfp8e4m3,mxfp8e4m3,mxfp8e5m2]"},
+        "rules": {**samples.FLOAT32, "dsq_rules": "*.fc2=bfp4"},
+        "float": samples.FLOAT32,
+    }
+    paths = [samples.write(tmp_path, name, samples.record(flags, [7])) for name, flags in settings.items()]
+    table, _ = table_of(paths)
+    assert table.baseline == "float" and [row.partner for row in table.rows] == ["float", "float", None]
 
 
 def test_a_plain_fairseq_run_has_no_costs_and_serves_as_the_baseline(tmp_path):
@@ -315,6 +344,25 @@ def test_levels_are_labelled_by_value_where_a_resumed_run_was_given_others(tmp_p
     assert [note for note in table.notes if "never rose" in note] == [
         "the precision of resumed never rose to [16,4,4,16]"
     ]
+
+
+def test_levels_that_rules_alone_tell_apart_are_counted_apart(tmp_path):
+    flags = {"dsq_levels": "[4,4,4,16] [4,4,4,16]", "dsq_rules": "*.fc2=[2,2,2,16] [16,16,16,16]"}
+    path = samples.write(tmp_path, "ruled", samples.record(flags, [7, 6, 5], [0, 1, 1]))
+    table, (run,) = table_of([path])
+    assert run.levels == ((0, 10), (1, 20))
+    assert table.rows[0].levels == (("[4,4,4,16]", 10), ("[4,4,4,16]", 20))
+
+
+def test_a_batch_is_priced_at_the_mean_size_of_all_updates(tmp_path):
+    text = samples.start_line(0, max_update=41)
+    for epoch, update, sentences, tokens in ((1, 10, 100, 3000), (2, 40, 120, 4000), (3, 41, 4, 60)):
+        line = json.loads(samples.point_line(epoch, update, 7.0))
+        line["train"] |= {"bsz": sentences, "wpb": tokens}
+        text += json.dumps(line) + "\n"
+    spec = _batch(read_run(samples.write(tmp_path, "run", text)), argparse.Namespace(arch="transformer"), 2)
+    # (10 * 3000 + 30 * 4000 + 60) / (10 * 100 + 30 * 120 + 4) = 32.6 tokens; 4604 / 41 / 2 = 56.1 sentences
+    assert (spec.length, spec.batch) == (33, 56)
 
 
 def test_costs_of_several_profiles_are_not_added_up(tmp_path):
