@@ -11,7 +11,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +55,6 @@ def main(args: argparse.Namespace) -> int:
     if "--" in own:
         at = own.index("--")
         own, rest = own[:at], own[at + 1 :]
-    refuse_own(rest, {"--save-dir": "a folder in RUNS", "--seed": "run's --seed", "--max-epoch": "run's --epochs"})
     if (folder := user_dir(rest)) is not None:  # formats of one's own may stand in the recipe
         cli.import_user_dir(folder)
     with blame("RECIPE"):
@@ -65,8 +64,7 @@ def main(args: argparse.Namespace) -> int:
     except argparse.ArgumentError as error:
         raise ValueError(f"RECIPE: {name}: parameters: {error}") from None
     options = vars(parser.parse_args(own))
-    if "methods" in options and not options["format"]:
-        refuse_own(rest, {f"--dsq-{name}": "each row's own" for name in ("format", "levels", "patience", "min-delta")})
+    refuse_own(rest, _own_flags(options))
     _check(recipe, options)
     _check_precision(recipe, options, rest)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on a busy machine are slower than one
@@ -222,6 +220,16 @@ def _parser(name: str, recipe: Recipe) -> argparse.ArgumentParser:
         add("master", "", "where the first of them listens", "HOST:PORT")
         parser.add_argument("--status", action="store_true", help="print how many runs are done, and run none")
     return parser
+
+
+def _own_flags(options: Mapping[str, str]) -> dict[str, str]:
+    """The flags of fairseq-train that a run's options stand for, by which it is called and described: what each is."""
+    table = "methods" in options and not options["format"]
+    own = {"save-dir": "a folder in RUNS", "max-epoch": "run's --epochs"}
+    own |= {name: f"run's --{name}" for name in ("seed", "lr", "arch") if name in options}
+    for name in ("format", "levels", "patience", "min-delta"):
+        own[f"dsq-{name}"] = "each row's own" if table else f"run's --{name}"
+    return {f"--{name}": what for name, what in own.items()}
 
 
 def _check(recipe: Recipe, options: dict[str, str]) -> None:

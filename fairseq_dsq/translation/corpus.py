@@ -65,19 +65,21 @@ class Corpus:
             ValueError: a download is not what was published, or the two sides differ in length.
         """
         paths = self.own_files([split])
-        return aligned(*paths) if paths else self._verified(split, downloads)
+        return aligned(*paths.values()) if paths else self._verified(split, downloads)
 
-    def own_files(self, splits: Sequence[str] = SPLITS) -> list[Path]:
-        """The files of these splits below $DSQ_DATA, source before target; none where that is not set.
+    def own_files(self, splits: Sequence[str] = SPLITS) -> dict[str, Path]:
+        """The files of these splits below $DSQ_DATA by SPLIT.LANGUAGE, source before target; none where it is not set.
 
         Raises:
             OSError: one does not exist.
         """
-        found = [
-            data_root(f"{self.folder}/{self.files[split]}.{language}", f"{self.name}'s {split} text")
+        found = {
+            f"{split}.{language}": data_root(
+                f"{self.folder}/{self.files[split]}.{language}", f"{self.name}'s {split} text"
+            )
             for split, language in itertools.product(splits, self.languages)
-        ]
-        return [path for path in found if path]
+        }
+        return {name: path for name, path in found.items() if path}
 
     def _verified(self, split: str, downloads: Path) -> Iterator[tuple[str, str]]:
         count = 0

@@ -11,14 +11,16 @@ from fairseq_dsq.translation.pieces import LEARN, SENTENCEPIECE, Cut, check_piec
 
 
 def settings(corpus: Corpus, vocab_size: int, pieces: str = SENTENCEPIECE) -> dict[str, str]:
-    """What a prepared folder depends on: the corpus, its text, the number and the kind of pieces.
+    """What a prepared folder depends on: the corpus, its text, which pairs are left out, and the pieces.
 
     Raises:
         OSError: a file below $DSQ_DATA is missing.
     """
-    sources = {path.name: artefact.checksum(path) for path in corpus.own_files()}
+    sources = {name: artefact.checksum(path) for name, path in corpus.own_files().items()}
+    limits = {name: str(value) for name in ("max_pieces", "max_ratio") if (value := getattr(corpus, name)) is not None}
     kind = {} if pieces == SENTENCEPIECE else {"--pieces": pieces}
-    return {"corpus": corpus.name, "--vocab": str(vocab_size), **kind, **(sources or {"text": "as published"})}
+    own = {"corpus": corpus.name, "--vocab": str(vocab_size), **kind, **limits}
+    return own | (sources or {"text": "as published"})
 
 
 def prepare(

@@ -154,7 +154,7 @@ def test_no_such_recipe(capsys):
         ),
         (("--min-delta", "-1"), "--min-delta: got '-1', expected a finite number >= 0"),
         (("--", "--dsq-level", "[2,2,2,16]"), "--dsq-level: no such flag, expected --dsq-levels"),
-        (("--", "--dsq-levels"), "argument --dsq-levels: expected one argument"),
+        (("--", "--dsq-rotate"), "argument --dsq-rotate: expected one argument"),
         (("--", "--dsq-schedule", "updates"), "argument --dsq-raise-at: got '', expected 1 point for the 2 levels"),
     ],
 )
@@ -278,6 +278,10 @@ def test_rows_of_several_tables_are_trained_once_each_with_every_seed_of_theirs(
         (("multi30k", "--", "--max-epoch=7"), "--max-epoch: is run's --epochs, expected none"),
         (("study-multi30k", "--", "--dsq-levels", "[4,4,4,16]"), "--dsq-levels: is each row's own, expected none"),
         (("wmt14", "--", "--dsq-min-delta", "1"), "--dsq-min-delta: is each row's own, expected none"),
+        (("multi30k", "--", "--dsq-levels=[4,4,4,16]"), "--dsq-levels: is run's --levels, expected none"),
+        (("wmt14", "--format", "bfp", "--", "--dsq-patience", "1"), "--dsq-patience: is run's --patience, expected"),
+        (("lm", "x.txt", "--", "--arch", "llama_dsq"), "--arch: is run's --arch, expected none"),
+        (("glue", "RTE", "--", "--lr", "1"), "--lr: is run's --lr, expected none"),
     ],
 )
 def test_seeds_jobs_and_tables_are_checked(capsys, arguments, said):

@@ -179,6 +179,23 @@ def own_corpus(folder, monkeypatch, train, valid=TEXT["valid"], **limits):
     return Corpus("own", "de", "en", "own", {}, lambda *_: (), **limits)
 
 
+def test_a_prepared_folder_depends_on_every_split_s_text_and_on_what_is_left_out(tmp_path, monkeypatch):
+    corpus = own_corpus(tmp_path, monkeypatch, TEXT["train"])
+    for split in SPLITS:  # files of one name
+        (tmp_path / "own" / split).mkdir()
+        for language in corpus.languages:
+            (tmp_path / f"own/{split}.{language}").rename(tmp_path / f"own/{split}/text.{language}")
+    corpus = dataclasses.replace(corpus, files={split: f"{split}/text" for split in SPLITS})
+    made = settings(corpus, 150)
+    for split in SPLITS:
+        with open(tmp_path / f"own/{split}/text.{corpus.source}", "a") as file:
+            file.write("more\n")
+        changed, made = made, settings(corpus, 150)
+        assert {name for name in made if made[name] != changed[name]} == {f"{split}.{corpus.source}"}
+    for limit in ({"max_pieces": 3}, {"max_ratio": 1.5}):
+        assert differences(made, settings(dataclasses.replace(corpus, **limit), 150))
+
+
 def test_training_pairs_that_are_empty_long_or_unlike_are_left_out_and_no_others(tmp_path, monkeypatch):
     unlike = [("", "something"), ("er " * 60, "he " * 60), ("er", "he sees a very old house")]
     train = [*TEXT["train"], *unlike]
