@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # The exit code after Ctrl-C, as a shell's.
 INTERRUPTED = 130
@@ -24,6 +25,13 @@ def blame(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 class _Version(argparse.Action):
@@ -49,7 +57,7 @@ WITH_USER_DIR = ("average", "cost", "export_float", "flags", "formats", "glue_ev
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code. Bad input ends in one line on standard error and code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="fairseq-dsq", description="Tools of fairseq_dsq.")
+    parser = _Parser(prog="fairseq-dsq", description="Tools of fairseq_dsq.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in SUBCOMMANDS:

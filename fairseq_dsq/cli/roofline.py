@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
 
         points = [(f"{label} {precision}", total(groups)) for label, precision, groups in rows]
         for path in draw(hardware, points, f"{batch}\n{hardware.name}", args.out):
-            print(f"wrote {path}")
+            print(f"wrote {path}", file=sys.stderr if args.json else None)
     return 0
 
 

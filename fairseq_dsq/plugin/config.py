@@ -223,7 +223,8 @@ class DSQConfig(_with_schedules(_LevelConfig)):  # type: ignore[misc]
         _gemm,
         "ENGINE",
         "engine of the GEMMs: auto, the cheapest that multiplies the quantized values exactly; or one by name, which "
-        "leaves to float32 what it does not take: " + ", ".join(gemm.names()),
+        "leaves to float32 what it does not take (generation's held weights, whatever is given): "
+        + ", ".join(gemm.names()),
         "training",
     )
 

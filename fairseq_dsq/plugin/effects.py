@@ -39,6 +39,7 @@ class TrainingFlags:
     max_update: int = 0
     patience: int = -1
     update_freq: tuple[int, ...] = (1,)
+    skip_remainder_batch: bool = False
 
     @classmethod
     def of(cls, args: Any) -> TrainingFlags | None:
@@ -64,8 +65,12 @@ class TrainingFlags:
     def updates_by(self, epoch: int, batches: int) -> int:
         """How many updates are done when ``epoch`` ends, of epochs of so many batches."""
         own = self.update_freq[:epoch]
-        ended = sum(math.ceil(batches / count) for count in own)
-        return ended + (epoch - len(own)) * math.ceil(batches / self.update_freq[-1])
+        ended = sum(self._updates_of_epoch(batches, count) for count in own)
+        return ended + (epoch - len(own)) * self._updates_of_epoch(batches, self.update_freq[-1])
+
+    def _updates_of_epoch(self, batches: int, of_update: int) -> int:
+        """fairseq's iterators: without the remainder they drop a last batch in any case, then an unfinished update."""
+        return max(0, batches - 1) // of_update if self.skip_remainder_batch else math.ceil(batches / of_update)
 
     def validations(self, epoch: int, batches: int, done: int, enough: int) -> int:
         """How many validations will count from ``done`` of an epoch's batches on; counted up to ``enough``."""
@@ -241,9 +246,11 @@ def idle_flags(args: Any, levels: Sequence[PrecisionConfig]) -> Iterator[str]:
     if rotation and not any(config.rotates(kind) for config in configs for kind in ROTATED):
         yield from given(": the operands of these GEMMs are float32", "dsq_rotate")
     if all(held.group == "tensor" for held in used - {formats.Float32()}):
-        yield from given(": no q's format has boxes", "dsq_box_dim", "dsq_value_boxes")
-    elif args.dsq_attention_matmul == "off":
+        yield from given(": no q's format has boxes", "dsq_box_dim")
+    if args.dsq_attention_matmul == "off":
         yield from given(" with --dsq-attention-matmul off", "dsq_value_boxes")
+    elif all(level.operands("output")[1].by_row() is None for level in [*levels, *ruled]):
+        yield from given(": no format of attention's values has a scale for a row", "dsq_value_boxes")
     of_bits = [flag for flag in defaults(DSQConfig, "levels") if flag != "dsq_levels"]
     if not any(level.has_bits for level in [*levels, *ruled]):
         yield from given(": no q is bits of --dsq-format", *of_bits)

@@ -36,7 +36,7 @@ def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
 
 def update_of(model: nn.Module, optimizer: Any) -> Update:
     """What a step of a fairseq optimizer, which has been made, reads and writes: of the parameters with a gradient."""
-    inner = _inner(optimizer)
+    inner = inner_optimizers(optimizer)
     own = {id(parameter) for parameter in model.parameters()}
     # --fp16 and --bf16 make float copies, in which the optimizer steps, with gradients of their own.
     copies = [p for each in inner for group in each.param_groups for p in group["params"] if id(p) not in own]
@@ -59,11 +59,14 @@ def known_update(model: nn.Module, optimizer: Any, known: dict[Any, tuple[Update
 
     Once for the same gradients and states: it takes a twentieth of a small step's Python time.
     """
-    key = tuple(p.grad is not None for p in model.parameters()), *(len(each.state) for each in _inner(optimizer))
+    key = (
+        tuple(p.grad is not None for p in model.parameters()),
+        *(len(each.state) for each in inner_optimizers(optimizer)),
+    )
     if key not in known:
         if len(known) >= MOST_KNOWN:
             known.clear()  # with LayerDrop hardly two steps have the same gradients
-        states = sum(_state_bytes(state) for each in _inner(optimizer) for state in each.state.values())
+        states = sum(_state_bytes(state) for each in inner_optimizers(optimizer) for state in each.state.values())
         known[key] = update_of(model, optimizer), states
     return known[key]
 
@@ -71,7 +74,9 @@ def known_update(model: nn.Module, optimizer: Any, known: dict[Any, tuple[Update
 def log_update(optimizer: Any, update: Update, states: int, profile: CostProfile | None) -> None:
     """Log the bytes of gradients and states after a step, and what the update costs where a profile prices it."""
     held = {GRADIENT_BYTES: update.gradient_bytes}
-    if not isinstance(optimizer.optimizer, LowBitAdam):  # which logs its own, whatever model it trains
+    if not any(
+        isinstance(each, LowBitAdam) for each in inner_optimizers(optimizer)
+    ):  # which logs its own, whatever model it trains
         held[STATE_BYTES] = states
     for key, value in held.items():
         metrics.log_scalar(key, value, weight=1, priority=200, round=0)
@@ -82,11 +87,11 @@ def log_update(optimizer: Any, update: Update, states: int, profile: CostProfile
         metrics.log_scalar_sum(baseline, cost.dram_baseline_bytes, priority=202)
 
 
-def _inner(optimizer: Any) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
     """torch's optimizers in a fairseq optimizer."""
     inner = optimizer.optimizer
     composed = getattr(inner, "optimizers", None)
-    return [inner] if composed is None else [part for each in composed.values() for part in _inner(each)]
+    return [inner] if composed is None else [part for each in composed.values() for part in inner_optimizers(each)]
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -245,12 +245,14 @@ def _refusing_missing(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(cfg: Any, trainer: Any, **passthrough_args: Any) -> Any:
         suffix = trainer.checkpoint_suffix
         last = os.path.join(cfg.save_dir, with_suffix(LAST, suffix))
+        given: tuple[str, str] | None
         if cfg.restore_file != LAST:
             given = "--restore-file", with_suffix(cfg.restore_file, suffix)
-        elif cfg.finetune_from_model and not PathManager.exists(last):
-            given = "--finetune-from-model", cfg.finetune_from_model
-        else:
-            given = None
+        else:  # in fairseq's order
+            first = not PathManager.exists(last)
+            once, model = getattr(cfg, "continue_once", None), cfg.finetune_from_model
+            others = {"--continue-once": once, "--finetune-from-model": model}
+            given = next((item for item in others.items() if first and item[1]), None)
         if given and not PathManager.isfile(given[1]):  # fairseq would train from the beginning, and say so in its log
             raise DSQError(f"argument {given[0]}: got {given[1]}, which is no file, expected a checkpoint")
         # Of a training before in this process: what this one has reached, its checkpoint says.

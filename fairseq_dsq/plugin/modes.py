@@ -78,6 +78,9 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
         yield "quant_noise_scalar", "expected 0: quant noise replaces the layers that DSQ quantizes"
     if given("quantization_config_path"):
         yield "quantization_config_path", "expected none: product quantization leaves out the layers of DSQ"
+    for name in ("ffn_blocks_to_remove", "mha_heads_to_keep"):
+        if (given(name) or -1) != -1:
+            yield name, "expected none: fairseq prunes by putting float layers in place of those that DSQ quantizes"
     if given("dsq_weights") == "direct":
         yield from _refused_with_codes(args, given)
     if given("pipeline_model_parallel"):
@@ -109,6 +112,9 @@ def _refused_with_codes(args: Any, given: Callable[[str], Any]) -> Iterator[tupl
     for name in ("fp16", "bf16"):
         if given(name) and not given(f"memory_efficient_{name}"):
             yield name, f"expected --memory-efficient-{name} or none: {because}, and this mode float copies of weights"
+    for name in ("mha_reg_scale_factor", "ffn_reg_scale_factor"):
+        if given(name):
+            yield name, f"expected 0: {because}, and this reads float weights"
     if given("store_ema"):
         yield "store_ema", f"expected none: {because}, which have no average"
     if _workers(given) > 1 and given("ddp_backend") in ("c10d", "pytorch_ddp"):

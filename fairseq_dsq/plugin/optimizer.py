@@ -16,6 +16,7 @@ from fairseq_dsq.adam import HELD, LowBitAdam
 from fairseq_dsq.cost.metrics import STATE_BYTES
 from fairseq_dsq.errors import DSQError, flag_error
 from fairseq_dsq.plugin.config import DSQOptimizerConfig, option
+from fairseq_dsq.plugin.held import inner_optimizers
 from fairseq_dsq.plugin.state import refuse_field
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,16 @@ class DSQAdam(FairseqAdam):
 def refuse_foreign_states(optimizer: Any) -> None:
     """Refuse another Adam that took up the bytes of low-bit moments: they go by the same class name.
 
+    And parts of a composite optimizer that hold low bits, each of which would log its own as all.
+
     Raises:
         DSQError: names the flag.
     """
-    inner = optimizer.optimizer
-    if not isinstance(inner, LowBitAdam) and any(HELD[0] in group for group in inner.param_groups):
+    every = inner_optimizers(optimizer)
+    if len(every) > 1 and any(isinstance(inner, LowBitAdam) for inner in every):
+        flag_error("--optimizer", "got composite with dsq_adam in it, expected dsq_adam alone")
+    foreign = (inner for inner in every if not isinstance(inner, LowBitAdam))
+    if any(HELD[0] in group for inner in foreign for group in inner.param_groups):
         flag_error(
             "--optimizer",
             "got another than the checkpoint's dsq_adam, expected dsq_adam (with --dsq-moment1 float32 --dsq-moment2 "

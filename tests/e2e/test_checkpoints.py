@@ -78,8 +78,8 @@ def test_a_cut_checkpoint_is_named_with_the_one_to_go_on_from(cli, runs, tmp_pat
     )
 
 
-def test_a_training_does_not_begin_anew_where_its_checkpoint_is_missing(cli, tmp_path):
-    flag = "--restore-file"
+@pytest.mark.parametrize("flag", ["--restore-file", "--continue-once", "--finetune-from-model"])
+def test_a_training_does_not_begin_anew_where_its_checkpoint_is_missing(cli, tmp_path, flag):
     line = last_line(cli, *cli.train_command(tmp_path / "run", flag, tmp_path / "nix.pt"))
     assert (
         line == f"fairseq-train: error: argument {flag}: got {tmp_path}/nix.pt, which is no file, expected a checkpoint"

@@ -36,6 +36,9 @@ def idle(**changes):
         ({"scale": "fit", "value_boxes": "feature"}, []),
         ({"attention_matmul": "off", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
         ({"format": "fixed", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
+        ({"levels": "[nvfp4,nvfp4,nvfp4,nvfp4]", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
+        ({"levels": "[float32,bfp4,bfp4,bfp16]", "value_boxes": "feature"}, ["--dsq-value-boxes feature"]),
+        ({"levels": "[nvfp4|bfp4,nvfp4,nvfp4,nvfp4]", "value_boxes": "feature"}, []),
         ({"format": "fixed", "box_dim": "last"}, ["--dsq-box-dim last"]),
         ({"format": "float32"}, []),
         (
@@ -115,6 +118,7 @@ def warnings(schedule=PATIENT, state=FRESH, **flags):
         ({"max_epoch": 8, "validate_after_updates": 25}, 6),
         ({"max_epoch": 4, "update_freq": (5,)}, 4),
         ({"max_update": 7, "update_freq": (10, 5)}, 4),  # epochs of 1, 2, 2, 2 updates
+        ({"max_update": 7, "update_freq": (5,), "skip_remainder_batch": True}, 7),  # of 1
         ({"max_epoch": 99, "disable_validation": True}, 0),
         ({}, 20),
     ],
@@ -142,7 +146,10 @@ def walked(flags, epoch, batches, done, enough):
     """The validations of a training that is walked through, update by update."""
     update = count = 0
     for number in range(1, flags.max_epoch + 1):
-        ends = range(0, batches, flags.update_freq[min(number, len(flags.update_freq)) - 1])
+        freq = flags.update_freq[min(number, len(flags.update_freq)) - 1]
+        ends = range(0, batches, freq)
+        if flags.skip_remainder_batch:
+            ends = range(0, (batches - 1) // freq * freq, freq)
         for begin in ends:
             if update == (flags.max_update or math.inf):
                 return min(count, enough)
@@ -162,8 +169,9 @@ def test_validations_are_those_of_a_training_that_is_walked_through():
             max_epoch=draw.randint(1, 9),
             max_update=draw.choice([0, draw.randint(1, 60)]),
             update_freq=tuple(draw.choices(range(1, 5), k=draw.randint(1, 3))),
+            skip_remainder_batch=draw.random() < 0.3,
         )
-        epoch, batches = draw.randint(1, 4), draw.randint(1, 12)
+        epoch, batches = draw.randint(1, 4), draw.randint(5 if flags.skip_remainder_batch else 1, 12)
         freq = flags.update_freq[min(epoch, len(flags.update_freq)) - 1]
         place = epoch, batches, draw.choice([0, draw.randrange(0, batches, freq)]), draw.randint(1, 12)
         assert flags.validations(*place) == walked(flags, *place), (flags, place)

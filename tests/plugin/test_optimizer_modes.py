@@ -6,8 +6,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fairseq_dsq.adam import LowBitAdam
+from fairseq_dsq.errors import DSQError
 from fairseq_dsq.plugin import modes
-from fairseq_dsq.plugin.optimizer import DSQAdam, DSQAdamConfig
+from fairseq_dsq.plugin.optimizer import DSQAdam, DSQAdamConfig, refuse_foreign_states
 
 HALF = {"fp16": True, "optimizer": "dsq_adam"}
 
@@ -28,6 +30,34 @@ def test_flat_parameters_are_refused(flags, refused, monkeypatch):
     common = {name: value for name, value in flags.items() if name != "optimizer"}
     root = OmegaConf.create({"model": {"x": 1}, "common": common, "optimizer": {"_name": flags["optimizer"]}})
     assert [name for name, _ in modes._refused(root.model)] == refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ({"ffn_blocks_to_remove": 8}, ["ffn_blocks_to_remove"]),
+        ({"mha_heads_to_keep": 1}, ["mha_heads_to_keep"]),
+        ({"ffn_blocks_to_remove": -1, "mha_heads_to_keep": -1, "mha_reg_scale_factor": 0.5}, []),
+        ({"dsq_weights": "direct", "optimizer": "dsq_adam", "mha_reg_scale_factor": 0.5}, ["mha_reg_scale_factor"]),
+        ({"dsq_weights": "direct", "optimizer": "dsq_adam", "ffn_reg_scale_factor": 0.5}, ["ffn_reg_scale_factor"]),
+        ({"dsq_weights": "direct", "optimizer": "dsq_adam", "ffn_reg_scale_factor": 0.0}, []),
+    ],
+)
+def test_what_replaces_layers_or_reads_their_floats_is_refused(flags, refused):
+    assert [name for name, _ in modes._refused(argparse.Namespace(**flags))] == refused
+
+
+def test_a_composite_optimizer_is_refused_where_a_part_holds_low_bits():
+    parameter = torch.nn.Parameter(torch.ones(3))
+
+    def composed(*parts):
+        optimizers = {str(index): argparse.Namespace(optimizer=part) for index, part in enumerate(parts)}
+        return argparse.Namespace(optimizer=argparse.Namespace(optimizers=optimizers))
+
+    adam, low = torch.optim.Adam([parameter]), LowBitAdam([parameter])
+    refuse_foreign_states(composed(adam, adam))
+    with pytest.raises((DSQError, SystemExit), match="--optimizer: got composite with dsq_adam in it, expected dsq"):
+        refuse_foreign_states(composed(adam, low))
 
 
 STATIC = {"dsq_format": "fixed", "dsq_fixed_scale": "static", "fp16_no_flatten_grads": True}
