@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import urllib.request
@@ -56,8 +57,9 @@ def download(url: str, path: Path, sha256: str | None = None, hint: str = "") ->
             got = partial.stat().st_size
             if expected is not None and got != int(expected):  # read() does not say so
                 raise OSError(f"got {got} bytes, expected {expected}")
-        except OSError as error:
-            raise OSError(f"{url}: {error}" + (f" ({hint})" if hint else "")) from None
+        except (OSError, http.client.HTTPException) as error:  # the latter of an answer that is cut or is none
+            line = " ".join(str(error).split())
+            raise OSError(f"{url}: {line}" + (f" ({hint})" if hint else "")) from None
         if sha256 is not None and (digest := checksum(partial)) != sha256:
             raise ValueError(f"{url}: got sha256 {digest}, expected {sha256}")
     return path

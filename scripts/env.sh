@@ -25,13 +25,15 @@ show_help_of() {
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.11 python3.12 python3; do
+    local -a candidates=(python3.11 python3.12 python3)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "found no Python 3.11 or 3.12; set PYTHON to one"
+    fail "PYTHON: got ${PYTHON:-none}, and no Python 3.11 or 3.12 by it; expected the path of one"
 }
 
 # use_env EXTRAS: makes .venv where it is missing, installs the package with these extras, activates. PYTHON names the
@@ -39,11 +41,13 @@ find_python() {
 use_env() {
     local extras=$1 venv=$DSQ_ROOT/.venv sum python stamp lock
     if [ -n "${DSQ_ENV:-}" ]; then
-        PATH=$DSQ_ENV/bin:$PATH
+        [ -d "$DSQ_ENV/bin" ] || fail "DSQ_ENV: got $DSQ_ENV, expected the folder of an environment, with bin/"
+        PATH=$(CDPATH='' cd -- "$DSQ_ENV" && pwd)/bin:$PATH
         return
     fi
-    # Installed already for this setup.py and these extras, or all of them?
-    sum=$(cksum < "$DSQ_ROOT/setup.py" | cut -d' ' -f1)
+    # Installed already of these sources and for these extras, or all of them?
+    sum=$({ echo "$TORCH_PIN"; cat "$DSQ_ROOT"/setup.py "$DSQ_ROOT"/fairseq_dsq/kernels/native/*.{cpp,h}; } | cksum)
+    sum=${sum%% *}
     stamp=$venv/.installed-$extras-$sum
     [ -e "$stamp" ] || [ ! -e "$venv/.installed-dev,glue-$sum" ] || stamp=$venv/.installed-dev,glue-$sum
     if [ ! -e "$stamp" ]; then

@@ -11,7 +11,8 @@ text=$runs/english.txt
 english=(multi30k/train iwslt14_de-en/train_subset wmt/newstest2013 wmt/train_10k/train)
 if [ ${#mode[@]} = 0 ]; then
     mkdir -p "$runs"
-    (cd "$DSQ_DATA" && cat "${english[@]/%/.en}") > "$text"
+    (cd "$DSQ_DATA" && cat "${english[@]/%/.en}") > "$text.part"  # in its place when it is whole
+    mv "$text.part" "$text"
 fi
 train neighbours-lm neighbours 1 "$text"
 train neighbours-lm "float32 dsq w8a8 bitnet direct-eco" 2 "$text"

@@ -19,6 +19,12 @@ def server():
             if self.path == "/missing":
                 self.send_error(404)
                 return
+            if self.path == "/cut":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nshort")
+                return
+            if self.path == "/garbage":
+                self.wfile.write(b"garbage\r\n")
+                return
             self.send_response(200)
             self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
@@ -47,6 +53,8 @@ def test_a_file_is_fetched_once(server, tmp_path):
     [
         ("missing", None, OSError, "HTTP Error 404: Not Found (do this)"),
         ("short", None, OSError, f"got {len(CONTENT) - 10} bytes, expected {len(CONTENT)} (do this)"),
+        ("cut", None, OSError, "IncompleteRead(0 bytes read) (do this)"),
+        ("garbage", None, OSError, "garbage (do this)"),
         ("data", "0" * 64, ValueError, f"got sha256 {SHA256}, expected {'0' * 64}"),
     ],
 )

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--data", type=Path, metavar="DIR",
-        help="folder of the task's TSV files (default: $DSQ_DATA/glue/TASK if that is there, else downloaded)",
+        help="folder of the task's TSV files (default: $DSQ_DATA/glue/TASK, or downloaded where DSQ_DATA is not set)",
     )  # fmt: skip
     parser.add_argument(
         "--train-rows", type=int, default=0, metavar="N",

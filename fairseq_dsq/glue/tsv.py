@@ -11,8 +11,6 @@ from fairseq_dsq.glue.tasks import GlueTask
 from fairseq_dsq.text import printable, shortened
 
 _SHOWN = 60
-# Not what float() reads besides: 1_0, the digits of other scripts, nan.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 class _Broken(ValueError):

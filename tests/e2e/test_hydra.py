@@ -60,9 +60,9 @@ def test_a_language_model_trains_to_the_bits_of_the_command_line_and_is_scored(c
     cli.run(
         "fairseq-train", lm_data, "--task", "language_modeling", "--tokens-per-sample", 32, "--arch",
         "transformer_lm_dsq", *shape("decoder"), "--decoder-input-dim", 32, "--decoder-output-dim", 32,
-        "--share-decoder-input-output-embed", "--activation-fn", "gelu", "--dropout", 0.1, "--attention-dropout", 0.1,
-        "--criterion", "dsq_cross_entropy", "--weight-decay", 0.01, *flags(tmp_path / "flags"),
-        "--required-batch-size-multiple", 1,
+        "--share-decoder-input-output-embed", "--decoder-normalize-before", "--activation-fn", "gelu", "--dropout", 0.1,
+        "--attention-dropout", 0.1, "--criterion", "dsq_cross_entropy", "--weight-decay", 0.01,
+        *flags(tmp_path / "flags"), "--required-batch-size-multiple", 1,
     )  # fmt: skip
     assert_equal_states(load_model(tmp_path / "yaml"), load_model(tmp_path / "flags"))
     out, err = cli.run(

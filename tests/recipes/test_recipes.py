@@ -199,6 +199,52 @@ def test_a_script_says_what_it_does_before_anything_is_installed(name, tmp_path)
     assert "set -euo" not in done.stdout and not (tmp_path / ".venv").exists()
 
 
+def sourced(folder, command, **environment):
+    """What a line of bash says after env.sh, in a copy of what that reads."""
+    if not (folder / "scripts").exists():
+        shutil.copytree(SCRIPTS, folder / "scripts")
+        (folder / "fairseq_dsq/kernels/native").mkdir(parents=True)
+        for name in ("setup.py", "fairseq_dsq/kernels/native/a.cpp", "fairseq_dsq/kernels/native/a.h"):
+            (folder / name).touch()
+    environment = {**{key: value for key, value in os.environ.items() if key != "DSQ_ENV"}, **environment}
+    line = f"set -euo pipefail; . scripts/env.sh; {command}"
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_an_environment_or_an_interpreter_that_is_named_is_the_one_used(tmp_path):
+    probe = tmp_path / "my env/bin/probe"
+    probe.parent.mkdir(parents=True)
+    probe.touch(0o755)
+    done = sourced(tmp_path, "use_env dev; cd /; type -P probe", DSQ_ENV="my env")
+    assert done.stdout == f"{probe}\n", done.stderr
+    done = sourced(tmp_path, "use_env dev", DSQ_ENV="none")
+    assert (done.returncode, done.stderr) == (
+        1, "bash: error: DSQ_ENV: got none, expected the folder of an environment, with bin/\n"
+    )  # fmt: skip
+    (tmp_path / "my env/bin/py thon").symlink_to(sys.executable)
+    done = sourced(tmp_path, "find_python", PYTHON="my env/bin/py thon")
+    assert done.stdout == "my env/bin/py thon\n"
+    done = sourced(tmp_path, "python=$(find_python)", PYTHON="/no/python")
+    assert done.returncode == 1 and "PYTHON: got /no/python, and no Python 3.11 or 3.12 by it" in done.stderr
+
+
+def test_the_package_is_installed_again_where_its_kernels_changed(tmp_path):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\necho "$@" >> calls\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv/bin/activate").touch()
+    counts = []
+    for changed in ("", "", "setup.py", "fairseq_dsq/kernels/native/a.h", "fairseq_dsq/kernels/native/a.cpp", ""):
+        if changed:
+            with open(tmp_path / changed, "a") as file:
+                file.write("more\n")
+        done = sourced(tmp_path, 'use_env ""')
+        assert done.returncode == 0, done.stderr
+        counts.append((tmp_path / "calls").read_text().count(f"-e {tmp_path}"))
+    assert counts == [1, 1, 2, 3, 4, 4]
+
+
 def command_that_says(folder, body):
     """An environment whose fairseq-dsq is a line of bash; a script that is run in it."""
     command = folder / "bin/fairseq-dsq"
