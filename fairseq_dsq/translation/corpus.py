@@ -68,17 +68,13 @@ class Corpus:
         return aligned(*paths.values()) if paths else self._verified(split, downloads)
 
     def own_files(self, splits: Sequence[str] = SPLITS) -> dict[str, Path]:
-        """The files of these splits below $DSQ_DATA by SPLIT.LANGUAGE, source before target; none where it is not set.
+        """The files of these splits by their names below $DSQ_DATA, source before target; none where it is not set.
 
         Raises:
             OSError: one does not exist.
         """
-        found = {
-            f"{split}.{language}": data_root(
-                f"{self.folder}/{self.files[split]}.{language}", f"{self.name}'s {split} text"
-            )
-            for split, language in itertools.product(splits, self.languages)
-        }
+        names = (f"{self.files[split]}.{language}" for split, language in itertools.product(splits, self.languages))
+        found = {name: data_root(f"{self.folder}/{name}", f"{self.name}'s text") for name in names}
         return {name: path for name, path in found.items() if path}
 
     def _verified(self, split: str, downloads: Path) -> Iterator[tuple[str, str]]:

@@ -57,7 +57,8 @@ def test_a_valid_subset_called_train_is_no_training(tmp_path):
     line = json.loads(samples.point_line(1, 10, 6.0, 7.0))
     line["valid"]["train"] = {"loss": 1.5}
     (epoch,) = read_run(samples.write(tmp_path, "run", text + json.dumps(line) + "\n")).epochs
-    assert (epoch.train_loss, epoch.valid_loss, epoch.arithmetic, epoch.stash_bytes) == (7.0, 6.0, 3.18e7, 2e6)
+    assert (epoch.train_loss, epoch.valid_loss, epoch.stash_bytes) == (7.0, 6.0, 2e6)
+    assert epoch.arithmetic == pytest.approx(3.18e7)
     for order in ("valid train", "train valid"):
         validations = {name: samples.valid_line(1, 10, loss, name) for name, loss in (("valid", 6.0), ("train", 1.5))}
         text = "".join(validations[name] for name in order.split()) + samples.train_line(1, 10, 7.0) + samples.DONE

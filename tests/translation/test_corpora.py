@@ -191,7 +191,7 @@ def test_a_prepared_folder_depends_on_every_split_s_text_and_on_what_is_left_out
         with open(tmp_path / f"own/{split}/text.{corpus.source}", "a") as file:
             file.write("more\n")
         changed, made = made, settings(corpus, 150)
-        assert {name for name in made if made[name] != changed[name]} == {f"{split}.{corpus.source}"}
+        assert {name for name in made if made[name] != changed[name]} == {f"{split}/text.{corpus.source}"}
     for limit in ({"max_pieces": 3}, {"max_ratio": 1.5}):
         assert differences(made, settings(dataclasses.replace(corpus, **limit), 150))
 
