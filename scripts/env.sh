@@ -33,7 +33,8 @@ find_python() {
             return
         fi
     done
-    fail "PYTHON: got ${PYTHON:-none}, and no Python 3.11 or 3.12 by it; expected the path of one"
+    [ -z "${PYTHON:-}" ] || fail "PYTHON: got $PYTHON, and no Python 3.11 or 3.12 by it; expected the path of one"
+    fail "found no Python 3.11 or 3.12; set PYTHON to one"
 }
 
 # use_env EXTRAS: makes .venv where it is missing, installs the package with these extras, activates. PYTHON names the

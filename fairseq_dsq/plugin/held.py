@@ -59,14 +59,12 @@ def known_update(model: nn.Module, optimizer: Any, known: dict[Any, tuple[Update
 
     Once for the same gradients and states: it takes a twentieth of a small step's Python time.
     """
-    key = (
-        tuple(p.grad is not None for p in model.parameters()),
-        *(len(each.state) for each in inner_optimizers(optimizer)),
-    )
+    inner = inner_optimizers(optimizer)
+    key = tuple(p.grad is not None for p in model.parameters()), *(len(each.state) for each in inner)
     if key not in known:
         if len(known) >= MOST_KNOWN:
             known.clear()  # with LayerDrop hardly two steps have the same gradients
-        states = sum(_state_bytes(state) for each in inner_optimizers(optimizer) for state in each.state.values())
+        states = sum(_state_bytes(state) for each in inner for state in each.state.values())
         known[key] = update_of(model, optimizer), states
     return known[key]
 
@@ -74,9 +72,7 @@ def known_update(model: nn.Module, optimizer: Any, known: dict[Any, tuple[Update
 def log_update(optimizer: Any, update: Update, states: int, profile: CostProfile | None) -> None:
     """Log the bytes of gradients and states after a step, and what the update costs where a profile prices it."""
     held = {GRADIENT_BYTES: update.gradient_bytes}
-    if not any(
-        isinstance(each, LowBitAdam) for each in inner_optimizers(optimizer)
-    ):  # which logs its own, whatever model it trains
+    if not isinstance(optimizer.optimizer, LowBitAdam):  # which logs its own, whatever model it trains
         held[STATE_BYTES] = states
     for key, value in held.items():
         metrics.log_scalar(key, value, weight=1, priority=200, round=0)

@@ -79,7 +79,7 @@ def _refused(args: Any) -> Iterator[tuple[str, str]]:
     if given("quantization_config_path"):
         yield "quantization_config_path", "expected none: product quantization leaves out the layers of DSQ"
     for name in ("ffn_blocks_to_remove", "mha_heads_to_keep"):
-        if (given(name) or -1) != -1:
+        if given(name) not in (None, -1):  # fairseq's word for none
             yield name, "expected none: fairseq prunes by putting float layers in place of those that DSQ quantizes"
     if given("dsq_weights") == "direct":
         yield from _refused_with_codes(args, given)

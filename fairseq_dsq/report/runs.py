@@ -19,7 +19,7 @@ from fairseq_dsq import formats, record
 from fairseq_dsq.cost.metrics import GRADIENT_BYTES, LEVEL, RELATIVE, STASH_BYTES, STATE_BYTES, WEIGHT_BYTES
 from fairseq_dsq.plugin.config import DSQConfig, DSQCriterionConfig, defaults, option
 from fairseq_dsq.plugin.effects import levels_of, rules_of
-from fairseq_dsq.precision import PrecisionConfig, levels_to_str, parse_levels
+from fairseq_dsq.precision import PrecisionConfig, parse_levels
 from fairseq_dsq.record import Line, Point, Start
 from fairseq_dsq.schedules import own_flags
 from fairseq_dsq.text import printable, quoted
@@ -234,6 +234,8 @@ def _recorded(path: Path, file: Path) -> Run:
     run = _run(path, flags, history, ended, _unfinished(flags, points[-1], since))
     trained = list(_trained(lines, start.levels))
     known = not others and all(start.levels[number : number + 1] == (precision,) for number, precision, _ in trained)
+    # As --dsq-levels has them; of another start's levels, which are none of these, by value.
+    shown = {value: str(level) for value, level in zip(start.levels, levels_of_flags(flags), strict=False)}
     notes = []
     if isinstance(lines[0], Start) and lines[0].update:
         notes.append(f"begins at update {lines[0].update}; what earlier updates cost is not in it")
@@ -245,7 +247,7 @@ def _recorded(path: Path, file: Path) -> Run:
         notes.append(f"trained with other flags in turn: {', '.join(changed)}")
     return dataclasses.replace(
         run,
-        trained=tuple((_shown(start, precision), updates) for _, precision, updates in trained),
+        trained=tuple((shown.get(precision, precision), updates) for _, precision, updates in trained),
         levels=tuple((number, updates) for number, _, updates in trained) if known else (),
         notes=tuple(notes),
     )
@@ -278,13 +280,6 @@ def _changed_flags(starts: Iterable[Start]) -> list[str]:
         for name, turns in values.items()
         if name.startswith("dsq_") and name != "dsq_levels" and len(turns) > 1
     ]
-
-
-def _shown(start: Start, precision: str) -> str:
-    """A precision as ``--dsq-levels`` has it, if it is among these levels; else by value."""
-    given = levels_of_flags({name: str(value) for name, value in start.flags.items()})
-    names = dict(zip(start.levels, given, strict=False))
-    return levels_to_str((names[precision],)) if precision in names else precision
 
 
 def _trained(lines: Iterable[Line], levels: tuple[str, ...]) -> Iterator[tuple[int, str, int]]:

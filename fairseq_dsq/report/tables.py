@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from fairseq_dsq import formats
 from fairseq_dsq.cost import CostProfile, load_profile
 from fairseq_dsq.cost.published import printed
 from fairseq_dsq.precision import PrecisionConfig, levels_to_str
@@ -281,10 +282,10 @@ def _profile(name: str) -> CostProfile | None:
 def _priced_levels(runs: Sequence[Run], profile: str) -> Iterator[PrecisionConfig]:
     """The levels of the runs whose costs follow a profile; a format that is no longer known is left out."""
     for run in runs:
-        if _profile_of(run) == profile:
+        known = {**DSQ_DEFAULTS, **run.flags}["dsq_format"] in formats.names()
+        if known and _profile_of(run) == profile:
             given = levels(run)
-            known = (level for level in given if level.format_name == {**DSQ_DEFAULTS, **run.flags}["dsq_format"])
-            yield from (*known, *rules_of_flags(run.flags, len(given)))
+            yield from (*given, *rules_of_flags(run.flags, len(given)))
 
 
 def find(runs: Sequence[Run], wanted: str) -> int:

@@ -37,6 +37,7 @@ def test_flat_parameters_are_refused(flags, refused, monkeypatch):
     [
         ({"ffn_blocks_to_remove": 8}, ["ffn_blocks_to_remove"]),
         ({"mha_heads_to_keep": 1}, ["mha_heads_to_keep"]),
+        ({"mha_heads_to_keep": 0}, ["mha_heads_to_keep"]),
         ({"ffn_blocks_to_remove": -1, "mha_heads_to_keep": -1, "mha_reg_scale_factor": 0.5}, []),
         ({"dsq_weights": "direct", "optimizer": "dsq_adam", "mha_reg_scale_factor": 0.5}, ["mha_reg_scale_factor"]),
         ({"dsq_weights": "direct", "optimizer": "dsq_adam", "ffn_reg_scale_factor": 0.5}, ["ffn_reg_scale_factor"]),
