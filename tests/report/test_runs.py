@@ -64,6 +64,10 @@ def test_a_valid_subset_called_train_is_no_training(tmp_path):
         text = "".join(validations[name] for name in order.split()) + samples.train_line(1, 10, 7.0) + samples.DONE
         (epoch,) = read_run(samples.write(tmp_path, order, text, "train.log")).epochs
         assert (epoch.train_loss, epoch.valid_loss, epoch.ended) == (7.0, 6.0, True)
+        # Within an epoch nothing of the training has been logged yet.
+        text = "".join(validations[name] for name in order.split())
+        (epoch,) = read_run(samples.write(tmp_path, f"{order} within", text, "train.log")).epochs
+        assert (epoch.train_loss, epoch.valid_loss, epoch.ended) == (None, 6.0, False)
 
 
 UNFINISHED = [
